@@ -1,0 +1,293 @@
+"""σReparam: W_hat = gamma / sigma(W) * W, and its baselines spectral norm and weight norm.
+
+Source: Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse" (ICML 2023), Section 3.2
+and Algorithm 1 (Appendix C). sigma(W) = u^T W v, where u (out,) and v (in,) follow the top singular vectors by power
+iteration. u and v advance in a hook after each optimizer step, that is exactly once per change of W: never in the forward
+pass, so evaluation, gradient accumulation and activation checkpointing leave them alone, `torch.compile` sees a pure
+function, and a checkpoint written between two steps resumes bitwise.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .power_iteration import matvec, power_iteration, top_singular_vectors
+from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
+
+
+@dataclass(frozen=True)
+class SigmaReparamConfig:
+    """Settings of `sigma_reparam`.
+
+    Attributes:
+        gamma_init: "one" is the paper's choice for translation, speech and language; "spectral" sets gamma = sigma(W),
+            which leaves the function of the model as it is (the paper's choice for vision, and yours for a pretrained one).
+        qkv: "separate" has one sigma and gamma per projection, "joint" one over [Wq; Wk; Wv], "qk_joint" one over
+            [Wq; Wk] and one for Wv.
+        n_power_iterations: power iterations per change of W.
+        stop_gradient: treat sigma as a constant in the backward pass.
+        kind: "sigma" is σReparam; "spectral" the spectral norm baseline, gamma = 1 and not learned; "weight" torch's
+            weight norm, one learned norm per output row.
+    """
+
+    gamma_init: str = "one"
+    qkv: str = "separate"
+    n_power_iterations: int = 1
+    stop_gradient: bool = False
+    kind: str = "sigma"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("gamma_init", ("one", "spectral")),
+            ("qkv", ("separate", "joint", "qk_joint")),
+            ("kind", ("sigma", "spectral", "weight")),
+            ("stop_gradient", (False, True)),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(map(repr, allowed))}")
+        if not isinstance(self.n_power_iterations, int) or self.n_power_iterations < 1:
+            raise ValueError(f"n_power_iterations = {self.n_power_iterations!r}: allowed are whole numbers from 1")
+        if self.kind == "spectral" and self.gamma_init == "spectral":
+            raise ValueError("gamma_init = 'spectral': with kind = 'spectral' gamma is fixed at 1, allowed is 'one'")
+        for field in fields(self) if self.kind == "weight" else ():
+            if field.name != "kind" and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} = {getattr(self, field.name)!r}: kind = 'weight' has no such setting")
+
+
+class _ScaleBySigma(torch.autograd.Function):
+    """(W, gamma) -> (gamma / sigma * W, sigma), sigma = left^T W right, in fp32 whatever autocast says.
+
+    dL/dW = gamma/sigma * G - gamma/sigma^2 <G, W> left right^T and dL/dgamma = <G, W> / sigma, where G = dL/dW_hat.
+    It keeps no copy of W, where plain autograd would keep W/sigma too. sigma is an output so that second derivatives
+    (Hessian-vector products) see it as a function of W.
+    """
+
+    @staticmethod
+    def forward(W: Tensor, gamma: Tensor, left: Tensor, right: Tensor, stop_gradient: bool) -> tuple[Tensor, Tensor]:
+        with torch.autocast(W.device.type, enabled=False):
+            W32 = W.float()
+            sigma = torch.dot(left, torch.mv(W32, right))
+            return (W32 * (gamma.float() / sigma)).to(W.dtype), sigma
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        W, gamma, left, right, ctx.stop_gradient = inputs
+        ctx.save_for_backward(W, gamma, left, right, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, G: Tensor | None, g_sigma: Tensor | None):
+        W, gamma, left, right, sigma = ctx.saved_tensors
+        with torch.autocast(W.device.type, enabled=False):
+            if G is None:
+                return g_sigma * torch.outer(left, right).to(W.dtype), None, None, None, None
+            G32 = G.float()
+            scale = gamma.float() / sigma
+            overlap = (G32 * W.float()).sum()
+            d_gamma = (overlap / sigma).expand_as(gamma).to(gamma.dtype) if ctx.needs_input_grad[1] else None
+            d_W = G32 * scale
+            if not ctx.stop_gradient:
+                d_sigma = -overlap * scale / sigma
+                if g_sigma is not None:
+                    d_sigma = d_sigma + g_sigma
+                d_W = torch.addr(d_W, d_sigma * left, right)
+            return d_W.to(W.dtype), d_gamma, None, None, None
+
+
+class SigmaReparam(nn.Module):
+    """The parametrization W -> gamma / sigma(W) * W of one weight, or of several that share one sigma.
+
+    The weights, seen as matrices (out, in) and stacked along `out`, are cut into blocks of `rows` outputs; each block has
+    its own gamma and sigma. One block is Algorithm 1; three are a packed [Wq; Wk; Wv] with separate sigmas; several
+    weights and one block are a joint sigma over separate layers.
+
+    State, all of it in the state dict: gamma (blocks,), u (out,), v (blocks, in); u and v stay in fp32.
+    """
+
+    def __init__(self, group: Group, config: SigmaReparamConfig) -> None:
+        super().__init__()
+        self.rows, self.transposed, self.config = group.rows, group.members[0].transposed, config
+        self.index = group.leader  # which of the weights it is registered on
+        self._originals: tuple[parametrize.ParametrizationList, ...] = ()
+        weight, stacked = group.members[0].weight, join([target.matrix for target in group.members])
+        self.register_buffer("u", torch.empty(stacked.shape[0], device=weight.device))
+        self.register_buffer("v", torch.empty(len(self.rows), stacked.shape[1], device=weight.device))
+        gamma = torch.ones(len(self.rows), device=weight.device)
+        if not weight.is_meta:
+            self._converge(stacked)
+            if config.gamma_init == "spectral":
+                gamma = self._sigma(stacked)
+        gamma = gamma.to(weight.dtype)
+        if config.kind == "spectral":
+            self.register_buffer("gamma", gamma)
+        else:
+            self.gamma = nn.Parameter(gamma, requires_grad=weight.requires_grad)
+        _track(self)
+
+    def attach(self, members: list[parametrize.ParametrizationList]) -> None:
+        """Remembers where its weights live; a tuple, so that they do not become submodules."""
+        self._originals = tuple(members)
+
+    def originals(self) -> list[Tensor]:
+        """The learned weights W, shaped as their layers have them."""
+        return [member.original for member in self._originals]
+
+    def forward(self, W: Tensor) -> Tensor:
+        return self.scaled_weights()[self.index]
+
+    def scaled_weights(self) -> list[Tensor]:
+        """W_hat of every weight, shaped as its layer has it."""
+        originals = self.originals()
+        matrices = [matrix(W, self.transposed) for W in originals]
+        # Clones, because DDP broadcasts buffers in place before each forward, also between a forward and its backward.
+        state = zip(cut(join(matrices), self.rows), cut(self.gamma, [1] * len(self.rows)),
+                    self.u.clone().split(self.rows), self.v.clone(), strict=True)  # fmt: skip
+        scaled = [_ScaleBySigma.apply(W, gamma, u, v, self.config.stop_gradient)[0] for W, gamma, u, v in state]
+        parts = cut(join(scaled), [W.shape[0] for W in matrices])
+        return [(W.T if self.transposed else W).view_as(W0) for W, W0 in zip(parts, originals, strict=True)]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """One call per change of W: u <- W v / |W v|, v <- W^T u / |W^T u|, n_power_iterations times (Algorithm 1)."""
+        for W, u, v in self._blocks(self._stacked()):
+            power_iteration(W, u, v, self.config.n_power_iterations)
+
+    def sigma(self) -> Tensor:
+        """The estimate u^T W v of each block's spectral norm, shape (blocks,), without gradient."""
+        return self._sigma(self._stacked())
+
+    @torch.no_grad()
+    def _sigma(self, stacked: Tensor) -> Tensor:
+        return torch.stack([torch.dot(u, matvec(W, v)) for W, u, v in self._blocks(stacked)])
+
+    @torch.no_grad()
+    def _converge(self, stacked: Tensor) -> None:
+        for W, u, v in self._blocks(stacked):
+            top_u, top_v = top_singular_vectors(W)
+            u.copy_(top_u)
+            v.copy_(top_v)
+
+    def _stacked(self) -> Tensor:
+        return join([matrix(W.detach(), self.transposed) for W in self.originals()])
+
+    def _blocks(self, stacked: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return zip(cut(stacked, self.rows), self.u.split(self.rows), self.v, strict=True)
+
+    def _apply(self, fn, recurse=True):
+        # .half() and .bfloat16() must not round the state: it follows the model's device, not its dtype.
+        u, v = self.u, self.v
+        super()._apply(fn, recurse)
+        if not u.is_meta:
+            self.u, self.v = u.to(self.u.device), v.to(self.v.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # An average of checkpoints averages u and v too, and the result is no pair of unit vectors: find it afresh.
+        norms = torch.stack([vector.norm() for vector in (*self.u.split(self.rows), *self.v)])
+        if not norms.is_meta and ((norms - 1).abs() > 1e-5).any():
+            self._converge(self._stacked())
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        _track(self)  # a deep copy advances with its own optimizer
+
+    def extra_repr(self) -> str:
+        return f"rows={self.rows}, {self.config}"
+
+
+class JointMember(nn.Module):
+    """The parametrization of a weight whose sigma is kept with another weight of its group."""
+
+    def __init__(self, leader: SigmaReparam, index: int) -> None:
+        super().__init__()
+        self._leader, self._index = (leader,), index
+
+    def forward(self, W: Tensor) -> Tensor:
+        return self._leader[0].scaled_weights()[self._index]
+
+
+def sigma_reparam(
+    model: nn.Module, config: SigmaReparamConfig | None = None, filter_fn: FilterFn | None = None
+) -> nn.Module:
+    """Reparametrises weights of `model` in place and returns it: W_hat = gamma / sigma(W) * W.
+
+    It takes Linear, Conv1d and Conv2d layers, transformers' Conv1D, and the projections of nn.MultiheadAttention. Weights
+    keep the values they have, so initialise the model, or load a pretrained one, before. Optimizers built before do not
+    know the new gammas: build them after.
+
+    Args:
+        model: any module; it is changed.
+        config: `SigmaReparamConfig()` if left out.
+        filter_fn: `filter_fn(module, fully_qualified_name) -> bool` picks the layers; by default all of them, except those
+            whose weight is tied to another layer (an output projection that shares the embedding).
+
+    Raises:
+        ValueError: nothing to reparametrise; a layer that already is, whose weight is tied, zero, NaN or inf; a qkv setting
+            that does not fit the model. The model is then as it was.
+    """
+    config = config or SigmaReparamConfig()
+    groups = find_groups(model, filter_fn, config.qkv)
+    for group in groups:
+        check_values(group, every_row=config.kind == "weight")
+    if config.kind == "weight":
+        for target in (target for group in groups for target in group.members):
+            weight_norm(target.module, target.tensor_name, dim=1 if target.transposed else 0)
+        return model
+    for group, leader in [(group, SigmaReparam(group, config)) for group in groups]:
+        for index, target in enumerate(group.members):
+            parametrization = leader if index == group.leader else JointMember(leader, index)
+            parametrize.register_parametrization(target.module, target.tensor_name, parametrization, unsafe=True)
+            target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
+        leader.attach([target.module.parametrizations[target.tensor_name] for target in group.members])
+    return model
+
+
+def refuse_plain_weight(layer: nn.Module, state_dict, prefix: str, *_) -> None:
+    """A load hook of reparametrised layers: one line, also with strict=False, which would leave the weight out in silence."""
+    for name in layer.parametrizations:
+        if f"{prefix}{name}" in state_dict:
+            raise ValueError(
+                f"{prefix}{name}: the state dict holds a plain weight; load it into the plain model, then call sigma_reparam"
+            )
+
+
+# --------------------------------------------------------------------------------------------- advancing u and v
+
+_instances: "weakref.WeakSet[SigmaReparam]" = weakref.WeakSet()
+_hook = None
+
+
+def _track(instance: SigmaReparam) -> None:
+    global _hook
+    _instances.add(instance)
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    # A weight's version counter cannot tell that it changed: some optimizers, fairseq's Adam among them, write to `.data`.
+    owner = {id(W): instance for instance in _instances for W in instance.originals()}
+    if not owner:
+        return
+    params = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    # In the optimizer's order, which is the same on every rank: sharded weights need collectives.
+    for instance in dict.fromkeys(owner[id(p)] for p in params if id(p) in owner):
+        instance.advance()
+
+
+def advance(model: nn.Module) -> None:
+    """Advances u and v of every σReparam layer by one step (Algorithm 1).
+
+    torch optimizers that step the model's own parameters do this by themselves. Call it after each change of the weights
+    by anything else: a loop without an optimizer, or one that steps a copy (fp32 masters) and copies the result back.
+    """
+    for module in model.modules():
+        if isinstance(module, SigmaReparam):
+            module.advance()

@@ -1,0 +1,167 @@
+"""Which weights of a model `sigma_reparam` changes, and which of them share a sigma."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+# What attention modules call their query, key and value projections, as three layers or packed in one.
+QKV_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("to_q", "to_k", "to_v"),
+    ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+)
+PACKED_QKV_NAMES = ("in_proj_weight", "qkv", "c_attn", "qkv_proj", "Wqkv")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight tensor of one layer."""
+
+    module: nn.Module
+    module_name: str
+    tensor_name: str = "weight"
+    transposed: bool = False  # HF's Conv1D keeps (in, out)
+
+    @property
+    def name(self) -> str:
+        """`encoder.layers.0.fc1`, or `attn.in_proj_weight` where a module has several weights."""
+        tail = "" if self.tensor_name == "weight" else self.tensor_name
+        return ".".join(part for part in (self.module_name, tail) if part) or type(self.module).__name__
+
+    @property
+    def weight(self) -> Tensor:
+        return getattr(self.module, self.tensor_name)
+
+    @property
+    def matrix(self) -> Tensor:
+        return matrix(self.weight.detach(), self.transposed)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that are stacked along their outputs, and cut into blocks of `rows` outputs with a sigma each.
+
+    The leader keeps the state of all. It comes last in the model, so that a state dict has filled the others before it.
+    """
+
+    members: list[Target]
+    rows: list[int]
+    leader: int = 0
+
+
+def matrix(W: Tensor, transposed: bool) -> Tensor:
+    """W as (out, in): a convolution's kernel is flattened into `in`, HF's Conv1D is transposed."""
+    return W.T if transposed else W.flatten(1)
+
+
+def join(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat` without the copy of the only part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def cut(whole: Tensor, sizes: list[int]) -> list[Tensor]:
+    """`whole.split(sizes)`, whose backward copies, without that copy for the only part."""
+    return [whole] if len(sizes) == 1 else list(whole.split(sizes))
+
+
+def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[Group]:
+    """The groups that filter_fn(module, fully_qualified_name) picks; without one, every layer that is not tied.
+
+    Raises:
+        ValueError: nothing is picked; a picked layer is reparametrised already, or tied to another one; qkv asks for a
+            joint sigma where there is no attention with a known naming, or where only a part of one is picked.
+    """
+    targets = _picked(model, filter_fn)
+    by_name = {target.name: target for target in targets}
+    groups, done, met_attention = [], set(), False
+    for target in targets:
+        if target.name in done:
+            continue
+        parent, dot, leaf = target.name.rpartition(".")
+        out_features, in_features = target.matrix.shape
+        group = Group([target], [out_features])
+        names = next((names for names in QKV_NAMES if leaf in names), ())
+        if leaf in PACKED_QKV_NAMES and out_features == 3 * in_features:
+            met_attention = True
+            sizes = {"separate": (1, 1, 1), "joint": (3,), "qk_joint": (2, 1)}[qkv]
+            group = Group([target], [size * in_features for size in sizes])
+        elif names:
+            met_attention = True
+            sharing = {"separate": (), "joint": names, "qk_joint": names[:2]}[qkv]
+            if leaf in sharing:
+                siblings = [f"{parent}{dot}{name}" for name in sharing]
+                for sibling in siblings:
+                    if sibling not in by_name:
+                        raise ValueError(f"{sibling}: qkv = {qkv!r} needs it too, but filter_fn leaves it out")
+                members = [by_name[sibling] for sibling in siblings]
+                if len({member.matrix.shape[1] for member in members}) > 1:
+                    raise ValueError(f"{target.name}: qkv = {qkv!r} needs inputs of one size; use qkv = 'separate'")
+                leader = max(range(len(members)), key=lambda i: targets.index(members[i]))
+                group = Group(members, [sum(member.matrix.shape[0] for member in members)], leader)
+        groups.append(group)
+        done.update(member.name for member in group.members)
+    if qkv != "separate" and not met_attention:
+        known = ", ".join("/".join(names) for names in QKV_NAMES)
+        raise ValueError(f"qkv = {qkv!r}: no attention found; known are {known} and {', '.join(PACKED_QKV_NAMES)}")
+    return groups
+
+
+def check_values(group: Group, every_row: bool = False) -> None:
+    """Raises ValueError where the norm is not finite and positive: NaN or inf in a weight, or nothing but zeros.
+
+    Weight norm divides by the norm of `every_row`.
+    """
+    for target in group.members:
+        if not target.weight.is_meta and not target.weight.isfinite().all():
+            raise ValueError(f"{target.name}: its weight holds NaN or inf; start from a sound checkpoint")
+    stacked = join([target.matrix for target in group.members])
+    blocks = stacked.split(1 if every_row else group.rows)
+    if not all(block.is_meta or block.any() for block in blocks):
+        what = "has a row of zeros" if every_row else "is zero, so sigma = 0"
+        raise ValueError(f"{group.members[0].name}: its weight {what}; initialise it, or leave it out with filter_fn")
+
+
+def _picked(model: nn.Module, filter_fn: FilterFn | None) -> list[Target]:
+    candidates, tied = list(_candidates(model)), _tied(model)
+    if filter_fn is None:
+        picked = [target for target in candidates if id(target.weight) not in tied]
+    else:
+        picked = [target for target in candidates if filter_fn(target.module, target.module_name)]
+    if not picked:
+        what = "no layer to reparametrise" if filter_fn is None else "filter_fn matches nothing"
+        names = ", ".join([target.name for target in candidates[:3]] + ["..."] * (len(candidates) > 3)) or "none"
+        raise ValueError(f"{type(model).__name__}: {what}; its Linear, Conv and attention layers: {names}")
+    for target in picked:
+        if target.tensor_name not in target.module._parameters:
+            raise ValueError(f"{target.name}: already reparametrised; fold it first, or leave it out with filter_fn")
+        if id(target.weight) in tied:
+            raise ValueError(f"{target.name}: its weight is tied to another layer's; leave it out with filter_fn")
+    return picked
+
+
+def _candidates(model: nn.Module) -> Iterator[Target]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            if module._qkv_same_embed_dim:
+                yield Target(module, name, "in_proj_weight")
+            else:
+                yield from (Target(module, name, tensor_name) for tensor_name in QKV_NAMES[3])
+        elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            yield Target(module, name)
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': y = x W + b
+            yield Target(module, name, transposed=True)
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Parameters that more than one module holds, such as an output projection's that is also the embedding's."""
+    seen, tied = set(), set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied

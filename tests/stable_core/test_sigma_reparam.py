@@ -1,0 +1,375 @@
+"""σReparam against Algorithm 1, torch's SVD and finite differences, and its promises on when u and v move."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from stable_core import SigmaReparamConfig, advance, sigma_reparam
+from stable_core.sigma_reparam import SigmaReparam
+from tests.reference import Algorithm1, numerical_gradient
+
+
+def reparametrised(model: nn.Module) -> list[SigmaReparam]:
+    return [module for module in model.modules() if isinstance(module, SigmaReparam)]
+
+
+def state(model: nn.Module) -> list[torch.Tensor]:
+    return [tensor.clone() for layer in reparametrised(model) for tensor in (layer.u, layer.v)]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def mlp(seed: int = 0, **config) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(90, 130), nn.GELU(), nn.Linear(130, 70))
+    return sigma_reparam(model, SigmaReparamConfig(**config))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 1) -> list[float]:
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(16, 90, generator=generator)
+        loss = (model(x) - x[:, :70].sin()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("n_power_iterations", [1, 3])
+def test_training_follows_algorithm_1(n_power_iterations):
+    torch.manual_seed(0)
+    layer = sigma_reparam(nn.Linear(90, 130), SigmaReparamConfig(n_power_iterations=n_power_iterations))
+    kept = layer.parametrizations.weight
+    slow = Algorithm1(*(t.detach().clone().double() for t in (kept.original, kept[0].gamma, kept[0].u, kept[0].v[0])))
+    slow.W.requires_grad_()
+    slow.gamma.requires_grad_()
+    bias = layer.bias.detach().clone().double().requires_grad_()
+    fast_optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    slow_optimizer = torch.optim.SGD([slow.W, slow.gamma, bias], lr=0.1)
+    for _ in range(20):
+        x = torch.randn(8, 90)
+        for optimizer, y in ((fast_optimizer, layer(x)), (slow_optimizer, x.double() @ slow.W_hat().T + bias)):
+            optimizer.zero_grad()
+            y.sin().sum().backward()
+            optimizer.step()
+        for _ in range(n_power_iterations):
+            slow.step()
+        torch.testing.assert_close(kept.original.double(), slow.W, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kept[0].gamma.double(), slow.gamma, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kept[0].u.double(), slow.u, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kept[0].sigma().double()[0], slow.sigma(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_gradients_match_autograd_and_finite_differences(stop_gradient):
+    torch.manual_seed(0)
+    layer = sigma_reparam(nn.Linear(7, 5, bias=False), SigmaReparamConfig(stop_gradient=stop_gradient))
+    kept = layer.parametrizations.weight
+    x, target = torch.randn(4, 7), torch.randn(4, 5)
+    (layer(x) * target).sin().sum().backward()
+
+    slow = Algorithm1(*(t.detach().clone().double() for t in (kept.original, kept[0].gamma, kept[0].u, kept[0].v[0])))
+    # Away from the top singular vectors sigma's gradient is still u v^T of the state, so any u, v will do: these are kept.
+    slow.W.requires_grad_()
+    slow.gamma.requires_grad_()
+    constant = slow.sigma().detach()
+
+    def loss():
+        W_hat = slow.gamma / constant * slow.W if stop_gradient else slow.W_hat()
+        return ((x.double() @ W_hat.T) * target).sin().sum()
+
+    loss().backward()
+    for ours, parameter in ((kept.original.grad, slow.W), (kept[0].gamma.grad, slow.gamma)):
+        torch.testing.assert_close(ours.double(), parameter.grad, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(parameter.grad, numerical_gradient(loss, parameter), rtol=1e-6, atol=1e-8)
+
+
+def test_second_derivatives_see_sigma_move():
+    """Hessian-vector products, which sharpness needs, are those of plain autograd on Algorithm 1."""
+    torch.manual_seed(0)
+    layer = sigma_reparam(nn.Linear(6, 5, bias=False))
+    kept = layer.parametrizations.weight
+    slow = Algorithm1(kept.original.detach().clone().requires_grad_(), kept[0].gamma.detach(), kept[0].u, kept[0].v[0])
+    x, direction = torch.randn(3, 6), torch.randn(5, 6)
+    products = []
+    for W, y in ((kept.original, layer(x)), (slow.W, x @ slow.W_hat().T)):
+        (gradient,) = torch.autograd.grad(y.sin().sum(), W, create_graph=True)
+        products.append(torch.autograd.grad((gradient * direction).sum(), W)[0])
+    torch.testing.assert_close(*products, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (65, 65), (512, 512), (2048, 512), (512, 1536)])
+@pytest.mark.parametrize("init", [nn.init.normal_, nn.init.xavier_uniform_, nn.init.orthogonal_])
+def test_sigma_starts_converged(shape, init):
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[1], shape[0])
+    init(layer.weight)
+    truth = torch.linalg.svdvals(layer.weight.detach())[0]
+    sigma = sigma_reparam(layer).parametrizations.weight[0].sigma()[0]
+    assert abs(sigma / truth - 1) < 1e-3
+
+
+def test_a_low_rank_weight_starts_converged():
+    layer = nn.Linear(100, 100)
+    with torch.no_grad():
+        layer.weight.copy_(torch.outer(torch.arange(1.0, 101), torch.ones(100)))
+    truth = torch.linalg.svdvals(layer.weight.detach())[0]
+    assert abs(sigma_reparam(layer).parametrizations.weight[0].sigma()[0] / truth - 1) < 1e-3
+
+
+@pytest.mark.parametrize("config, norm", [({}, 1.0), ({"kind": "spectral"}, 1.0)])
+def test_the_weight_has_spectral_norm_gamma(config, norm):
+    model = mlp(**config)
+    for layer in (model[0], model[2]):
+        assert torch.linalg.svdvals(layer.weight.detach())[0] == pytest.approx(norm, rel=1e-3)
+
+
+def test_spectral_norm_baseline_has_no_gamma_to_learn():
+    model = mlp(kind="spectral")
+    assert not [name for name, _ in model.named_parameters() if "gamma" in name]
+    train(model, torch.optim.Adam(model.parameters(), lr=1e-3), 20)
+    assert torch.linalg.svdvals(model[0].weight.detach())[0] == pytest.approx(1, rel=1e-2)
+
+
+def test_weight_norm_baseline_is_torch_s():
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(9, 8), nn.Linear(9, 8)
+    theirs.load_state_dict(ours.state_dict())
+    sigma_reparam(ours, SigmaReparamConfig(kind="weight"))
+    torch.nn.utils.parametrizations.weight_norm(theirs)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_gamma_spectral_keeps_the_function():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0)
+    x = torch.randn(2, 5, 64)
+    before = model(x)
+    after = sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))(x)
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+
+
+@pytest.mark.parametrize("layer, shape", [(nn.Conv1d(8, 70, 9), (2, 8, 20)), (nn.Conv2d(3, 70, 5), (2, 3, 9, 9))])
+def test_convolutions_are_seen_as_out_by_in_times_kernel(layer, shape):
+    before, x = copy.deepcopy(layer), torch.randn(shape)
+    sigma_reparam(layer)
+    truth = torch.linalg.svdvals(before.weight.detach().flatten(1))[0]
+    bias = before.bias.view(-1, *[1] * (len(shape) - 2))
+    torch.testing.assert_close(layer(x) - bias, (before(x) - bias) / truth, rtol=1e-3, atol=1e-5)
+
+
+def test_hugging_face_conv1d_is_transposed_and_cut_along_its_outputs():
+    class Conv1D(nn.Module):  # transformers.pytorch_utils.Conv1D in three lines
+        def __init__(self, nf, nx):
+            super().__init__()
+            self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+    model = nn.ModuleDict({"c_attn": Conv1D(3 * 70, 70), "c_proj": Conv1D(70, 70)})
+    sigma_reparam(model)
+    for block in model["c_attn"].weight.detach().split(70, dim=1):
+        assert torch.linalg.svdvals(block)[0] == pytest.approx(1, rel=1e-3)
+    assert torch.linalg.svdvals(model["c_proj"].weight.detach())[0] == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("qkv, cuts", [("separate", [64, 64, 64]), ("joint", [192]), ("qk_joint", [128, 64])])
+@pytest.mark.parametrize("packed", [True, False])
+def test_q_k_v_share_a_sigma_as_asked(qkv, cuts, packed):
+    torch.manual_seed(0)
+    if packed:
+        model = sigma_reparam(nn.MultiheadAttention(64, 4), SigmaReparamConfig(qkv=qkv))
+        stacked = model.in_proj_weight
+    else:  # in fairseq's order, where q is not the first
+        model = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("k_proj", "v_proj", "q_proj", "out_proj")})
+        sigma_reparam(model, SigmaReparamConfig(qkv=qkv))
+        stacked = torch.cat([model[name].weight for name in ("q_proj", "k_proj", "v_proj")])
+    for block in stacked.detach().split(cuts):
+        assert torch.linalg.svdvals(block)[0] == pytest.approx(1, rel=1e-3)
+    # The state advances too: after a step each block still has norm gamma.
+    optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if n.endswith("original")], lr=1.0)
+    stacked.sin().sum().backward()
+    optimizer.step()
+    for _ in range(50):
+        advance(model)
+    after = model.in_proj_weight if packed else torch.cat([model[n].weight for n in ("q_proj", "k_proj", "v_proj")])
+    assert not torch.allclose(after, stacked)
+    for block in after.detach().split(cuts):
+        assert torch.linalg.svdvals(block)[0] == pytest.approx(1, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- when u and v advance
+
+
+def test_one_advance_per_optimizer_step_whatever_the_accumulation():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slow = [
+        Algorithm1(kept.original, kept[0].gamma, kept[0].u.clone(), kept[0].v[0].clone())
+        for kept in (model[i].parametrizations.weight for i in (0, 2))
+    ]
+    for _ in range(3):
+        optimizer.zero_grad()
+        before = state(model)
+        for _ in range(4):
+            model(torch.randn(8, 90)).square().mean().backward()
+        assert equal(state(model), before)
+        optimizer.step()
+        for reference, layer in zip(slow, reparametrised(model), strict=True):
+            reference.step()
+            torch.testing.assert_close(layer.u, reference.u)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    whole, parts = mlp(), mlp()
+    x = torch.randn(32, 90)
+    whole(x).square().sum().backward()
+    for part in x.split(8):
+        parts(part).square().sum().backward()
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_and_checkpointing_leave_the_state_alone():
+    model = mlp()
+    before = state(model)
+    x = torch.randn(8, 90, requires_grad=True)
+    gradients = []
+    for use_reentrant in (None, False, True):
+        model.zero_grad()
+        y = model(x) if use_reentrant is None else checkpoint(model, x, use_reentrant=use_reentrant)
+        y.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    model.eval()(x)
+    assert equal(state(model), before)
+    assert equal(gradients[0], gradients[1])
+    assert equal(gradients[0], gradients[2])
+
+
+def test_frozen_weights_and_other_models_are_not_advanced():
+    model, other = mlp(), mlp(1)
+    model[0].parametrizations.weight.original.requires_grad_(False)
+    frozen, others = state(model[0]), state(other)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
+    assert equal(state(model[0]), frozen)
+    assert equal(state(other), others)
+
+
+def test_an_optimizer_that_writes_to_data_advances_too():
+    """fairseq's Adam updates `p.data`, which no version counter shows."""
+
+    class DataSGD(torch.optim.Optimizer):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.data.add_(p.grad.data, alpha=-0.1)
+
+    model, twin = mlp(), mlp()
+    losses = train(model, DataSGD(model.parameters(), {}), 4)
+    assert losses == pytest.approx(train(twin, torch.optim.SGD(twin.parameters(), lr=0.1), 4), rel=1e-6)
+    assert equal(state(model), state(twin))
+
+
+def test_a_deep_copy_trains_by_itself():
+    model = mlp()
+    twin = copy.deepcopy(model)
+    before = state(model)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    train(twin, optimizer, 3)
+    assert equal(state(model), before)
+    assert train(model, torch.optim.Adam(model.parameters(), lr=1e-2), 3)
+    assert equal(state(model), state(twin))
+
+
+def test_a_resumed_run_is_bitwise_the_run_that_never_stopped():
+    straight = mlp()
+    optimizer = torch.optim.AdamW(straight.parameters(), lr=1e-2)
+    train(straight, optimizer, 5)
+    saved = copy.deepcopy((straight.state_dict(), optimizer.state_dict()))
+    tail = train(straight, optimizer, 5, seed=2)
+
+    resumed = mlp(seed=9)
+    resumed_optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-2)
+    resumed.load_state_dict(saved[0])
+    resumed_optimizer.load_state_dict(saved[1])
+    resumed.eval()(torch.randn(2, 90))  # a validation in between
+    resumed.train()
+    assert train(resumed, resumed_optimizer, 5, seed=2) == tail
+    assert all(
+        torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("qkv", ["separate", "joint"])
+def test_an_average_of_checkpoints_has_the_sigma_of_the_averaged_weight(qkv):
+    def attention(seed):
+        torch.manual_seed(seed)
+        layers = nn.ModuleDict({name: nn.Linear(80, 80) for name in ("k_proj", "v_proj", "q_proj", "out_proj")})
+        return sigma_reparam(layers, SigmaReparamConfig(qkv=qkv))
+
+    a, b = attention(1).state_dict(), attention(2).state_dict()
+    average = attention(3)
+    average.load_state_dict({key: (a[key] + b[key]) / 2 for key in a})
+    names = ("q_proj", "k_proj", "v_proj")
+    blocks = (
+        [average[n].weight for n in names] if qkv == "separate" else [torch.cat([average[n].weight for n in names])]
+    )
+    for block in blocks:
+        assert torch.linalg.svdvals(block.detach())[0] == pytest.approx(1, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_under_autocast(dtype):
+    model = mlp()
+    exact = model[0].weight
+    with torch.autocast("cpu", dtype=dtype):
+        W_hat = model[0].weight
+        loss = model(torch.randn(8, 90)).float().square().mean()
+    assert W_hat.dtype == torch.float32
+    assert torch.equal(W_hat, exact)
+    loss.backward()
+    assert model[0].parametrizations.weight.original.grad.dtype == torch.float32
+
+
+def test_a_half_precision_model_keeps_its_state_in_fp32():
+    model = mlp()
+    before = state(model)
+    model.bfloat16()
+    assert equal(state(model), before)
+    assert torch.linalg.svdvals(model[0].weight.detach().float())[0] == pytest.approx(1, rel=5e-3)
+    model(torch.randn(4, 90, dtype=torch.bfloat16)).sum().backward()
+    assert model[0].parametrizations.weight.original.grad.dtype == torch.bfloat16
+
+
+def test_compiles_without_a_graph_break():
+    model, twin = mlp(), mlp()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 90)
+    for m in (compiled, twin):
+        m(x).square().mean().backward()
+    torch.testing.assert_close(
+        model[0].parametrizations.weight.original.grad, twin[0].parametrizations.weight.original.grad
+    )
+    # and goes on using the advanced state after a step, without compiling it in as a constant
+    for m in (model, twin):
+        torch.optim.SGD(m.parameters(), lr=0.5).step()
+    torch.testing.assert_close(compiled(x), twin(x))
+
+
+def test_a_layer_used_twice_in_one_forward():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = state(model)
+    (model(torch.randn(4, 90)) * model(torch.randn(4, 90))).sum().backward()
+    optimizer.step()
+    assert not equal(state(model), before)
