@@ -8,7 +8,7 @@ function, and a checkpoint written between two steps resumes bitwise.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -273,21 +273,16 @@ def _track(instance: SigmaReparam) -> None:
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
     # A weight's version counter cannot tell that it changed: some optimizers, fairseq's Adam among them, write to `.data`.
-    owner = {id(W): instance for instance in _instances for W in instance.originals()}
-    if not owner:
-        return
-    params = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-    # In the optimizer's order, which is the same on every rank: sharded weights need collectives.
-    for instance in dict.fromkeys(owner[id(p)] for p in params if id(p) in owner):
-        instance.advance()
+    advance(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
 
 
-def advance(model: nn.Module) -> None:
-    """Advances u and v of every σReparam layer by one step (Algorithm 1).
+def advance(parameters: Iterable[Tensor]) -> None:
+    """Advances u and v of the σReparam weights among `parameters` by one step (Algorithm 1).
 
     torch optimizers that step the model's own parameters do this by themselves. Call it after each change of the weights
     by anything else: a loop without an optimizer, or one that steps a copy (fp32 masters) and copies the result back.
     """
-    for module in model.modules():
-        if isinstance(module, SigmaReparam):
-            module.advance()
+    owner = {id(W): instance for instance in _instances for W in instance.originals()}
+    # In the order of the parameters, which is the same on every rank: sharded weights need collectives.
+    for instance in dict.fromkeys(owner[id(p)] for p in parameters if id(p) in owner):
+        instance.advance()

@@ -4,4 +4,6 @@ from . import mend
 
 mend.apply()
 
-from . import transformer  # noqa: E402, F401  registers the model and its archs, on a mended fairseq
+from . import half_precision, transformer  # noqa: E402, F401  on a mended fairseq; the latter registers the archs
+
+half_precision.advance_after_write_back()

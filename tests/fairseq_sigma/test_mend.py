@@ -187,7 +187,7 @@ def test_every_index_is_in_one_batch(mend, monkeypatch, multiple, with_sizes):
             order = draw.permutation(samples) if samples % 2 else range(samples)
             batches = data_utils.batch_by_size(
                 order,
-                lambda index: sizes[index],
+                sizes.__getitem__,
                 num_tokens_vec=sizes[list(order)] if with_sizes else None,
                 max_tokens=max_tokens,
                 max_sentences=max_sentences,

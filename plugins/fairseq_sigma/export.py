@@ -1,0 +1,77 @@
+"""`python -m fairseq_sigma.export CHECKPOINT OUT`: a checkpoint that stock fairseq loads without this plugin, outputs equal.
+
+σReparam is folded into the weights. DeepNorm's residual is folded as well: LN(alpha x + f) = LN(x + f / alpha), so the output
+projection and the second feed-forward layer are divided by alpha; only LayerNorm's eps, 1e-5 against a variance of about 1,
+does not scale along. A model without LayerNorm has no equal in stock fairseq. The training state is left out.
+"""
+
+import argparse
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import fairseq_sigma  # noqa: F401  mends torch.load for fairseq's checkpoints
+from stable_core import deepnorm_scales, fold_state_dict
+
+OURS = ("residual", "reparam", "gamma_init", "qkv", "n_power_iterations", "stop_gradient", "init_std")
+FOLDED_RESIDUAL = re.compile(r"(?P<side>encoder|decoder)\.layers\.\d+\.(?:.*\.out_proj|fc2)\.(?:weight|bias)")
+
+
+def export(checkpoint: dict) -> dict:
+    """A fairseq checkpoint of `sigma_transformer` -> one of fairseq's `transformer`.
+
+    Raises:
+        ValueError: it is no checkpoint of this plugin, or its residual is "none".
+    """
+    cfg = checkpoint.get("cfg")
+    if cfg is None or "model" not in checkpoint or not hasattr(cfg["model"], "residual"):
+        raise ValueError("no checkpoint of a fairseq_sigma model: its configuration has no residual")
+    model = vars(cfg["model"])
+    if model["residual"] == "none":
+        raise ValueError("--residual none: stock fairseq has no transformer without LayerNorm to load it into")
+    state = checkpoint["model"]
+    if any("parametrizations." in key for key in state):
+        state = fold_state_dict(state)
+    if model["residual"] == "deepnorm":
+        scales = deepnorm_scales(model["encoder_layers"], model["decoder_layers"])
+        for key in state:
+            if match := FOLDED_RESIDUAL.fullmatch(key):
+                state[key] = state[key] / getattr(scales, match["side"]).alpha
+    stock = {key: value for key, value in model.items() if key not in OURS}
+    stock.update(_name="transformer", arch="transformer", user_dir=None)
+    return {
+        "args": None,
+        # Plain dicts, which torch.load reads with its safety on, where fairseq itself writes a Namespace.
+        "cfg": {**cfg, "model": stock, "common": {**cfg["common"], "user_dir": None}},
+        "model": state,
+        "optimizer_history": [
+            {"optimizer_name": None, "lr_scheduler_state": None, "num_updates": h["num_updates"]}
+            for h in checkpoint["optimizer_history"]
+        ],
+        "task_state": checkpoint.get("task_state", {}),
+        "extra_state": {"train_iterator": {"epoch": 1}},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fairseq_sigma.export", description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="written by fairseq-train")
+    parser.add_argument("out", type=Path, metavar="OUT", help="where the stock checkpoint goes")
+    args = parser.parse_args(argv)
+    try:
+        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"holds a {type(checkpoint).__name__}, not a fairseq checkpoint")
+        torch.save(export(checkpoint), args.out)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        print(f"export: {args.checkpoint}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    print(f"exported {args.checkpoint} to {args.out}; fairseq-generate --path {args.out} needs no --user-dir")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

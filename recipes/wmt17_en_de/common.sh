@@ -1,0 +1,17 @@
+# Read by prepare.sh, train.sh and evaluate.sh: where things are, and what SMALL=1 changes.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
+SMALL=${SMALL:-0}
+if [ "$SMALL" = 1 ]; then NAME=wmt17_en_de_small; else NAME=wmt17_en_de; fi
+RUNS=${RUNS:-$ROOT/runs}/$NAME
+TEXT=$RUNS/text # the raw and the segmented text
+DATA=$RUNS/data # binarised
+PLUGIN=$ROOT/plugins/fairseq_sigma
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+command -v fairseq-train >/dev/null || die "fairseq-train is not on the path: run 'make venv', or pip install '.[fairseq,recipes]'"
+case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac

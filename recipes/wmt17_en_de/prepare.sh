@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# prepare.sh: downloads, tokenises, segments and binarises WMT'17 English-German [σ, App. F].
+# SMALL=1 prepare.sh: the same from $STABLE_DATA/mt/{train,valid,test}.{en,de}, with a sentencepiece vocabulary.
+# A step whose output is there is not done again; remove runs/wmt17_en_de* to start over.
+source "$(dirname "$0")/common.sh"
+mkdir -p "$TEXT"
+
+once() { # once FILE COMMAND...: the command's output becomes FILE, whole or not at all
+    local out=$1
+    shift
+    if [ ! -s "$out" ]; then
+        echo "  $(basename "$out")"
+        "$@" >"$out.part" && mv "$out.part" "$out"
+    fi
+}
+
+binarise() {
+    if [ ! -s "$DATA/test.en-de.en.idx" ]; then
+        rm -rf "$DATA"
+        fairseq-preprocess --source-lang en --target-lang de --joined-dictionary --workers "$(nproc)" \
+            --trainpref "$TEXT/train" --validpref "$TEXT/valid" --testpref "$TEXT/test" --destdir "$DATA" >"$TEXT/preprocess.log" 2>&1 ||
+            die "fairseq-preprocess failed, see $TEXT/preprocess.log"
+    fi
+    echo "ready: $(wc -l <"$TEXT/train.en") training pairs and $(($(wc -l <"$DATA/dict.en.txt") + 4)) subwords in $DATA"
+    echo "next: ${SMALL:+SMALL=$SMALL }$(dirname "$0")/train.sh sigma_transformer_18l"
+}
+
+if [ "$SMALL" = 1 ]; then
+    RAW=${STABLE_DATA:-$ROOT/../shared/data}/mt
+    for f in "$RAW"/{train,valid,test}.{en,de}; do
+        [ -s "$f" ] || die "$f is missing: set STABLE_DATA to a folder that has mt/{train,valid,test}.{en,de}"
+    done
+    echo "small English-German data from $RAW"
+    if [ ! -s "$TEXT/spm.model" ]; then
+        python - "$RAW" "$TEXT/spm.part" 2>"$TEXT/spm.log" <<'PY' || die "no vocabulary could be learned, see $TEXT/spm.log"
+import sys
+import sentencepiece
+raw, prefix = sys.argv[1:]
+sentencepiece.SentencePieceTrainer.train(input=f"{raw}/train.en,{raw}/train.de", model_prefix=prefix, vocab_size=4000)
+PY
+        mv "$TEXT/spm.part.model" "$TEXT/spm.model"
+    fi
+    encode() {
+        python -c 'import sys, sentencepiece as s; e = s.SentencePieceProcessor(model_file=sys.argv[1]).encode
+for line in sys.stdin: print(*e(line.strip(), out_type=str))' "$TEXT/spm.model" <"$RAW/$1"
+    }
+    for split in train valid test; do
+        for l in en de; do once "$TEXT/$split.$l" encode "$split.$l"; done
+    done
+    for split in valid test; do once "$TEXT/$split.ref.de" cat "$RAW/$split.de"; done
+    binarise
+    exit
+fi
+
+# As fairseq's examples/translation/prepare-wmt14en2de.sh, the preprocessing of the paper; its Moses and subword-nmt
+# scripts are the packages sacremoses and subword-nmt.
+declare -A CORPORA=(
+    [training/europarl-v7.de-en]=https://www.statmt.org/wmt13/training-parallel-europarl-v7.tgz
+    [commoncrawl.de-en]=https://www.statmt.org/wmt13/training-parallel-commoncrawl.tgz
+    [training/news-commentary-v12.de-en]=https://data.statmt.org/wmt17/translation-task/training-parallel-nc-v12.tgz
+)
+mkdir -p "$TEXT/orig"
+for corpus in "${!CORPORA[@]}"; do
+    url=${CORPORA[$corpus]} tgz=$TEXT/orig/$(basename "${CORPORA[$corpus]}")
+    if [ ! -s "$tgz" ]; then
+        curl --fail --location --continue-at - --output "$tgz.part" "$url" || die "$url could not be downloaded"
+        mv "$tgz.part" "$tgz"
+    fi
+    [ -s "$TEXT/orig/$corpus.de" ] || tar -xzf "$tgz" -C "$TEXT/orig"
+done
+
+tokenise() { sacremoses -q -l "$1" -j "$(nproc)" normalize -c tokenize -a; }
+train_tokens() { for corpus in training/europarl-v7 commoncrawl training/news-commentary-v12; do cat "$TEXT/orig/$corpus.de-en.$1"; done | tokenise "$1"; }
+test_tokens() { sacrebleu -t "$1" -l en-de --echo "$2" | tokenise "$3"; }
+for l in en de; do
+    once "$TEXT/tok.train.$l" train_tokens $l
+    side=src && [ $l = de ] && side=ref
+    once "$TEXT/tok.valid.$l" test_tokens wmt16 $side $l # newstest2016
+    once "$TEXT/tok.test.$l" test_tokens wmt17 $side $l  # newstest2017
+done
+once "$TEXT/valid.ref.de" sacrebleu -t wmt16 -l en-de --echo ref
+once "$TEXT/test.ref.de" sacrebleu -t wmt17 -l en-de --echo ref
+learn() { cat "$TEXT"/tok.train.{en,de} | subword-nmt learn-bpe -s 40000; }
+once "$TEXT/codes" learn
+segment() { subword-nmt apply-bpe -c "$TEXT/codes" <"$TEXT/tok.$1.$2"; }
+for l in en de; do
+    once "$TEXT/bpe.train.$l" segment train $l
+    once "$TEXT/valid.$l" segment valid $l
+    once "$TEXT/test.$l" segment test $l
+done
+# Moses' clean-corpus-n.perl -ratio 1.5 1 250: pairs of 1 to 250 subwords, neither side 1.5 times longer than the other.
+clean() {
+    paste -d '\t' "$TEXT"/bpe.train.{en,de} | awk -F '\t' '{ a = split($1, _, " "); b = split($2, _, " ")
+        if (a && b && a <= 250 && b <= 250 && a <= 1.5 * b && b <= 1.5 * a) print }'
+}
+once "$TEXT/clean.train" clean
+once "$TEXT/train.en" cut -f1 "$TEXT/clean.train"
+once "$TEXT/train.de" cut -f2 "$TEXT/clean.train"
+binarise

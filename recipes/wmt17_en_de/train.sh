@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# train.sh ARCH [SEED] [fairseq-train options]: one cell of the paper's Table 11 with the settings of its Table 10.
+# SMALL=1 train.sh ARCH [SEED]: the same command on the small data, with a narrow model and a short schedule.
+# Interrupted? The same command goes on from the last checkpoint.
+source "$(dirname "$0")/common.sh"
+[ $# -ge 1 ] || die "give an ARCH: {sigma,sigma_postln,deepnorm,postln,preln}_transformer_{6,18,50,100}l"
+ARCH=$1 SEED=${2:-1}
+shift $(($# > 1 ? 2 : 1))
+[[ $SEED =~ ^[0-9]+$ ]] || die "SEED = $SEED: allowed are whole numbers"
+[ -s "$DATA/dict.en.txt" ] || die "no data in $DATA: run ${SMALL:+SMALL=$SMALL }$(dirname "$0")/prepare.sh first"
+OUT=$RUNS/$ARCH-$SEED
+
+case $ARCH in sigma_*) LR=4.5e-3 ;; *) LR=1.4e-3 ;; esac
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+FLAGS=(
+    --arch "$ARCH" --seed "$SEED" --share-decoder-input-output-embed
+    --optimizer adam --adam-betas '(0.9, 0.98)' --adam-eps 1e-8 --clip-norm 0 --weight-decay 0.0001
+    --lr $LR --lr-scheduler inverse_sqrt --warmup-updates 4000 --warmup-init-lr 1e-7 --max-update 100000
+    --dropout 0.4 --criterion label_smoothed_cross_entropy --label-smoothing 0.1
+    # 4096 tokens x 8 GPUs x 16 accumulation = 524,288 tokens an update, on however many GPUs there are.
+    --max-tokens 4096 --update-freq $((128 / (GPUS > 0 ? GPUS : 1)))
+    --keep-last-epochs 5
+)
+# Mixed precision that keeps fp32 weights, as sigma needs them; --fp16 would hold the weights themselves in half.
+if [ "$GPUS" -gt 0 ]; then FLAGS+=(--amp); else FLAGS+=(--cpu); fi
+if [ "$SMALL" = 1 ]; then
+    case $ARCH in sigma_*) LR=${SMALL_LR_SIGMA:-5e-3} ;; *) LR=${SMALL_LR:-2e-3} ;; esac
+    FLAGS+=(
+        --encoder-embed-dim 64 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 --decoder-attention-heads 4
+        --lr $LR --warmup-updates 60 --max-update 600 --dropout 0.1 --max-tokens 4096 --update-freq 1
+        --validate-interval-updates 200 --save-interval-updates 200 --keep-interval-updates 3 --no-epoch-checkpoints
+    )
+fi
+
+mkdir -p "$OUT"
+echo "$ARCH, seed $SEED, learning rate $LR, $GPUS GPU(s); log and checkpoints in $OUT"
+fairseq-train "$DATA" --user-dir "$PLUGIN" "${FLAGS[@]}" --num-workers 0 --save-dir "$OUT" \
+    --log-format simple --log-interval 20 --log-file "$OUT/train.log" "$@"
+echo "next: ${SMALL:+SMALL=$SMALL }$(dirname "$0")/evaluate.sh $ARCH $SEED"

@@ -1,0 +1,158 @@
+"""fairseq's commands on the plugin's models: each feature against the run that did without it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+from stable_core import fold
+
+from .conftest import USER_DIR, call
+
+SIGMA = "sigma_transformer_6l"
+
+
+def same(a: dict, b: dict, **tolerance) -> None:
+    assert a["model"].keys() == b["model"].keys()
+    for key, value in a["model"].items():
+        if tolerance:
+            torch.testing.assert_close(b["model"][key], value, **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+        else:
+            assert torch.equal(b["model"][key], value), key
+
+
+def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(train):
+    straight = train("straight", SIGMA, 6)
+    train("resumed", SIGMA, 3)
+    same(straight, train("resumed", SIGMA, 6))
+
+
+def test_activation_checkpointing_is_the_run_without(train):
+    """To rounding: fairseq's, with stock models too, adds up the encoder output's gradients in another order."""
+    plain, checkpointed = train("plain", SIGMA, 4), train("checkpointed", SIGMA, 4, "--checkpoint-activations")
+    same(plain, checkpointed, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_accumulation_is_the_run_with_the_whole_batch(train):
+    whole = train("whole", SIGMA, 4, "--batch-size", 64)
+    parts = train("parts", SIGMA, 4, "--batch-size", 16, "--update-freq", 4)
+    same(whole, parts, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
+def test_two_processes_are_the_run_with_one(train, backend, corpus, tmp_path):
+    whole = train("one", SIGMA, 4, "--batch-size", 64)
+    from .conftest import TINY
+
+    command = [sys.executable, "-m", "fairseq_cli.train", corpus, "--user-dir", USER_DIR, "--arch", SIGMA, *TINY]
+    command += ["--batch-size", 32, "--max-update", 4, "--save-dir", tmp_path / "two", "--no-epoch-checkpoints"]
+    command += ["--distributed-world-size", 2, "--ddp-backend", backend]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = torch.load(tmp_path / "two" / "checkpoint_last.pt", map_location="cpu")
+    same(whole, two, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["--amp", "--fp16", "--bf16"])
+def test_mixed_precision_follows_sigma(train, precision):
+    """u and v belong to the weights of the step: one power iteration from convergence, not one step behind."""
+    state = train("mixed", SIGMA, 5, precision, *(["--fp16-no-flatten-grads"] if precision == "--fp16" else []))["model"]
+    for key, W in state.items():
+        if key.endswith("original"):
+            u, v = (state[key.replace("original", f"0.{x}")] for x in "uv")
+            assert u.dtype == v.dtype == torch.float32
+            torch.testing.assert_close(v[0], torch.nn.functional.normalize(W.float().T @ u, dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_generation_folds_and_incremental_decoding_agrees(train, generate, tmp_path):
+    train("sigma", SIGMA, 30)
+    hypotheses = generate("sigma")
+    assert len(hypotheses) == 43
+    path = str(tmp_path / "sigma" / "checkpoint_last.pt")
+    (model,), cfg, _ = checkpoint_utils.load_model_ensemble_and_task([path])
+    model.eval()
+    tokens = torch.tensor([[4, 5, 6, 7, 8, 2]])
+    unfolded = model(tokens, torch.tensor([6]), torch.tensor([[2, 4, 5, 6]]))[0]
+    model.prepare_for_inference_(cfg)
+    assert not any("parametrizations" in key for key in model.state_dict())
+    encoder_out = model.encoder(tokens, torch.tensor([6]))
+    state = {}
+    for length in (1, 2, 3, 4):
+        step, _ = model.decoder(torch.tensor([[2, 4, 5, 6]])[:, :length], encoder_out, incremental_state=state)
+        torch.testing.assert_close(step[:, -1], unfolded[:, length - 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", ["post-ln", "pre-ln", "deepnorm"])
+def test_export_loads_in_stock_fairseq_with_equal_outputs(train, generate, residual, corpus, tmp_path):
+    train("ours", SIGMA, 30, "--residual", residual)
+    (tmp_path / "stock").mkdir()
+    ours, theirs = (str(tmp_path / name / "checkpoint_last.pt") for name in ("ours", "stock"))
+    subprocess.run([sys.executable, "-m", "fairseq_sigma.export", ours, theirs], check=True)
+    (mine,), _, _ = checkpoint_utils.load_model_ensemble_and_task([ours])
+    (exported,), _, _ = checkpoint_utils.load_model_ensemble_and_task([theirs])
+    assert type(exported).__module__.startswith("fairseq.")
+    batch = (torch.tensor([[4, 5, 6, 7, 8, 2]]), torch.tensor([6]), torch.tensor([[2, 4, 5, 6]]))
+    torch.testing.assert_close(exported.eval()(*batch)[0], mine.eval()(*batch)[0], rtol=1e-3, atol=1e-3)
+    if residual == "post-ln":  # the whole command, in a process that has never seen the plugin
+        command = [sys.executable, "-m", "fairseq_cli.generate", corpus, "--path", theirs, "--beam", 5, "--max-len-b", 12]
+        command += ["--cpu", "--batch-size", 20, "--required-batch-size-multiple", 1]
+        out = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr[-2000:]
+        lines = [line.split("\t") for line in out.stdout.splitlines() if line.startswith("H-")]
+        assert [line[2] for line in sorted(lines, key=lambda line: int(line[0][2:]))] == generate("ours")
+
+
+def test_export_refuses_what_stock_fairseq_has_no_model_for(train, tmp_path):
+    train("bare", SIGMA, 1, "--residual", "none")
+    path = str(tmp_path / "bare" / "checkpoint_last.pt")
+    command = [sys.executable, "-m", "fairseq_sigma.export", path, str(tmp_path / "out.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "--residual none: stock fairseq has no transformer without LayerNorm" in done.stderr.splitlines()[-1]
+
+
+def test_averaged_checkpoints_generate(train, generate, tmp_path):
+    a, b = train("a", SIGMA, 20), train("b", SIGMA, 25)
+    (tmp_path / "mean").mkdir()
+    mean = {key: (value + b["model"][key]) / 2 for key, value in a["model"].items()}  # as scripts/average_checkpoints.py
+    torch.save({**a, "model": mean}, tmp_path / "mean" / "checkpoint_last.pt")
+    assert len(generate("mean")) == 43
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "mean" / "checkpoint_last.pt")])
+    for key, W in fold(model).named_parameters():
+        gamma = key.replace(".weight", ".parametrizations.weight.0.gamma")
+        if gamma != key and gamma in mean:
+            assert torch.linalg.svdvals(W.detach())[0] == pytest.approx(abs(mean[gamma].item()), rel=2e-3), key
+
+
+def test_validate_interactive_and_score(train, generate, corpus, tmp_path, capsys, monkeypatch):
+    train("sigma", SIGMA, 30)
+    path = ("--path", tmp_path / "sigma" / "checkpoint_last.pt", "--user-dir", USER_DIR, "--cpu")
+    hypotheses = generate("sigma")
+    capsys.readouterr()
+    call("validate", corpus, *path, "--task", "translation", "--valid-subset", "test", "--batch-size", 20)
+    (tmp_path / "input").write_text("a b c\nf e d c\n")
+    call("interactive", corpus, *path, "--input", tmp_path / "input", "--beam", 5, "-s", "en", "-t", "de")
+    out = capsys.readouterr().out
+    assert {"H-0", "H-1"} <= {line.split("\t")[0] for line in out.splitlines()}
+    (tmp_path / "sys").write_text("".join(f"{line}\n" for line in hypotheses))
+    call("score", "--sys", tmp_path / "sys", "--ref", tmp_path / "sys")
+    assert "BLEU4 = 100.00" in capsys.readouterr().out
+
+
+def test_hydra_train(corpus, tmp_path):
+    settings = {
+        "task": "translation", "task.data": corpus, "task.source_lang": "en", "task.target_lang": "de",
+        "common.user_dir": USER_DIR.resolve(), "common.cpu": "true", "+model._name": SIGMA, "+model.encoder_layers": 1,
+        "+model.decoder_layers": 1, "+model.encoder_embed_dim": 16, "+model.encoder_attention_heads": 2,
+        "+model.decoder_attention_heads": 2, "+model.encoder_ffn_embed_dim": 32, "+model.qkv": "joint",
+        "criterion": "label_smoothed_cross_entropy", "optimizer": "adam", "lr_scheduler": "fixed",
+        "optimization.max_update": 2, "optimization.lr": "[0.01]", "dataset.batch_size": 16, "dataset.num_workers": 0,
+        "checkpoint.save_dir": tmp_path / "hydra", "hydra.run.dir": tmp_path,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "fairseq_cli.hydra_train", *(f"{key}={value}" for key, value in settings.items())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    state = torch.load(tmp_path / "hydra" / "checkpoint_last.pt", map_location="cpu")["model"]
+    assert state["encoder.layers.0.self_attn.q_proj.parametrizations.weight.0.u"].numel() == 3 * 16
