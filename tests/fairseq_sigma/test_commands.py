@@ -58,12 +58,16 @@ def test_two_processes_are_the_run_with_one(train, backend, corpus, tmp_path):
 @pytest.mark.parametrize("precision", ["--amp", "--fp16", "--bf16"])
 def test_mixed_precision_follows_sigma(train, precision):
     """u and v belong to the weights of the step: one power iteration from convergence, not one step behind."""
-    state = train("mixed", SIGMA, 5, precision, *(["--fp16-no-flatten-grads"] if precision == "--fp16" else []))["model"]
+    state = train("mixed", SIGMA, 5, precision, *(["--fp16-no-flatten-grads"] if precision == "--fp16" else []))[
+        "model"
+    ]
     for key, W in state.items():
         if key.endswith("original"):
             u, v = (state[key.replace("original", f"0.{x}")] for x in "uv")
             assert u.dtype == v.dtype == torch.float32
-            torch.testing.assert_close(v[0], torch.nn.functional.normalize(W.float().T @ u, dim=0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                v[0], torch.nn.functional.normalize(W.float().T @ u, dim=0), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_generation_folds_and_incremental_decoding_agrees(train, generate, tmp_path):
@@ -96,7 +100,18 @@ def test_export_loads_in_stock_fairseq_with_equal_outputs(train, generate, resid
     batch = (torch.tensor([[4, 5, 6, 7, 8, 2]]), torch.tensor([6]), torch.tensor([[2, 4, 5, 6]]))
     torch.testing.assert_close(exported.eval()(*batch)[0], mine.eval()(*batch)[0], rtol=1e-3, atol=1e-3)
     if residual == "post-ln":  # the whole command, in a process that has never seen the plugin
-        command = [sys.executable, "-m", "fairseq_cli.generate", corpus, "--path", theirs, "--beam", 5, "--max-len-b", 12]
+        command = [
+            sys.executable,
+            "-m",
+            "fairseq_cli.generate",
+            corpus,
+            "--path",
+            theirs,
+            "--beam",
+            5,
+            "--max-len-b",
+            12,
+        ]
         command += ["--cpu", "--batch-size", 20, "--required-batch-size-multiple", 1]
         out = subprocess.run([*map(str, command)], capture_output=True, text=True)
         assert out.returncode == 0, out.stderr[-2000:]
@@ -116,7 +131,9 @@ def test_export_refuses_what_stock_fairseq_has_no_model_for(train, tmp_path):
 def test_averaged_checkpoints_generate(train, generate, tmp_path):
     a, b = train("a", SIGMA, 20), train("b", SIGMA, 25)
     (tmp_path / "mean").mkdir()
-    mean = {key: (value + b["model"][key]) / 2 for key, value in a["model"].items()}  # as scripts/average_checkpoints.py
+    mean = {
+        key: (value + b["model"][key]) / 2 for key, value in a["model"].items()
+    }  # as scripts/average_checkpoints.py
     torch.save({**a, "model": mean}, tmp_path / "mean" / "checkpoint_last.pt")
     assert len(generate("mean")) == 43
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "mean" / "checkpoint_last.pt")])

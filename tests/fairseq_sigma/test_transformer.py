@@ -24,7 +24,12 @@ for letter in "abcdefgh":
 def namespace(**overrides):
     from argparse import Namespace
 
-    sizes = {"encoder_embed_dim": 16, "encoder_ffn_embed_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {
+        "encoder_embed_dim": 16,
+        "encoder_ffn_embed_dim": 32,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
     return Namespace(**{**sizes, "dropout": 0.0, **overrides})
 
 
@@ -68,7 +73,9 @@ def test_every_arch_has_the_sizes_of_the_paper(depth, family, residual, reparam)
     ARCH_CONFIG_REGISTRY[f"{family}_{depth}l"](args)
     assert (args.residual, args.reparam) == (residual, reparam)
     for side in ("encoder", "decoder"):
-        sizes = [getattr(args, f"{side}_{what}") for what in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")]
+        sizes = [
+            getattr(args, f"{side}_{what}") for what in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
+        ]
         assert sizes == [depth, 512, 2048, 8]
         assert getattr(args, f"{side}_normalize_before") == (residual == "pre-ln")
 
@@ -131,10 +138,14 @@ def test_deepnorm_layer_follows_its_equation():
 
 
 def test_deepnorm_scales_the_initial_weights_of_v_out_and_feed_forward():
-    plain, scaled = (build(f"{arch}_transformer_18l", encoder_layers=3, decoder_layers=5) for arch in ("postln", "deepnorm"))
+    plain, scaled = (
+        build(f"{arch}_transformer_18l", encoder_layers=3, decoder_layers=5) for arch in ("postln", "deepnorm")
+    )
     betas = {side: getattr(deepnorm_scales(3, 5), side).beta for side in ("encoder", "decoder")}
     for (name, a), b in zip(plain.state_dict().items(), scaled.state_dict().values(), strict=True):
-        touched = ".layers." in name and name.endswith(tuple(f"{m}.weight" for m in ("v_proj", "out_proj", "fc1", "fc2")))
+        touched = ".layers." in name and name.endswith(
+            tuple(f"{m}.weight" for m in ("v_proj", "out_proj", "fc1", "fc2"))
+        )
         torch.testing.assert_close(b, a * betas[name.split(".")[0]] if touched else a)
 
 
@@ -182,10 +193,14 @@ def test_wrong_settings_are_named(overrides, message):
 @pytest.mark.parametrize(
     "arch, other, message",
     [
-        ("sigma_transformer_6l", {"reparam": "none"}, "holds plain weights and the model is reparametrised: use --reparam none"),
+        ("sigma_transformer_6l", {"reparam": "none"}, "holds plain weights and the model is reparametrised: use"),
         ("deepnorm_transformer_6l", {"reparam": "sigma"}, "the checkpoint is reparametrised and the model is not"),
         ("sigma_transformer_6l", {"encoder_layers": 4}, "has 4 encoder layers and the model 6"),
-        ("sigma_transformer_6l", {"encoder_ffn_embed_dim": 64}, r"fc\d.*: the checkpoint has shape .*64.*, the model .*32"),
+        (
+            "sigma_transformer_6l",
+            {"encoder_ffn_embed_dim": 64},
+            r"fc\d.*: the checkpoint has shape .*64.*, the model .*32",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_arch_is_refused_in_one_line(arch, other, message):

@@ -1,0 +1,83 @@
+"""Two gloo processes against one: the same parameters, u and v on every rank and as in the run with the whole batch."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from stable_core import SigmaReparamConfig, sigma_reparam
+
+STEPS, WORLD = 5, 2
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.k_proj, self.v_proj, self.q_proj = (nn.Linear(70, 70) for _ in range(3))
+        self.packed = nn.MultiheadAttention(70, 2, batch_first=True)
+
+    def forward(self, x):
+        x = nn.functional.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        return self.packed(x, x, x)[0]
+
+
+def build(qkv: str) -> nn.Module:
+    torch.manual_seed(0)
+    return sigma_reparam(nn.Sequential(Attention(), nn.Linear(70, 71)), SigmaReparamConfig(qkv=qkv))
+
+
+def train(model: nn.Module, rank: int | None) -> None:
+    """Two forwards before each backward, between which DDP broadcasts the buffers; every rank sees its half."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        x = torch.randn(2 * WORLD, 6, 70, generator=generator)
+        if rank is not None:
+            x = x.chunk(WORLD)[rank]
+        loss = model(x).square().mean() + model(2 * x).sin().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def worker(rank: int, engine: str, qkv: str, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    model = build(qkv)
+    if engine == "ddp":
+        train(nn.parallel.DistributedDataParallel(model), rank)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        train(model, rank)
+    state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
+    torch.save(state, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("qkv", ["separate", "joint"])
+def test_two_processes_are_one(engine, qkv, tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, (engine, qkv, port, str(tmp_path)), nprocs=WORLD)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    alone = build(qkv)
+    untrained = copy.deepcopy(alone.state_dict())
+    train(alone, None)
+    for key, value in alone.state_dict().items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5)
+        assert key.endswith("bias") or not torch.allclose(value, untrained[key], atol=1e-6), f"{key} did not move"
