@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .sigma_reparam import JointMember, SigmaReparam, refuse_plain_weight
-from .targets import QKV_NAMES
+from .sigma_reparam import JointMember, SigmaReparam, SigmaReparamConfig, refuse_plain_weight
+from .targets import QKV_NAMES, Group, Target
 
 _ORIGINAL = re.compile(r"(?P<layer>.*?)parametrizations\.(?P<tensor>[^.]+)\.original(?P<weight_norm>0?)")
 
@@ -67,59 +68,48 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError("nothing to fold: the state dict holds no '...parametrizations.weight.original'")
     folded = {key: value for key, value in state.items() if "parametrizations." not in key}
     for name, match in originals.items():
-        prefix = f"{match['layer']}parametrizations.{match['tensor']}."
         if match["weight_norm"]:
-            g, W = state[f"{prefix}original0"], state[f"{prefix}original1"]
-            folded[name] = g * W / W.norm(dim=[d for d in range(W.ndim) if g.shape[d] == 1], keepdim=True)
-        elif f"{prefix}0.gamma" in state:
-            folded.update(_fold_group(state, name, prefix, originals))
+            g, W = (state[f"{_prefix(match)}original{i}"] for i in (0, 1))
+            folded[name] = torch._weight_norm(W, g, dim=0 if len(g) > 1 else 1)
+        elif f"{_prefix(match)}0.gamma" in state:
+            folded.update(_fold_group(state, name, originals))
     return folded
 
 
-def _fold_group(
-    state: Mapping[str, Tensor], name: str, prefix: str, originals: Mapping[str, re.Match]
-) -> dict[str, Tensor]:
-    gamma, u, v = (state[f"{prefix}0.{part}"].float() for part in ("gamma", "u", "v"))
+def _fold_group(state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match]) -> dict[str, Tensor]:
+    """The folded weights of the sigma that is kept at `name`, by way of the module that trained them."""
+    kept = {part: state[f"{_prefix(originals[name])}0.{part}"] for part in ("gamma", "u", "v")}
     names = [name]
-    if u.numel() > max(state[_original_key(originals[name])].shape[:2]):  # one sigma over several layers
-        names = _joint_names(name, u.numel(), state, originals)
-    weights = [state[_original_key(originals[n])] for n in names]
-    matrices = [W.float().flatten(1) for W in weights]
-    # HF's Conv1D stores (in, out). A square one cannot be told by its shape, but u and v fit only one way around.
-    stacked, flipped = torch.cat(matrices), torch.cat([W.T for W in matrices])
-    transposed = stacked.shape != (u.numel(), v.shape[1]) or (
-        stacked.shape[0] == stacked.shape[1] and _sigmas(flipped, u, v).sum() > _sigmas(stacked, u, v).sum()
-    )
-    stacked = flipped if transposed else stacked
-    rows = torch.tensor(_rows(u.numel(), len(v)))
-    W_hat = stacked * (gamma / _sigmas(stacked, u, v)).repeat_interleave(rows)[:, None]
-    parts = W_hat.split([W.shape[1 if transposed else 0] for W in matrices])
-    return {
-        n: (part.T if transposed else part).reshape(W.shape).to(W.dtype)
-        for n, part, W in zip(names, parts, weights, strict=True)
-    }
+    if len(kept["u"]) > max(state[f"{_prefix(originals[name])}original"].shape[:2]):
+        names = _joint_names(name, len(kept["u"]), state, originals)
+    members = [SimpleNamespace(original=state[f"{_prefix(originals[n])}original"]) for n in names]
+    transposed = _is_transposed(members[0].original, kept["u"].float(), kept["v"].float())
+    third = len(kept["u"]) // 3
+    rows = {1: [len(kept["u"])], 2: [2 * third, third], 3: [third] * 3}[len(kept["gamma"])]
+    targets = [Target(member, n, "original", transposed) for member, n in zip(members, names, strict=True)]
+    parametrization = SigmaReparam(Group(targets, rows), SigmaReparamConfig())
+    parametrization.attach(members)
+    parametrization.load_state_dict(kept)
+    return dict(zip(names, (W_hat.detach() for W_hat in parametrization.scaled_weights()), strict=True))
 
 
-def _rows(out_features: int, blocks: int) -> list[int]:
-    third = out_features // 3
-    return {1: [out_features], 2: [2 * third, third], 3: [third] * 3}[blocks]
-
-
-def _sigmas(W: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    parts = zip(W.split(_rows(len(u), len(v))), u.split(_rows(len(u), len(v))), v, strict=True)
-    return torch.stack([torch.dot(u_b, torch.mv(W_b, v_b)) for W_b, u_b, v_b in parts])
+def _is_transposed(W: Tensor, u: Tensor, v: Tensor) -> bool:
+    """Whether W is (in, out), as HF's Conv1D has it. u and v fit a square one only one way around."""
+    if len(v) == 1 and W.ndim == 2 and W.shape[0] == W.shape[1] == len(u):
+        return bool((u @ W.float().T @ v[0]).abs() > (u @ W.float() @ v[0]).abs())
+    return W.flatten(1).shape[1] != v.shape[1]
 
 
 def _joint_names(name: str, rows: int, state: Mapping[str, Tensor], originals: Mapping[str, re.Match]) -> list[str]:
-    """The weights over which the sigma kept at `name` was taken: its siblings in an attention module."""
+    """The weights over which the sigma kept at `name` was taken: q, k and v of its attention, or q and k."""
     for group in QKV_NAMES:
         for leaf in group:
             if f".{leaf}." in f".{name}.":
                 siblings = [f".{name}.".replace(f".{leaf}.", f".{other}.")[1:-1] for other in group]
-                outs = [state[_original_key(originals[s])].shape[0] for s in siblings]
-                return siblings if sum(outs) == rows else siblings[:2]
+                outputs = sum(len(state[f"{_prefix(originals[sibling])}original"]) for sibling in siblings)
+                return siblings if outputs == rows else siblings[:2]
     raise ValueError(f"{name}: its u has {rows} entries, more than its weight has outputs")
 
 
-def _original_key(match: re.Match) -> str:
-    return f"{match['layer']}parametrizations.{match['tensor']}.original"
+def _prefix(match: re.Match) -> str:
+    return f"{match['layer']}parametrizations.{match['tensor']}."

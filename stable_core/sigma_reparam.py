@@ -89,14 +89,14 @@ class _ScaleBySigma(torch.autograd.Function):
                 return g_sigma * torch.outer(left, right).to(W.dtype), None, None, None, None
             G32 = G.float()
             scale = gamma.float() / sigma
-            overlap = (G32 * W.float()).sum()
+            overlap = torch.dot(G32.reshape(-1), W.float().reshape(-1))
             d_gamma = (overlap / sigma).expand_as(gamma).to(gamma.dtype) if ctx.needs_input_grad[1] else None
             d_W = G32 * scale
             if not ctx.stop_gradient:
                 d_sigma = -overlap * scale / sigma
                 if g_sigma is not None:
                     d_sigma = d_sigma + g_sigma
-                d_W = torch.addr(d_W, d_sigma * left, right)
+                d_W = d_W.addr_(d_sigma * left, right)  # in place: a second matrix costs more than the sum
             return d_W.to(W.dtype), d_gamma, None, None, None
 
 

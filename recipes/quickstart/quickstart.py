@@ -20,13 +20,14 @@ from pathlib import Path
 import matplotlib
 from num2words import num2words
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
+LOG_INTERVAL = 5
 SIZES = {"train": 12_000, "valid": 200, "test": 200}
 
 
@@ -46,11 +47,16 @@ RUNS = (
 )
 
 
-def fairseq(tool: str, *args, cwd: Path | None = None) -> subprocess.Popen:
+running: list[subprocess.Popen] = []
+
+
+def fairseq(tool: str, *args) -> subprocess.Popen:
     """One fairseq command on one thread: two threads of two runs on two cores would wait for each other."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", f"fairseq_cli.{tool}", *map(str, args)]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running.append(process)
+    return process
 
 
 def finish(process: subprocess.Popen, what: str) -> str:
@@ -103,7 +109,7 @@ def train(run: Run, data: Path, out: Path, steps: int, seed: int, report) -> dic
             "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
             "--batch-size", 48, "--max-update", steps, "--num-workers", 0, "--disable-validation",
             "--save-dir", folder, "--save-interval-updates", 50, "--keep-interval-updates", 1, "--no-epoch-checkpoints",
-            "--log-format", "json", "--log-interval", 5, "--log-file", log,
+            "--log-format", "json", "--log-interval", LOG_INTERVAL, "--log-file", log,
         )  # fmt: skip
         tail = ""
         for line in process.stdout:
@@ -144,15 +150,78 @@ def translate(run: Run, data: Path, out: Path, seed: int) -> Translations:
     return Translations(float(re.search(r"BLEU4? = ([\d.]+)", output)[1]), pairs)
 
 
-def plot(curves: dict[Run, dict[int, float]], path: Path) -> None:
+Result = tuple[dict[int, float], Translations]  # loss by update, and the test set
+
+
+def plot(results: dict[tuple[Run, int], Result], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for run, curve in curves.items():
-        axes.plot(curve.keys(), curve.values(), label=f"{run.label}, lr {run.lr:g}", color=run.color)
+    first = min(seed for _, seed in results)
+    for (run, seed), (curve, _) in results.items():
+        label = f"{run.label}, lr {run.lr:g}" if seed == first else None
+        axes.plot(curve.keys(), curve.values(), label=label, color=run.color, linewidth=1.2)
     axes.set(xlabel="update", ylabel="training loss, nats per letter", ylim=(0, 3.6))
-    axes.set_title("18L-18L translation of number words: only plain post-LN does not train", fontsize=10)
+    axes.set_title("18L-18L translation of number words", fontsize=10)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
+
+
+def table(results: dict[tuple[Run, int], Result], seeds: list[int]) -> Table:
+    table = Table("", "learning rate", "training loss", "BLEU (letters)", "numbers right")
+    table.title = f"{SIZES['test']} held-out numbers, beam 5" + (
+        f", seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+    )
+    for run in RUNS:
+        curves, translations = zip(*(results[run, seed] for seed in seeds), strict=True)
+        table.add_row(
+            run.label,
+            f"{run.lr:g}",
+            " / ".join(f"{curve[max(curve)]:.2f}" for curve in curves),
+            " / ".join(f"{t.bleu:.1f}" for t in translations),
+            " / ".join(f"{t.exact:.0%}" for t in translations),
+        )
+    return table
+
+
+def show_translations(run: Run, translations: Translations, console: Console) -> None:
+    console.print(f"Ten translations by {run.label}:")
+    for source, reference, translation in translations.pairs[:10]:
+        if translation == reference:
+            console.print(f"  [green]✓[/] {source} -> {translation}", highlight=False)
+        else:
+            console.print(f"  [red]✗[/] {source} -> {translation} ({reference})", highlight=False)
+
+
+def run_all(args: argparse.Namespace, data: Path, console: Console) -> dict[tuple[Run, int], Result]:
+    """Trains and translates, as many runs at a time as there are cores, with a progress bar each."""
+    columns = ("{task.description:28}", BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[note]}")
+    workers = max(1, min(len(RUNS), os.cpu_count() or 1))
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
+
+        def one(run: Run, seed: int, task) -> Result:
+            def report(curve: dict[int, float]) -> None:
+                if curve:
+                    progress.update(task, completed=max(curve), note=f"loss {curve[max(curve)]:.2f}")
+
+            progress.start_task(task)
+            curve = train(run, data, args.out, args.steps, seed, report)
+            progress.update(task, note=f"loss {curve[max(curve)]:.2f}, translating")
+            translations = translate(run, data, args.out, seed)
+            progress.update(task, note=f"loss {curve[max(curve)]:.2f}, BLEU {translations.bleu:.1f}")
+            return curve, translations
+
+        jobs = {}
+        for seed in args.seeds:
+            for run in RUNS:
+                task = progress.add_task(f"{run.label}, seed {seed}", total=args.steps, start=False, note="")
+                jobs[run, seed] = pool.submit(one, run, seed, task)
+        try:
+            return {key: job.result() for key, job in jobs.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
 
 
 def main() -> int:
@@ -160,69 +229,20 @@ def main() -> int:
         description=__doc__.splitlines()[0], prog="python -m recipes.quickstart.quickstart"
     )
     parser.add_argument("--steps", type=int, default=240, help="updates of each run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="(default: 1; README.md's figure: 1 2 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quickstart", help="(default: runs/quickstart)")
     args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: allowed are whole numbers from 1")
+    if args.steps < LOG_INTERVAL:
+        parser.error(f"--steps {args.steps}: allowed are whole numbers from {LOG_INTERVAL}")
     console = Console()
-    console.print(f"[bold]18L-18L, {args.steps} updates, seed {args.seed}[/]; everything goes to {args.out}")
-    data = prepare(args.out)
-    columns = (
-        TextColumn("{task.description:20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with (
-        Progress(*columns, console=console) as progress,
-        ThreadPoolExecutor(max(1, min(len(RUNS), os.cpu_count() or 1))) as pool,
-    ):
-
-        def one(run: Run, task) -> tuple[dict[int, float], Translations]:
-            def report(curve: dict[int, float]) -> None:
-                if curve:
-                    step = max(curve)
-                    progress.update(task, completed=step, note=f"loss {curve[step]:.2f}")
-
-            progress.start_task(task)
-            curve = train(run, data, args.out, args.steps, args.seed, report)
-            progress.update(task, note=f"loss {curve[max(curve)]:.2f}, translating")
-            translations = translate(run, data, args.out, args.seed)
-            progress.update(task, note=f"loss {curve[max(curve)]:.2f}, BLEU {translations.bleu:.1f}")
-            return curve, translations
-
-        jobs = {
-            run: pool.submit(one, run, progress.add_task(run.label, total=args.steps, start=False, note=""))
-            for run in RUNS
-        }
-        results = {run: job.result() for run, job in jobs.items()}
-
-    table = Table(
-        "", "learning rate", "training loss", "BLEU (letters)", "numbers right", title="200 held-out numbers, beam 5"
-    )
-    for run, (curve, translations) in results.items():
-        table.add_row(
-            run.label,
-            f"{run.lr:g}",
-            f"{curve[max(curve)]:.2f}",
-            f"{translations.bleu:.1f}",
-            f"{translations.exact:.0%}",
-        )
-    console.print(table)
-    best = RUNS[-1]
-    console.print(f"Ten translations by {best.label}:")
-    for source, reference, translation in results[best][1].pairs[:10]:
-        mark = "[green]✓[/]" if translation == reference else "[red]✗[/]"
-        console.print(
-            f"  {mark} {source} -> {translation}" + ("" if translation == reference else f"  ({reference})"),
-            highlight=False,
-        )
+    console.print(f"[bold]18L-18L, {args.steps} updates[/]; everything goes to {args.out}")
+    results = run_all(args, prepare(args.out), console)
+    console.print(table(results, args.seeds))
+    show_translations(RUNS[-1], results[RUNS[-1], args.seeds[0]][1], console)
     picture = args.out / "quickstart.png"
-    plot({run: curve for run, (curve, _) in results.items()}, picture)
+    plot(results, picture)
     console.print(
-        f"\nThe curves: {picture}\nNext: recipes/wmt17_en_de/README.md trains on sentences; README.md shows your own model."
+        f"\nThe curves: {picture}\nNext: recipes/wmt17_en_de/README.md trains on sentences, README.md on your own model."
     )
     return 0
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
+from fairseq_sigma import average
 from stable_core import fold
 
 from .conftest import USER_DIR, call
@@ -131,16 +132,26 @@ def test_export_refuses_what_stock_fairseq_has_no_model_for(train, tmp_path):
 def test_averaged_checkpoints_generate(train, generate, tmp_path):
     a, b = train("a", SIGMA, 20), train("b", SIGMA, 25)
     (tmp_path / "mean").mkdir()
-    mean = {
-        key: (value + b["model"][key]) / 2 for key, value in a["model"].items()
-    }  # as scripts/average_checkpoints.py
-    torch.save({**a, "model": mean}, tmp_path / "mean" / "checkpoint_last.pt")
+    paths = [str(tmp_path / name / "checkpoint_last.pt") for name in ("a", "b", "mean")]
+    assert average.main(paths) == 0
     assert len(generate("mean")) == 43
-    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "mean" / "checkpoint_last.pt")])
-    for key, W in fold(model).named_parameters():
-        gamma = key.replace(".weight", ".parametrizations.weight.0.gamma")
-        if gamma != key and gamma in mean:
-            assert torch.linalg.svdvals(W.detach())[0] == pytest.approx(abs(mean[gamma].item()), rel=2e-3), key
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task(paths[2:])
+    model.load_state_dict(torch.load(paths[2])["model"])
+    checked = 0
+    for name, module in fold(model).named_modules():
+        kept = f"{name}.parametrizations.weight"
+        if f"{kept}.original" in a["model"]:
+            W, gamma = ((a["model"][f"{kept}.{x}"] + b["model"][f"{kept}.{x}"]) / 2 for x in ("original", "0.gamma"))
+            torch.testing.assert_close(module.weight, W * gamma / torch.linalg.svdvals(W)[0], rtol=2e-3, atol=1e-4)
+            checked += 1
+    assert checked == 2 * 6 + 2 * 10
+
+
+def test_averaging_refuses_different_models(train, tmp_path, capsys):
+    train("a", SIGMA, 1)
+    train("b", SIGMA, 1, "--encoder-layers", 1)
+    assert average.main([str(tmp_path / name / "checkpoint_last.pt") for name in "ab"] + [str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "average: checkpoint 2 is not of the same model as the first\n"
 
 
 def test_validate_interactive_and_score(train, generate, corpus, tmp_path, capsys, monkeypatch):

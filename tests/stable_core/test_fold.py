@@ -84,6 +84,18 @@ def test_a_saved_state_dict_folds_the_same(trained):
     torch.testing.assert_close(plain(x), trained(x), rtol=1e-5, atol=1e-5)
 
 
+def test_an_average_of_state_dicts_folds_to_what_the_model_makes_of_it():
+    def state(seed):
+        torch.manual_seed(seed)
+        return sigma_reparam(Model()).state_dict()
+
+    mean = {key: (a + b) / 2 for (key, a), b in zip(state(1).items(), state(2).values(), strict=True)}
+    model, plain, x = sigma_reparam(Model()), Model(), torch.randn(4, 9, 6)
+    model.load_state_dict(mean)
+    plain.load_state_dict(fold_state_dict(mean))
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_the_command_line_folds_a_checkpoint(trained, tmp_path):
     torch.save({"model": trained.state_dict(), "step": 3}, tmp_path / "checkpoint.pt")
     command = [sys.executable, "-m", "stable_core.fold", str(tmp_path / "checkpoint.pt"), str(tmp_path / "plain.pt")]

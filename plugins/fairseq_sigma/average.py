@@ -1,0 +1,49 @@
+"""`python -m fairseq_sigma.average CHECKPOINT [CHECKPOINT ...] OUT`: the mean of checkpoints of one run, for fairseq-generate.
+
+What fairseq's scripts/average_checkpoints.py does, which is not in its package and cannot read its checkpoints with today's
+torch. W and gamma are averaged; u and v are too, and found afresh for the averaged W when the model loads them.
+"""
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+import fairseq_sigma  # noqa: F401  mends torch.load for fairseq's checkpoints
+
+
+def average(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of state dicts, taken in fp32 and kept in each tensor's dtype.
+
+    Raises:
+        ValueError: they are not of one model.
+    """
+    first = states[0]
+    for number, state in enumerate(states[1:], start=2):
+        if state.keys() != first.keys() or any(state[key].shape != first[key].shape for key in first):
+            raise ValueError(f"checkpoint {number} is not of the same model as the first")
+    return {
+        key: torch.stack([state[key].float() for state in states]).mean(dim=0).to(value) for key, value in first.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fairseq_sigma.average", description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="written by fairseq-train")
+    parser.add_argument("out", type=Path, metavar="OUT", help="where the mean goes")
+    args = parser.parse_args(argv)
+    try:
+        loaded = [torch.load(path, map_location="cpu", weights_only=True) for path in args.checkpoints]
+        mean = average([checkpoint["model"] for checkpoint in loaded])
+        torch.save({**loaded[0], "model": mean, "last_optimizer_state": None}, args.out)
+    except (KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        print(f"average: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    print(f"averaged {len(loaded)} checkpoints into {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
