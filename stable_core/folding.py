@@ -26,14 +26,20 @@ def fold(model: nn.Module) -> nn.Module:
         (f"{name}.{tensor}" if name else tensor, module, tensor)
         for name, module in model.named_modules()
         if parametrize.is_parametrized(module)
-        for tensor, chain in module.parametrizations.items()
-        if isinstance(chain[0], SigmaReparam | JointMember) or hasattr(chain, "original0")
+        for tensor in module.parametrizations
+        if _is_ours(module)
     ]
     if not found:
         raise ValueError(f"{type(model).__name__}: nothing to fold, no layer of it is reparametrised")
+    inside = {id(module.parametrizations[tensor]) for _, module, tensor in found}
     for name, module, tensor in found:
-        if len(module.parametrizations[tensor]) > 1:
+        chain = module.parametrizations[tensor]
+        if len(chain) > 1:
             raise ValueError(f"{name}: another parametrization lies on top of σReparam; remove that one first")
+        if isinstance(chain[0], SigmaReparam | JointMember) and any(id(m) not in inside for m in chain[0].members()):
+            raise ValueError(
+                f"{name}: it shares its sigma with a layer outside of what is folded; fold the whole attention"
+            )
     # All before any is replaced: weights with a joint sigma need each other's originals.
     folded = [getattr(module, tensor).detach() for _, module, tensor in found]
     for (name, _, _), W_hat in zip(found, folded, strict=True):
@@ -43,6 +49,10 @@ def fold(model: nn.Module) -> nn.Module:
         _remove(module, tensor)
         getattr(module, tensor).copy_(W_hat)
     return model
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return any(hook.hook is refuse_plain_weight for hook in module._load_state_dict_pre_hooks.values())
 
 
 def _remove(module: nn.Module, tensor: str) -> None:
@@ -66,13 +76,19 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     originals = {match["layer"] + match["tensor"]: match for key in state if (match := _ORIGINAL.fullmatch(key))}
     if not originals:
         raise ValueError("nothing to fold: the state dict holds no '...parametrizations.weight.original'")
-    folded = {key: value for key, value in state.items() if "parametrizations." not in key}
+    folded = dict(state)
     for name, match in originals.items():
         if match["weight_norm"]:
             g, W = (state[f"{_prefix(match)}original{i}"] for i in (0, 1))
-            folded[name] = torch._weight_norm(W, g, dim=0 if len(g) > 1 else 1)
+            plain = {name: W * (g / W.norm(dim=[d for d in range(W.ndim) if g.shape[d] == 1], keepdim=True))}
         elif f"{_prefix(match)}0.gamma" in state:
-            folded.update(_fold_group(state, name, originals))
+            plain = _fold_group(state, name, originals)
+        else:
+            continue  # it shares the sigma of another weight, or is somebody else's parametrization
+        for done in plain:
+            for key in ("original", "original0", "original1", "0.gamma", "0.u", "0.v"):
+                folded.pop(_prefix(originals[done]) + key, None)
+        folded.update(plain)
     return folded
 
 
@@ -80,7 +96,7 @@ def _fold_group(state: Mapping[str, Tensor], name: str, originals: Mapping[str, 
     """The folded weights of the sigma that is kept at `name`, by way of the module that trained them."""
     kept = {part: state[f"{_prefix(originals[name])}0.{part}"] for part in ("gamma", "u", "v")}
     names = [name]
-    if len(kept["u"]) > max(state[f"{_prefix(originals[name])}original"].shape[:2]):
+    if len(kept["u"]) * kept["v"].shape[1] > state[f"{_prefix(originals[name])}original"].numel():
         names = _joint_names(name, len(kept["u"]), state, originals)
     members = [SimpleNamespace(original=state[f"{_prefix(originals[n])}original"]) for n in names]
     transposed = _is_transposed(members[0].original, kept["u"].float(), kept["v"].float())
@@ -90,7 +106,8 @@ def _fold_group(state: Mapping[str, Tensor], name: str, originals: Mapping[str, 
     parametrization = SigmaReparam(Group(targets, rows), SigmaReparamConfig())
     parametrization.attach(members)
     parametrization.load_state_dict(kept)
-    return dict(zip(names, (W_hat.detach() for W_hat in parametrization.scaled_weights()), strict=True))
+    weights = parametrization.scaled_weights(parametrization.originals())
+    return {n: W_hat.detach() for n, W_hat in zip(names, weights, strict=True)}
 
 
 def _is_transposed(W: Tensor, u: Tensor, v: Tensor) -> bool:

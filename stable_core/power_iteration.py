@@ -40,7 +40,7 @@ def top_singular_vectors(W: Tensor) -> tuple[Tensor, Tensor]:
     if min(W.shape) <= EXACT_UP_TO:
         u, _, v = torch.linalg.svd(W, full_matrices=False)
         return u[:, 0], v[0]
-    v = torch.randn(W.shape[1], generator=torch.Generator().manual_seed(0)).to(W.device)
+    v = torch.randn(W.shape[1], generator=torch.Generator().manual_seed(0), dtype=W.dtype).to(W.device)
     for _ in range(MAX_RESTARTS):
         basis, images = [v / v.norm()], []  # orthonormal columns Q and W Q
         for _ in range(KRYLOV_STEPS):

@@ -7,15 +7,17 @@ pass, so evaluation, gradient accumulation and activation checkpointing leave th
 function, and a checkpoint written between two steps resumes bitwise.
 """
 
+import functools
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .power_iteration import matvec, power_iteration, top_singular_vectors
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
@@ -60,6 +62,11 @@ class SigmaReparamConfig:
                 raise ValueError(f"{field.name} = {getattr(self, field.name)!r}: kind = 'weight' has no such setting")
 
 
+def _full_precision(W: Tensor):
+    """No autocast; the meta device, on which shapes are tried out, has none to switch off."""
+    return nullcontext() if W.is_meta else torch.autocast(W.device.type, enabled=False)
+
+
 class _ScaleBySigma(torch.autograd.Function):
     """(W, gamma) -> (gamma / sigma * W, sigma), sigma = left^T W right, in fp32 whatever autocast says.
 
@@ -70,7 +77,7 @@ class _ScaleBySigma(torch.autograd.Function):
 
     @staticmethod
     def forward(W: Tensor, gamma: Tensor, left: Tensor, right: Tensor, stop_gradient: bool) -> tuple[Tensor, Tensor]:
-        with torch.autocast(W.device.type, enabled=False):
+        with _full_precision(W):
             W32 = W.float()
             sigma = torch.dot(left, torch.mv(W32, right))
             return (W32 * (gamma.float() / sigma)).to(W.dtype), sigma
@@ -84,9 +91,10 @@ class _ScaleBySigma(torch.autograd.Function):
     @staticmethod
     def backward(ctx, G: Tensor | None, g_sigma: Tensor | None):
         W, gamma, left, right, sigma = ctx.saved_tensors
-        with torch.autocast(W.device.type, enabled=False):
+        with _full_precision(W):
             if G is None:
-                return g_sigma * torch.outer(left, right).to(W.dtype), None, None, None, None
+                d_W = None if ctx.stop_gradient else (g_sigma * torch.outer(left, right)).to(W.dtype)
+                return d_W, None, None, None, None
             G32 = G.float()
             scale = gamma.float() / sigma
             overlap = torch.dot(G32.reshape(-1), W.float().reshape(-1))
@@ -114,11 +122,12 @@ class SigmaReparam(nn.Module):
         super().__init__()
         self.rows, self.transposed, self.config = group.rows, group.members[0].transposed, config
         self.index = group.leader  # which of the weights it is registered on
-        self._originals: tuple[parametrize.ParametrizationList, ...] = ()
+        self._members: tuple[parametrize.ParametrizationList, ...] = ()
         weight, stacked = group.members[0].weight, join([target.matrix for target in group.members])
-        self.register_buffer("u", torch.empty(stacked.shape[0], device=weight.device))
-        self.register_buffer("v", torch.empty(len(self.rows), stacked.shape[1], device=weight.device))
-        gamma = torch.ones(len(self.rows), device=weight.device)
+        fp32 = {"device": weight.device, "dtype": torch.float32}
+        self.register_buffer("u", torch.empty(stacked.shape[0], **fp32))
+        self.register_buffer("v", torch.empty(len(self.rows), stacked.shape[1], **fp32))
+        gamma = torch.ones(len(self.rows), **fp32)
         if not weight.is_meta:
             self._converge(stacked)
             if config.gamma_init == "spectral":
@@ -132,18 +141,22 @@ class SigmaReparam(nn.Module):
 
     def attach(self, members: list[parametrize.ParametrizationList]) -> None:
         """Remembers where its weights live; a tuple, so that they do not become submodules."""
-        self._originals = tuple(members)
+        self._members = tuple(members)
+
+    def members(self) -> tuple[parametrize.ParametrizationList, ...]:
+        """Where its weights live."""
+        return self._members
 
     def originals(self) -> list[Tensor]:
         """The learned weights W, shaped as their layers have them."""
-        return [member.original for member in self._originals]
+        return [member.original for member in self._members]
 
     def forward(self, W: Tensor) -> Tensor:
-        return self.scaled_weights()[self.index]
+        # A lone weight is the one given, which in a replica of nn.DataParallel is not the one remembered.
+        return self.scaled_weights([W] if len(self._members) == 1 else self.originals())[self.index]
 
-    def scaled_weights(self) -> list[Tensor]:
+    def scaled_weights(self, originals: list[Tensor]) -> list[Tensor]:
         """W_hat of every weight, shaped as its layer has it."""
-        originals = self.originals()
         matrices = [matrix(W, self.transposed) for W in originals]
         # Clones, because DDP broadcasts buffers in place before each forward, also between a forward and its backward.
         state = zip(cut(join(matrices), self.rows), cut(self.gamma, [1] * len(self.rows)),
@@ -157,6 +170,10 @@ class SigmaReparam(nn.Module):
         """One call per change of W: u <- W v / |W v|, v <- W^T u / |W^T u|, n_power_iterations times (Algorithm 1)."""
         for W, u, v in self._blocks(self._stacked()):
             power_iteration(W, u, v, self.config.n_power_iterations)
+
+    def converge(self) -> None:
+        """Finds u and v of the present weights from nothing."""
+        self._converge(self._stacked())
 
     def sigma(self) -> Tensor:
         """The estimate u^T W v of each block's spectral norm, shape (blocks,), without gradient."""
@@ -181,18 +198,21 @@ class SigmaReparam(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # .half() and .bfloat16() must not round the state: it follows the model's device, not its dtype.
-        u, v = self.u, self.v
+        before = self.u, self.v
         super()._apply(fn, recurse)
-        if not u.is_meta:
-            self.u, self.v = u.to(self.u.device), v.to(self.v.device)
+        self.u, self.v = (
+            after.float() if state.is_meta else state.to(after.device)
+            for state, after in zip(before, (self.u, self.v), strict=True)
+        )
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.u, self.v = self.u.float(), self.v.float()
         # An average of checkpoints averages u and v too, and the result is no pair of unit vectors: find it afresh.
         norms = torch.stack([vector.norm() for vector in (*self.u.split(self.rows), *self.v)])
         if not norms.is_meta and ((norms - 1).abs() > 1e-5).any():
-            self._converge(self._stacked())
+            self.converge()
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
@@ -209,8 +229,12 @@ class JointMember(nn.Module):
         super().__init__()
         self._leader, self._index = (leader,), index
 
+    def members(self) -> tuple[parametrize.ParametrizationList, ...]:
+        return self._leader[0].members()
+
     def forward(self, W: Tensor) -> Tensor:
-        return self._leader[0].scaled_weights()[self._index]
+        leader = self._leader[0]
+        return leader.scaled_weights(leader.originals())[self._index]
 
 
 def sigma_reparam(
@@ -239,6 +263,7 @@ def sigma_reparam(
     if config.kind == "weight":
         for target in (target for group in groups for target in group.members):
             weight_norm(target.module, target.tensor_name, dim=1 if target.transposed else 0)
+            target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
         return model
     for group, leader in [(group, SigmaReparam(group, config)) for group in groups]:
         for index, target in enumerate(group.members):
@@ -261,19 +286,33 @@ def refuse_plain_weight(layer: nn.Module, state_dict, prefix: str, *_) -> None:
 # --------------------------------------------------------------------------------------------- advancing u and v
 
 _instances: "weakref.WeakSet[SigmaReparam]" = weakref.WeakSet()
-_hook = None
+_stepping: list[torch.optim.Optimizer] = []  # the outermost optimizer in its step first, then those it wraps
 
 
 def _track(instance: SigmaReparam) -> None:
-    global _hook
+    _hook_optimizers()
     _instances.add(instance)
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+@functools.cache
+def _hook_optimizers() -> None:
+    register_optimizer_step_pre_hook(_before_optimizer_step)
+    register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    if optimizer in _stepping:  # its last step ended in an exception
+        del _stepping[_stepping.index(optimizer) :]
+    _stepping.append(optimizer)
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    # A weight's version counter cannot tell that it changed: some optimizers, fairseq's Adam among them, write to `.data`.
-    advance(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    _stepping.remove(optimizer)
+    if (
+        not _stepping
+    ):  # SAM, Lookahead and ZeRO's optimizer step another one inside, and may change the weights after it
+        # A version counter cannot tell that a weight changed: some optimizers, fairseq's Adam among them, write to `.data`.
+        advance(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
 
 
 def advance(parameters: Iterable[Tensor]) -> None:
@@ -286,3 +325,15 @@ def advance(parameters: Iterable[Tensor]) -> None:
     # In the order of the parameters, which is the same on every rank: sharded weights need collectives.
     for instance in dict.fromkeys(owner[id(p)] for p in parameters if id(p) in owner):
         instance.advance()
+
+
+def converge(model: nn.Module) -> nn.Module:
+    """Finds u and v of every σReparam layer afresh, for weights that no optimizer made, and returns the model.
+
+    Call it on an exponential moving average before it is evaluated or folded: averaging u and v, or W alone, leaves them
+    no singular vectors of the averaged W. Loading an averaged state dict does it by itself.
+    """
+    for module in model.modules():
+        if isinstance(module, SigmaReparam):
+            module.converge()
+    return model

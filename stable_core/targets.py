@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -86,8 +87,13 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
         out_features, in_features = target.matrix.shape
         group = Group([target], [out_features])
         names = next((names for names in QKV_NAMES if leaf in names), ())
-        if leaf in PACKED_QKV_NAMES and out_features == 3 * in_features:
+        if leaf in PACKED_QKV_NAMES:
             met_attention = True
+            if out_features != 3 * in_features and qkv == "qk_joint":
+                raise ValueError(
+                    f"{target.name}: qkv = 'qk_joint' cannot tell v from q and k, which are not of one size"
+                )
+        if leaf in PACKED_QKV_NAMES and out_features == 3 * in_features:
             sizes = {"separate": (1, 1, 1), "joint": (3,), "qk_joint": (2, 1)}[qkv]
             group = Group([target], [size * in_features for size in sizes])
         elif names:
@@ -139,6 +145,8 @@ def _picked(model: nn.Module, filter_fn: FilterFn | None) -> list[Target]:
     for target in picked:
         if target.tensor_name not in target.module._parameters:
             raise ValueError(f"{target.name}: already reparametrised; fold it first, or leave it out with filter_fn")
+        if isinstance(target.weight, UninitializedParameter):
+            raise ValueError(f"{target.name}: a lazy layer without a weight yet; run the model once before")
         if id(target.weight) in tied:
             raise ValueError(f"{target.name}: its weight is tied to another layer's; leave it out with filter_fn")
     return picked
@@ -152,7 +160,8 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
             else:
                 yield from (Target(module, name, tensor_name) for tensor_name in QKV_NAMES[3])
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            yield Target(module, name)
+            if module.weight.is_floating_point():  # not the packed integers of a quantized layer
+                yield Target(module, name)
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': y = x W + b
             yield Target(module, name, transposed=True)
 

@@ -35,13 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="where the mean goes")
     args = parser.parse_args(argv)
     try:
-        loaded = [torch.load(path, map_location="cpu", weights_only=True) for path in args.checkpoints]
-        mean = average([checkpoint["model"] for checkpoint in loaded])
-        torch.save({**loaded[0], "model": mean, "last_optimizer_state": None}, args.out)
+        if args.out.exists():
+            raise ValueError(f"{args.out} exists: give a new file for OUT, after the checkpoints")
+        first, *others = (
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in args.checkpoints
+        )
+        mean = average([first["model"], *(other["model"] for other in others)])
+        torch.save({**first, "model": mean, "last_optimizer_state": None}, args.out)
     except (KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         print(f"average: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
-    print(f"averaged {len(loaded)} checkpoints into {args.out}")
+    print(f"averaged {len(args.checkpoints)} checkpoints into {args.out}")
     return 0
 
 

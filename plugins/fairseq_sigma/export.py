@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
-import fairseq_sigma  # noqa: F401  mends torch.load for fairseq's checkpoints
+from fairseq_sigma.transformer import SigmaTransformerModel
 from stable_core import deepnorm_scales, fold_state_dict
 
 OURS = ("residual", "reparam", "gamma_init", "qkv", "n_power_iterations", "stop_gradient", "init_std")
@@ -27,12 +28,17 @@ def export(checkpoint: dict) -> dict:
         ValueError: it is no checkpoint of this plugin, or its residual is "none".
     """
     cfg = checkpoint.get("cfg")
-    if cfg is None or "model" not in checkpoint or not hasattr(cfg["model"], "residual"):
-        raise ValueError("no checkpoint of a fairseq_sigma model: its configuration has no residual")
-    model = vars(cfg["model"])
+    if cfg is None or "model" not in checkpoint or cfg.get("model") is None:
+        raise ValueError("no checkpoint of a fairseq_sigma model: it holds no configuration of one")
+    args = argparse.Namespace(**(cfg["model"] if isinstance(cfg["model"], dict) else vars(cfg["model"])))
+    arch = getattr(args, "arch", None) or getattr(args, "_name", None)
+    if ARCH_MODEL_REGISTRY.get(arch) is not SigmaTransformerModel:
+        raise ValueError(f"no checkpoint of a fairseq_sigma model: its arch is {arch}")
+    ARCH_CONFIG_REGISTRY[arch](args)  # fairseq-hydra-train saves the overrides alone
+    model = vars(args)
     if model["residual"] == "none":
         raise ValueError("--residual none: stock fairseq has no transformer without LayerNorm to load it into")
-    state = checkpoint["model"]
+    state = dict(checkpoint["model"])
     if any("parametrizations." in key for key in state):
         state = fold_state_dict(state)
     if model["residual"] == "deepnorm":

@@ -57,7 +57,10 @@ class SigmaTransformerModel(TransformerModel):
         return Decoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
-        _check_fits(self.state_dict(), state_dict)
+        if model_cfg is None or not any(
+            getattr(model_cfg, f"{x}_layers_to_keep", None) for x in ("encoder", "decoder")
+        ):
+            _check_fits(self.state_dict(), state_dict)
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 
@@ -65,11 +68,12 @@ class SigmaTransformerModel(TransformerModel):
 def sigma_transformer(args):
     """Defaults of the family: DeepNorm and σReparam, as the paper's only stable 100L-100L model."""
     defaults = {"residual": "deepnorm", "reparam": "sigma", "gamma_init": "one", "qkv": "separate",
-                "n_power_iterations": 1, "stop_gradient": False}  # fmt: skip
+                "n_power_iterations": 1, "stop_gradient": False, "init_std": None}  # fmt: skip
+    if getattr(args, "reparam", None) in (None, "sigma", "spectral"):
+        defaults["init_std"] = 0.1
     for name, value in defaults.items():
-        setattr(args, name, getattr(args, name, None) or value)
-    reparametrised = args.reparam in ("sigma", "spectral")
-    args.init_std = getattr(args, "init_std", None) or (0.1 if reparametrised else None)
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
     for side in ("encoder", "decoder"):
         name, before = f"{side}_normalize_before", args.residual == "pre-ln"
         if getattr(args, name, before) and not before:

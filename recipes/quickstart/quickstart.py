@@ -69,7 +69,7 @@ def finish(process: subprocess.Popen, what: str) -> str:
 def prepare(out: Path) -> Path:
     """Writes the parallel text and has fairseq binarise it; returns the folder of the binarised data."""
     text, data = out / "text", out / "data"
-    if not (data / "dict.de.txt").exists():
+    if not (data / "test.en-de.de.idx").exists():  # the last file that fairseq-preprocess writes
         text.mkdir(parents=True, exist_ok=True)
         numbers = random.Random(0).sample(range(1_000_000), sum(SIZES.values()))
         for split, size in SIZES.items():
@@ -98,29 +98,28 @@ def losses(log: Path) -> dict[int, float]:
 def train(run: Run, data: Path, out: Path, steps: int, seed: int, report) -> dict[int, float]:
     folder = out / f"{run.arch}-{seed}"
     log = folder / "train.log"
-    if max(losses(log), default=0) < steps:
-        folder.mkdir(parents=True, exist_ok=True)
-        process = fairseq(
-            "train", data, "--user-dir", ROOT / "plugins/fairseq_sigma", "--arch", run.arch, "--seed", seed, "--cpu",
-            "--encoder-embed-dim", 64, "--encoder-ffn-embed-dim", 128, "--dropout", 0,
-            "--encoder-attention-heads", 4, "--decoder-attention-heads", 4,
-            "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", 0,
-            "--lr", run.lr, "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 60, "--warmup-init-lr", 1e-7,
-            "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
-            "--batch-size", 48, "--max-update", steps, "--num-workers", 0, "--disable-validation",
-            "--save-dir", folder, "--save-interval-updates", 50, "--keep-interval-updates", 1, "--no-epoch-checkpoints",
-            "--log-format", "json", "--log-interval", LOG_INTERVAL, "--log-file", log,
-        )  # fmt: skip
-        tail = ""
-        for line in process.stdout:
-            tail = line.strip() or tail
-            if "| train_inner | {" in line:
-                report(losses(log))
-        if process.wait():
-            raise RuntimeError(f"{run.label}: training failed: {tail}")
-    curve = losses(log)
-    report(curve)
-    return curve
+    if max(losses(log), default=0) > steps:
+        raise RuntimeError(f"{folder} holds a longer run: give another --out for one of {steps} updates")
+    folder.mkdir(parents=True, exist_ok=True)
+    process = fairseq(  # which goes on from its last checkpoint, and finds at once that a finished run is finished
+        "train", data, "--user-dir", ROOT / "plugins/fairseq_sigma", "--arch", run.arch, "--seed", seed, "--cpu",
+        "--encoder-embed-dim", 64, "--encoder-ffn-embed-dim", 128, "--dropout", 0,
+        "--encoder-attention-heads", 4, "--decoder-attention-heads", 4,
+        "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--clip-norm", 0,
+        "--lr", run.lr, "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 60, "--warmup-init-lr", 1e-7,
+        "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
+        "--batch-size", 48, "--max-update", steps, "--num-workers", 0, "--disable-validation",
+        "--save-dir", folder, "--save-interval-updates", 50, "--keep-interval-updates", 1, "--no-epoch-checkpoints",
+        "--log-format", "json", "--log-interval", LOG_INTERVAL, "--log-file", log,
+    )  # fmt: skip
+    tail = ""
+    for line in process.stdout:
+        tail = line.strip() or tail
+        if "| train_inner | {" in line:
+            report(losses(log))
+    if process.wait():
+        raise RuntimeError(f"{run.label}: training failed: {tail}")
+    return losses(log)
 
 
 @dataclass(frozen=True)

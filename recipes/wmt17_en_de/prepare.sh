@@ -10,12 +10,13 @@ once() { # once FILE COMMAND...: the command's output becomes FILE, whole or not
     shift
     if [ ! -s "$out" ]; then
         echo "  $(basename "$out")"
-        "$@" >"$out.part" && mv "$out.part" "$out"
+        "$@" >"$out.part" || die "$out could not be made: $* failed"
+        mv "$out.part" "$out"
     fi
 }
 
 binarise() {
-    if [ ! -s "$DATA/test.en-de.en.idx" ]; then
+    if [ ! -s "$DATA/test.en-de.de.idx" ]; then
         rm -rf "$DATA"
         fairseq-preprocess --source-lang en --target-lang de --joined-dictionary --workers "$(nproc)" \
             --trainpref "$TEXT/train" --validpref "$TEXT/valid" --testpref "$TEXT/test" --destdir "$DATA" >"$TEXT/preprocess.log" 2>&1 ||
@@ -66,11 +67,17 @@ for corpus in "${!CORPORA[@]}"; do
         curl --fail --location --continue-at - --output "$tgz.part" "$url" || die "$url could not be downloaded"
         mv "$tgz.part" "$tgz"
     fi
-    [ -s "$TEXT/orig/$corpus.de" ] || tar -xzf "$tgz" -C "$TEXT/orig"
+    if [ ! -s "$TEXT/orig/$corpus.de" ]; then # unpacked aside, so that what is there is whole
+        rm -rf "$TEXT/orig/part" && mkdir -p "$TEXT/orig/part" "$(dirname "$TEXT/orig/$corpus")"
+        tar -xzf "$tgz" -C "$TEXT/orig/part"
+        mv "$TEXT/orig/part/$corpus".* "$(dirname "$TEXT/orig/$corpus")"
+        rm -r "$TEXT/orig/part"
+    fi
 done
 
-tokenise() { sacremoses -q -l "$1" -j "$(nproc)" normalize -c tokenize -a; }
-train_tokens() { for corpus in training/europarl-v7 commoncrawl training/news-commentary-v12; do cat "$TEXT/orig/$corpus.de-en.$1"; done | tokenise "$1"; }
+# A lone carriage return inside a line would be a line end to sacremoses, and shift one side against the other.
+tokenise() { tr -d '\r' | sacremoses -q -l "$1" -j "$(nproc)" normalize -c tokenize -a; }
+train_tokens() { cat "$TEXT"/orig/{training/europarl-v7,commoncrawl,training/news-commentary-v12}.de-en."$1" | tokenise "$1"; }
 test_tokens() { sacrebleu -t "$1" -l en-de --echo "$2" | tokenise "$3"; }
 for l in en de; do
     once "$TEXT/tok.train.$l" train_tokens $l
@@ -78,6 +85,7 @@ for l in en de; do
     once "$TEXT/tok.valid.$l" test_tokens wmt16 $side $l # newstest2016
     once "$TEXT/tok.test.$l" test_tokens wmt17 $side $l  # newstest2017
 done
+[ "$(wc -l <"$TEXT/tok.train.en")" = "$(wc -l <"$TEXT/tok.train.de")" ] || die "$TEXT/tok.train.*: not as many lines in each language"
 once "$TEXT/valid.ref.de" sacrebleu -t wmt16 -l en-de --echo ref
 once "$TEXT/test.ref.de" sacrebleu -t wmt17 -l en-de --echo ref
 learn() { cat "$TEXT"/tok.train.{en,de} | subword-nmt learn-bpe -s 40000; }

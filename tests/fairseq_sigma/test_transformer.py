@@ -181,6 +181,8 @@ def test_joint_qkv_reaches_the_attention():
         ({"residual": "rezero"}, "--residual rezero: allowed are pre-ln, post-ln, deepnorm, none"),
         ({"reparam": "gamma"}, "--reparam gamma: allowed are none, sigma, spectral, weight"),
         ({"init_std": -1.0}, "--init-std -1.0: allowed are positive numbers"),
+        ({"init_std": 0.0}, "--init-std 0.0: allowed are positive numbers"),
+        ({"n_power_iterations": 0}, "n_power_iterations = 0: allowed are whole numbers from 1"),
         ({"gamma_init": "two"}, "gamma_init = 'two': allowed are 'one', 'spectral'"),
         ({"encoder_normalize_before": True}, "--encoder-normalize-before contradicts --residual deepnorm"),
     ],

@@ -32,13 +32,14 @@ class Model(nn.Module):
         self.packed = nn.MultiheadAttention(24, 2, batch_first=True)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(24, 24) for _ in range(3))
         self.c_attn, self.c_proj = Conv1D(72, 24), Conv1D(24, 24)
+        self.head = nn.Linear(24, 1)
 
     def forward(self, x):
         x = self.conv(x.transpose(1, 2)).transpose(1, 2)
         x = x + self.packed(x, x, x)[0]
         x = nn.functional.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = self.c_attn(x).split(24, dim=-1)
-        return self.c_proj(nn.functional.scaled_dot_product_attention(q, k, v))
+        return self.head(self.c_proj(nn.functional.scaled_dot_product_attention(q, k, v)))
 
 
 CONFIGS = [SigmaReparamConfig(qkv=qkv) for qkv in ("separate", "joint", "qk_joint")]
@@ -124,6 +125,36 @@ def test_the_command_line_refuses_in_one_line(content, message, tmp_path):
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "plain.pt").exists()
+
+
+@pytest.mark.parametrize("qkv", ["joint", "qk_joint"])
+def test_narrow_projections_with_a_joint_sigma(qkv):
+    layers = nn.ModuleDict({name: nn.Linear(100, 30) for name in ("q_proj", "k_proj", "v_proj")})
+    sigma_reparam(layers, SigmaReparamConfig(qkv=qkv))
+    folded = fold_state_dict(layers.state_dict())
+    for name, layer in layers.items():
+        torch.testing.assert_close(folded[f"{name}.weight"], layer.weight)
+
+
+def test_other_parametrizations_are_left_alone():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5))
+    sigma_reparam(model, filter_fn=lambda module, name: name == "1")
+    torch.nn.utils.parametrizations.orthogonal(model[0])
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    others = [key for key in model.state_dict() if not key.startswith("1.")]
+    assert set(others) - {"2." + k for k in model[2].state_dict()} <= set(fold_state_dict(model.state_dict()))
+    fold(model)
+    assert [key for key in model.state_dict() if not key.startswith("1.")] == others
+    assert not parametrize.is_parametrized(model[1])
+
+
+def test_a_part_of_a_joint_group_is_not_folded():
+    layers = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj")})
+    sigma_reparam(layers, SigmaReparamConfig(qkv="joint"))
+    before = [layer.weight.clone() for layer in layers.values()]
+    with pytest.raises(ValueError, match="weight: it shares its sigma with a layer outside of what is folded"):
+        fold(layers["q_proj"])
+    assert all(torch.equal(layer.weight, W) for layer, W in zip(layers.values(), before, strict=True))
 
 
 def test_refusals_change_nothing():

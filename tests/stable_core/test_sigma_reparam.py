@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from stable_core import SigmaReparamConfig, advance, sigma_reparam
+from stable_core import SigmaReparamConfig, advance, converge, sigma_reparam
 from stable_core.sigma_reparam import SigmaReparam
 from tests.reference import Algorithm1, numerical_gradient
 
@@ -140,14 +140,17 @@ def test_spectral_norm_baseline_has_no_gamma_to_learn():
     assert torch.linalg.svdvals(model[0].weight.detach())[0] == pytest.approx(1, rel=1e-2)
 
 
-def test_weight_norm_baseline_is_torch_s():
+def test_weight_norm_baseline_is_one_norm_per_row():
     torch.manual_seed(0)
-    ours, theirs = nn.Linear(9, 8), nn.Linear(9, 8)
-    theirs.load_state_dict(ours.state_dict())
-    sigma_reparam(ours, SigmaReparamConfig(kind="weight"))
-    torch.nn.utils.parametrizations.weight_norm(theirs)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert torch.equal(ours.weight, theirs.weight)
+    model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 1))
+    before = [layer.weight.detach().clone() for layer in model]
+    sigma_reparam(model, SigmaReparamConfig(kind="weight"))
+    for layer, W in zip(model, before, strict=True):
+        torch.testing.assert_close(layer.weight, W)
+        g = layer.parametrizations.weight.original0
+        with torch.no_grad():
+            g.mul_(3)
+            torch.testing.assert_close(layer.weight.norm(dim=1), 3 * W.norm(dim=1))
 
 
 def test_gamma_spectral_keeps_the_function():
@@ -367,9 +370,107 @@ def test_compiles_without_a_graph_break():
 
 
 def test_a_layer_used_twice_in_one_forward():
+    model, x = mlp(), torch.randn(4, 90)
+    kept = model[0].parametrizations.weight
+    slow = Algorithm1(kept.original.detach().clone().requires_grad_(), kept[0].gamma.detach(), kept[0].u, kept[0].v[0])
+    for W, layer in (
+        (kept.original, model[0]),
+        (slow.W, lambda x: nn.functional.linear(x, slow.W_hat(), model[0].bias)),
+    ):
+        (layer(x) * layer(-x).sin()).sum().backward()
+        assert W.grad is not None
+    torch.testing.assert_close(kept.original.grad, slow.W.grad, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------- optimizers and averages of others
+
+
+def count_advances(monkeypatch) -> list:
+    calls, advance = [], SigmaReparam.advance
+    monkeypatch.setattr(SigmaReparam, "advance", lambda self: (calls.append(self), advance(self)))
+    return calls
+
+
+def test_an_optimizer_around_another_advances_once(monkeypatch):
+    class Around(torch.optim.Optimizer):
+        """As SAM, Lookahead and ZeroRedundancyOptimizer are built."""
+
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure=None):
+            self.inner.step()
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.mul_(0.99)
+
+    model = mlp()
+    calls = count_advances(monkeypatch)
+    train(model, Around(torch.optim.SGD(model.parameters(), lr=0.1)), 3)
+    assert len(calls) == 3 * 2
+    # and the state belongs to the weights that the outer one left
+    for layer, kept in zip(reparametrised(model), (model[0], model[2]), strict=True):
+        W = kept.parametrizations.weight.original.detach()
+        torch.testing.assert_close(layer.v[0], nn.functional.normalize(W.T @ layer.u, dim=0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_fails_does_not_stop_the_next_from_advancing(monkeypatch):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = state(model)
-    (model(torch.randn(4, 90)) * model(torch.randn(4, 90))).sum().backward()
-    optimizer.step()
-    assert not equal(state(model), before)
+
+    def broken():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(broken)
+    calls = count_advances(monkeypatch)
+    train(model, optimizer, 2)
+    assert len(calls) == 2 * 2
+
+
+def test_an_average_of_the_weights_converges():
+    """An exponential moving average of weights and state, as timm's ModelEmaV3 keeps, has its own sigma after converge."""
+    model = mlp()
+    average = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for seed in range(20):
+        train(model, optimizer, 5, seed=seed)
+        with torch.no_grad():
+            for mean, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+                mean.lerp_(new, 0.1)
+    converge(average)
+    for layer, kept in zip(reparametrised(average), (average[0], average[2]), strict=True):
+        assert torch.linalg.svdvals(kept.weight.detach())[0] == pytest.approx(layer.gamma.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        model = sigma_reparam(nn.Linear(80, 70), SigmaReparamConfig(gamma_init="spectral"))
+        assert model(torch.randn(3, 80)).dtype == dtype
+        assert model.parametrizations.weight[0].u.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_from_the_meta_device():
+    source = mlp()
+    with torch.device("meta"):
+        model = mlp()
+        assert model(torch.empty(2, 90)).is_meta
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    x = torch.randn(4, 90)
+    assert torch.equal(model(x), source(x))
+
+
+@pytest.mark.slow
+def test_inductor_compiles_it():
+    model, twin, x = mlp(), mlp(), torch.randn(8, 90)
+    compiled = torch.compile(model, fullgraph=True)
+    for m in (compiled, twin):
+        m(x).square().mean().backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)

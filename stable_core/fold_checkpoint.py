@@ -1,0 +1,48 @@
+"""`python -m stable_core.fold CHECKPOINT OUT`: a σReparam checkpoint -> one that the plain model loads.
+
+CHECKPOINT is anything `torch.save` wrote that is or holds a state dict (under "model", "state_dict", ...); the rest of it is
+kept. Parameters of the optimizer no longer fit the folded weights: fold to serve, not to go on training.
+"""
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+from .folding import fold_state_dict
+
+
+def fold_checkpoint(checkpoint: dict) -> tuple[dict, list[str]]:
+    """Folds every state dict in it; returns the new checkpoint and the names under which they were found."""
+    if any("parametrizations." in str(key) for key in checkpoint):
+        return fold_state_dict(checkpoint), ["the state dict"]
+    places = [
+        key
+        for key, value in checkpoint.items()
+        if isinstance(value, dict) and any("parametrizations." in str(inner) for inner in value)
+    ]
+    if not places:
+        raise ValueError(f"nothing to fold: no reparametrised layer in it (it holds {', '.join(map(str, checkpoint))})")
+    return {**checkpoint, **{place: fold_state_dict(checkpoint[place]) for place in places}}, places
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m stable_core.fold", description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="written by torch.save")
+    parser.add_argument("out", type=Path, metavar="OUT", help="where the folded checkpoint goes")
+    args = parser.parse_args(argv)
+    try:
+        if args.out.exists() and args.out.samefile(args.checkpoint):
+            raise ValueError(f"{args.out}: give OUT another name than CHECKPOINT")
+        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"{args.checkpoint}: holds a {type(checkpoint).__name__}, not a state dict")
+        folded, places = fold_checkpoint(checkpoint)
+        torch.save(folded, args.out)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        print(f"fold: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    print(f"folded {', '.join(map(str, places))} of {args.checkpoint} into {args.out}")
+    return 0

@@ -1,0 +1,48 @@
+"""The quickstart: its data against numbers known by heart, and the whole command with a few updates."""
+
+import subprocess
+import sys
+
+from recipes.quickstart.quickstart import RUNS, SIZES, losses, prepare
+
+
+def test_the_parallel_text_is_number_words(tmp_path):
+    prepare(tmp_path)
+    pairs = {}
+    for split, size in SIZES.items():
+        english, german = ((tmp_path / "text" / f"{split}.{l}").read_text().splitlines() for l in ("en", "de"))
+        assert len(english) == len(german) == size
+        pairs |= dict(zip(english, german, strict=True))
+    assert len(pairs) == sum(SIZES.values())  # no test number is a training number
+    ones = {
+        "one": "ein",
+        "two": "zwei",
+        "three": "drei",
+        "four": "vier",
+        "five": "fünf",
+        "six": "sechs",
+        "seven": "sieben",
+    }
+    for english, german in pairs.items():
+        words = english.split()
+        if words[0] in ones and words[1:2] == ["hundred"]:
+            assert german.replace(" ", "").startswith(f"{ones[words[0]]}hundert")
+
+
+def test_a_log_is_read_in_nats(tmp_path):
+    (tmp_path / "log").write_text('x | INFO | train_inner | {"loss": "2.000", "num_updates": "5"}\nother\n')
+    curve = losses(tmp_path / "log")
+    assert list(curve) == [5] and abs(curve[5] - 1.386294) < 1e-5
+
+
+def test_the_command_trains_translates_and_draws(tmp_path):
+    command = [sys.executable, "-m", "recipes.quickstart.quickstart", "--steps", "5", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for run in RUNS:
+        assert run.label in done.stdout
+        assert max(losses(tmp_path / f"{run.arch}-1" / "train.log")) == 5
+    assert done.stdout.count("->") == 10
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    wrong = subprocess.run([*command[:-4], "--steps", "0"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--steps 0: allowed are whole numbers from 5" in wrong.stderr
