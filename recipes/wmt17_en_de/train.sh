@@ -24,16 +24,16 @@ FLAGS=(
 # Mixed precision that keeps fp32 weights, as sigma needs them; --fp16 would hold the weights themselves in half.
 if [ "$GPUS" -gt 0 ]; then FLAGS+=(--amp); else FLAGS+=(--cpu); fi
 if [ "$SMALL" = 1 ]; then
-    case $ARCH in sigma_*) LR=5e-3 ;; *) LR=2e-3 ;; esac
+    case $ARCH in sigma_*) LR=1e-2 ;; *) LR=5e-3 ;; esac
     # Embeddings of width 64 that are shared keep the model at the unigram level for hundreds of updates.
     for i in "${!FLAGS[@]}"; do [ "${FLAGS[i]}" != --share-decoder-input-output-embed ] || unset "FLAGS[i]"; done
     FLAGS+=(
         --encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-attention-heads 4 --decoder-attention-heads 4
-        --lr $LR --warmup-updates 100 --max-update 1100 --dropout 0 --update-freq 1
-        --validate-interval-updates 275 --save-interval-updates 275 --keep-interval-updates 4 --no-epoch-checkpoints
+        --lr $LR --warmup-updates 200 --max-update 1400 --dropout 0 --update-freq 1
+        --validate-interval-updates 350 --save-interval-updates 350 --keep-interval-updates 4 --no-epoch-checkpoints
     )
     # Two processes with a thread each are nearly twice as fast as one with two on matrices this small.
-    if [ "$GPUS" = 0 ]; then FLAGS+=(--max-tokens 2048 --distributed-world-size 2); fi
+    if [ "$GPUS" = 0 ]; then FLAGS+=(--max-tokens 1024 --distributed-world-size 2); fi
     export OMP_NUM_THREADS=1
 fi
 

@@ -13,51 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-fairseq_data = pytest.importorskip("fairseq.data")
-data_utils = fairseq_data.data_utils
+from fairseq.data import data_utils
 
 USER_DIR = Path(__file__).parents[2] / "plugins" / "fairseq_sigma"
-TRAIN = [
-    "--arch",
-    "transformer",
-    "--encoder-layers",
-    "1",
-    "--decoder-layers",
-    "1",
-    "--encoder-embed-dim",
-    "16",
-    "--decoder-embed-dim",
-    "16",
-    "--encoder-ffn-embed-dim",
-    "16",
-    "--decoder-ffn-embed-dim",
-    "16",
-    "--encoder-attention-heads",
-    "2",
-    "--decoder-attention-heads",
-    "2",
-    "--dropout",
-    "0",
-    "--optimizer",
-    "adam",
-    "--lr",
-    "0.01",
-    "--criterion",
-    "label_smoothed_cross_entropy",
-    "--batch-size",
-    "16",
-    "--num-workers",
-    "0",
-    "--eval-bleu",
-    "--eval-bleu-detok",
-    "space",
-    "--eval-bleu-args",
-    "{}",
-    "--no-epoch-checkpoints",
-    "--no-progress-bar",
-    "--cpu",
-]
+TRAIN = (
+    "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 "
+    "--encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16 --encoder-attention-heads 2 "
+    "--decoder-attention-heads 2 --dropout 0 --optimizer adam --lr 0.01 --criterion label_smoothed_cross_entropy --batch-size 16 "
+    "--num-workers 0 --eval-bleu --eval-bleu-detok space --eval-bleu-args {} --no-epoch-checkpoints "
+    "--no-progress-bar --cpu"
+).split()
 TEST_SENTENCES = 43  # not a multiple of 8
 
 

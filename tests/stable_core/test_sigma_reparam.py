@@ -466,6 +466,29 @@ def test_a_model_from_the_meta_device():
     assert torch.equal(model(x), source(x))
 
 
+def test_training_keeps_one_extra_copy_of_the_weight():
+    """W_hat, for the layer's own backward; plain autograd on Algorithm 1 keeps W / sigma as well."""
+
+    def kept(module, x) -> tuple[int, torch.Tensor]:
+        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), x)}
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = module(x)
+        return sum(storage.nbytes() for storage in storages.values()), y
+
+    x = torch.randn(2, 300)
+    plain, _ = kept(nn.Linear(300, 400), x)
+    ours, _ = kept(sigma_reparam(nn.Linear(300, 400)), x)
+    assert ours - plain <= 4 * (300 * 400 + 1000)
+
+
 @pytest.mark.slow
 def test_inductor_compiles_it():
     model, twin, x = mlp(), mlp(), torch.randn(8, 90)
