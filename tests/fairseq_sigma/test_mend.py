@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fairseq.data import data_utils
+from fairseq.data import Dictionary, data_utils
 
 USER_DIR = Path(__file__).parents[2] / "plugins" / "fairseq_sigma"
 TRAIN = (
     "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 "
     "--encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16 --encoder-attention-heads 2 "
-    "--decoder-attention-heads 2 --dropout 0 --optimizer adam --lr 0.01 --criterion label_smoothed_cross_entropy --batch-size 16 "
-    "--num-workers 0 --eval-bleu --eval-bleu-detok space --eval-bleu-args {} --no-epoch-checkpoints "
+    "--decoder-attention-heads 2 --dropout 0 --optimizer adam --lr 0.01 --criterion label_smoothed_cross_entropy "
+    "--batch-size 16 --num-workers 0 --eval-bleu --eval-bleu-detok space --eval-bleu-args {} --no-epoch-checkpoints "
     "--no-progress-bar --cpu"
 ).split()
 TEST_SENTENCES = 43  # not a multiple of 8
@@ -115,7 +115,7 @@ def test_resume_reads_the_checkpoint(resumed):
     assert checkpoint(resumed)["optimizer_history"][-1]["num_updates"] == 4
 
 
-@pytest.mark.parametrize("held", [np.float64(0.5), np.float32(0.5), np.arange(4), fairseq_data.Dictionary()], ids=type)
+@pytest.mark.parametrize("held", [np.float64(0.5), np.float32(0.5), np.arange(4), Dictionary()], ids=type)
 def test_what_other_tasks_save_can_be_read(mend, held):
     buffer = io.BytesIO()
     torch.save({"extra_state": held}, buffer)
