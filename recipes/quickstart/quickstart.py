@@ -89,8 +89,8 @@ def losses(log: Path) -> dict[int, float]:
     """Training loss in nats per letter, by update; fairseq logs it in bits."""
     curve = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        if "| train_inner | {" in line:
-            stats = json.loads(line.split("| train_inner | ")[1])
+        if line.startswith("{") and '"num_updates"' in line:
+            stats = json.loads(line)
             curve[int(stats["num_updates"])] = float(stats["loss"]) * math.log(2)
     return curve
 

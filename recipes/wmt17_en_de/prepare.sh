@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # prepare.sh: downloads, tokenises, segments and binarises WMT'17 English-German [σ, App. F].
-# SMALL=1 prepare.sh: the same from $STABLE_DATA/mt/{train,valid,test}.{en,de}, with a sentencepiece vocabulary.
+# SMALL=1 prepare.sh: the same from the short sentences of $STABLE_DATA/mt/{train,valid,test}.{en,de}, with sentencepiece.
 # A step whose output is there is not done again; remove runs/wmt17_en_de* to start over.
 source "$(dirname "$0")/common.sh"
 mkdir -p "$TEXT"
@@ -31,24 +31,32 @@ if [ "$SMALL" = 1 ]; then
     for f in "$RAW"/{train,valid,test}.{en,de}; do
         [ -s "$f" ] || die "$f is missing: set STABLE_DATA to a folder that has mt/{train,valid,test}.{en,de}"
     done
-    echo "small English-German data from $RAW"
+    echo "pairs of at most 8 words a side from $RAW"
+    short() {
+        paste -d '\t' "$RAW/$1.en" "$RAW/$1.de" | awk -F '\t' 'split($1, _, " ") <= 8 && split($2, _, " ") <= 8'
+    }
+    for split in train valid test; do
+        once "$TEXT/$split.short" short $split
+        once "$TEXT/$split.ref.en" cut -f1 "$TEXT/$split.short"
+        once "$TEXT/$split.ref.de" cut -f2 "$TEXT/$split.short"
+    done
     if [ ! -s "$TEXT/spm.model" ]; then
-        python - "$RAW" "$TEXT/spm.part" 2>"$TEXT/spm.log" <<'PY' || die "no vocabulary could be learned, see $TEXT/spm.log"
+        python - "$TEXT" 2>"$TEXT/spm.log" <<'PY' || die "no vocabulary could be learned, see $TEXT/spm.log"
 import sys
 import sentencepiece
-raw, prefix = sys.argv[1:]
-sentencepiece.SentencePieceTrainer.train(input=f"{raw}/train.en,{raw}/train.de", model_prefix=prefix, vocab_size=4000)
+text = sys.argv[1]
+files = f"{text}/train.ref.en,{text}/train.ref.de"
+sentencepiece.SentencePieceTrainer.train(input=files, model_prefix=f"{text}/spm.part", vocab_size=2000)
 PY
         mv "$TEXT/spm.part.model" "$TEXT/spm.model"
     fi
     encode() {
         python -c 'import sys, sentencepiece as s; e = s.SentencePieceProcessor(model_file=sys.argv[1]).encode
-for line in sys.stdin: print(*e(line.strip(), out_type=str))' "$TEXT/spm.model" <"$RAW/$1"
+for line in sys.stdin: print(*e(line.strip(), out_type=str))' "$TEXT/spm.model" <"$TEXT/$1"
     }
     for split in train valid test; do
-        for l in en de; do once "$TEXT/$split.$l" encode "$split.$l"; done
+        for l in en de; do once "$TEXT/$split.$l" encode "$split.ref.$l"; done
     done
-    for split in valid test; do once "$TEXT/$split.ref.de" cat "$RAW/$split.de"; done
     binarise
     exit
 fi

@@ -29,8 +29,8 @@ if [ "$SMALL" = 1 ]; then
     for i in "${!FLAGS[@]}"; do [ "${FLAGS[i]}" != --share-decoder-input-output-embed ] || unset "FLAGS[i]"; done
     FLAGS+=(
         --encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-attention-heads 4 --decoder-attention-heads 4
-        --lr $LR --warmup-updates 200 --max-update 1400 --dropout 0 --update-freq 1
-        --validate-interval-updates 350 --save-interval-updates 350 --keep-interval-updates 4 --no-epoch-checkpoints
+        --lr $LR --warmup-updates 200 --max-update 1500 --dropout 0 --update-freq 1
+        --validate-interval-updates 500 --save-interval-updates 500 --keep-interval-updates 3 --no-epoch-checkpoints
     )
     # Two processes with a thread each are nearly twice as fast as one with two on matrices this small.
     if [ "$GPUS" = 0 ]; then FLAGS+=(--max-tokens 1024 --distributed-world-size 2); fi

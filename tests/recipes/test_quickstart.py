@@ -30,7 +30,7 @@ def test_the_parallel_text_is_number_words(tmp_path):
 
 
 def test_a_log_is_read_in_nats(tmp_path):
-    (tmp_path / "log").write_text('x | INFO | train_inner | {"loss": "2.000", "num_updates": "5"}\nother\n')
+    (tmp_path / "log").write_text('{"epoch": 1, "loss": "2.000", "num_updates": "5"}\n{"train_loss": "9"}\nother\n')
     curve = losses(tmp_path / "log")
     assert list(curve) == [5] and abs(curve[5] - 1.386294) < 1e-5
 
