@@ -3,7 +3,8 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
 SMALL=${SMALL:-0}
-if [ "$SMALL" = 1 ]; then NAME=wmt17_en_de_small; else NAME=wmt17_en_de; fi
+if [ "$SMALL" = 1 ]; then NAME=wmt17_en_de_small AGAIN="SMALL=1 "; else NAME=wmt17_en_de AGAIN=; fi
+HERE=$AGAIN$(dirname "$0") # how the user calls these scripts
 RUNS=${RUNS:-$ROOT/runs}/$NAME
 TEXT=$RUNS/text # the raw and the segmented text
 DATA=$RUNS/data # binarised

@@ -6,7 +6,7 @@ source "$(dirname "$0")/common.sh"
 ARCH=$1 SEED=${2:-1}
 OUT=$RUNS/$ARCH-$SEED
 CHECKPOINT=${CHECKPOINT:-$OUT/checkpoint_best.pt}
-[ -s "$CHECKPOINT" ] || die "$CHECKPOINT is missing: run ${SMALL:+SMALL=$SMALL }$(dirname "$0")/train.sh $ARCH $SEED first"
+[ -s "$CHECKPOINT" ] || die "$CHECKPOINT is missing: run $HERE/train.sh $ARCH $SEED first"
 BPE=(--remove-bpe) && [ "$SMALL" = 1 ] && BPE=(--remove-bpe sentencepiece)
 CPU=() && [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ] && CPU=(--cpu)
 

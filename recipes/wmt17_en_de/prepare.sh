@@ -23,7 +23,7 @@ binarise() {
             die "fairseq-preprocess failed, see $TEXT/preprocess.log"
     fi
     echo "ready: $(wc -l <"$TEXT/train.en") training pairs and $(($(wc -l <"$DATA/dict.en.txt") + 4)) subwords in $DATA"
-    echo "next: ${SMALL:+SMALL=$SMALL }$(dirname "$0")/train.sh sigma_transformer_18l"
+    echo "next: $HERE/train.sh sigma_transformer_18l"
 }
 
 if [ "$SMALL" = 1 ]; then

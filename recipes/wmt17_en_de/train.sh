@@ -7,13 +7,13 @@ source "$(dirname "$0")/common.sh"
 ARCH=$1 SEED=${2:-1}
 shift $(($# > 1 ? 2 : 1))
 [[ $SEED =~ ^[0-9]+$ ]] || die "SEED = $SEED: allowed are whole numbers"
-[ -s "$DATA/dict.en.txt" ] || die "no data in $DATA: run ${SMALL:+SMALL=$SMALL }$(dirname "$0")/prepare.sh first"
+[ -s "$DATA/dict.en.txt" ] || die "no data in $DATA: run $HERE/prepare.sh first"
 OUT=$RUNS/$ARCH-$SEED
 
 case $ARCH in sigma_*) LR=4.5e-3 ;; *) LR=1.4e-3 ;; esac
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 FLAGS=(
-    --arch "$ARCH" --seed "$SEED" --share-decoder-input-output-embed
+    --arch "$ARCH" --seed "$SEED"
     --optimizer adam --adam-betas '(0.9, 0.98)' --adam-eps 1e-8 --clip-norm 0 --weight-decay 0.0001
     --lr $LR --lr-scheduler inverse_sqrt --warmup-updates 4000 --warmup-init-lr 1e-7 --max-update 100000
     --dropout 0.4 --criterion label_smoothed_cross_entropy --label-smoothing 0.1
@@ -25,8 +25,6 @@ FLAGS=(
 if [ "$GPUS" -gt 0 ]; then FLAGS+=(--amp); else FLAGS+=(--cpu); fi
 if [ "$SMALL" = 1 ]; then
     case $ARCH in sigma_*) LR=1e-2 ;; *) LR=5e-3 ;; esac
-    # Embeddings of width 64 that are shared keep the model at the unigram level for hundreds of updates.
-    for i in "${!FLAGS[@]}"; do [ "${FLAGS[i]}" != --share-decoder-input-output-embed ] || unset "FLAGS[i]"; done
     FLAGS+=(
         --encoder-embed-dim 64 --encoder-ffn-embed-dim 128 --encoder-attention-heads 4 --decoder-attention-heads 4
         --lr $LR --warmup-updates 200 --max-update 1500 --dropout 0 --update-freq 1
@@ -35,10 +33,12 @@ if [ "$SMALL" = 1 ]; then
     # Two processes with a thread each are nearly twice as fast as one with two on matrices this small.
     if [ "$GPUS" = 0 ]; then FLAGS+=(--max-tokens 1024 --distributed-world-size 2); fi
     export OMP_NUM_THREADS=1
+else # shared at width 64, they keep the small model at the unigram level for hundreds of updates
+    FLAGS+=(--share-decoder-input-output-embed)
 fi
 
 mkdir -p "$OUT"
 echo "$ARCH, seed $SEED, learning rate $LR, $GPUS GPU(s); log and checkpoints in $OUT"
 fairseq-train "$DATA" --user-dir "$PLUGIN" "${FLAGS[@]}" --num-workers 0 --save-dir "$OUT" \
     --log-format simple --log-interval 20 --log-file "$OUT/train.log" "$@"
-echo "next: ${SMALL:+SMALL=$SMALL }$(dirname "$0")/evaluate.sh $ARCH $SEED"
+echo "next: $HERE/evaluate.sh $ARCH $SEED"

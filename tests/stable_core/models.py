@@ -1,0 +1,38 @@
+"""A small model with σReparam, its state, and a training loop, for the tests beside this file."""
+
+import torch
+from torch import nn
+
+from stable_core import SigmaReparamConfig, sigma_reparam
+from stable_core.sigma_reparam import SigmaReparam
+
+
+def reparametrised(model: nn.Module) -> list[SigmaReparam]:
+    return [module for module in model.modules() if isinstance(module, SigmaReparam)]
+
+
+def state(model: nn.Module) -> list[torch.Tensor]:
+    return [tensor.clone() for layer in reparametrised(model) for tensor in (layer.u, layer.v)]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def mlp(seed: int = 0, **config) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(90, 130), nn.GELU(), nn.Linear(130, 70))
+    return sigma_reparam(model, SigmaReparamConfig(**config))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 1) -> list[float]:
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(16, 90, generator=generator)
+        loss = (model(x) - x[:, :70].sin()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
