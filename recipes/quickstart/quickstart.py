@@ -1,8 +1,8 @@
 """Trains an 18L-18L translation model four ways, side by side, on the CPU: `make quickstart`.
 
 English number words to German number words, letter by letter: "forty two" -> "z w e i u n d v i e r z i g". Post-LN at this
-depth never leaves the unigram level; with σReparam, DeepNorm or both it learns to translate. The four runs share data, seed
-and everything but the arch and the learning rate. An interrupted quickstart goes on where it stopped.
+depth never leaves the unigram level; with σReparam, DeepNorm or both it trains. The four runs share data, seed and all but
+the arch and the learning rate. An interrupted quickstart goes on where it stopped.
 """
 
 import argparse
@@ -237,7 +237,8 @@ def main() -> int:
     console.print(f"[bold]18L-18L, {args.steps} updates[/]; everything goes to {args.out}")
     results = run_all(args, prepare(args.out), console)
     console.print(table(results, args.seeds))
-    show_translations(RUNS[-1], results[RUNS[-1], args.seeds[0]][1], console)
+    best = max(RUNS, key=lambda run: results[run, args.seeds[0]][1].bleu)
+    show_translations(best, results[best, args.seeds[0]][1], console)
     picture = args.out / "quickstart.png"
     plot(results, picture)
     console.print(
