@@ -7,7 +7,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
-from fairseq_sigma import average
+from fairseq_sigma import average, export
 from stable_core import fold
 from stable_core.sigma_reparam import SigmaReparam
 
@@ -186,3 +186,17 @@ def test_hydra_train(corpus, tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     state = torch.load(tmp_path / "hydra" / "checkpoint_last.pt", map_location="cpu")["model"]
     assert state["encoder.layers.0.self_attn.q_proj.parametrizations.weight.0.u"].numel() == 3 * 16
+    exported = str(tmp_path / "stock.pt")
+    assert export.main([str(tmp_path / "hydra" / "checkpoint_last.pt"), exported]) == 0
+    (stock,), _, _ = checkpoint_utils.load_model_ensemble_and_task([exported])
+    assert not any("parametrizations" in key for key in stock.state_dict())
+
+
+def test_layers_to_keep(train, tmp_path):
+    trained = train("sigma", SIGMA, 1)["model"]
+    path = str(tmp_path / "sigma" / "checkpoint_last.pt")
+    keep = {"encoder_layers_to_keep": "1", "decoder_layers_to_keep": "0,1"}  # fairseq wants both named
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=keep)
+    assert len(model.encoder.layers) == 1
+    kept = "fc1.parametrizations.weight.original"
+    assert torch.equal(model.state_dict()[f"encoder.layers.0.{kept}"], trained[f"encoder.layers.1.{kept}"])
