@@ -1,17 +1,30 @@
 """The methods of σReparam and Stable-Transformer, for any torch model. Needs torch and nothing else."""
 
+from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
 from .folding import fold, fold_state_dict
 from .param_groups import param_groups
 from .sigma_reparam import SigmaReparamConfig, advance, converge, sigma_reparam
+from .theory import (
+    adam_update_norm_bound,
+    entropy_lower_bound,
+    qk_norm_logit_bound,
+    stable_attention_logit_bound,
+)
 
 __all__ = [
     "SigmaReparamConfig",
+    "adam_update_norm_bound",
     "advance",
+    "attention_entropy",
+    "attention_statistics",
     "converge",
     "deepnorm_scales",
+    "entropy_lower_bound",
     "fold",
     "fold_state_dict",
     "param_groups",
+    "qk_norm_logit_bound",
     "sigma_reparam",
+    "stable_attention_logit_bound",
 ]

@@ -14,6 +14,8 @@ QKV_NAMES = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
     ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
 )
 PACKED_QKV_NAMES = ("in_proj_weight", "qkv", "c_attn", "qkv_proj", "Wqkv")
@@ -158,7 +160,7 @@ def _candidates(model: nn.Module) -> Iterator[Target]:
             if module._qkv_same_embed_dim:
                 yield Target(module, name, "in_proj_weight")
             else:
-                yield from (Target(module, name, tensor_name) for tensor_name in QKV_NAMES[3])
+                yield from (Target(module, name, tensor_name) for tensor_name in QKV_NAMES[-1])
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             if module.weight.is_floating_point():  # not the packed integers of a quantized layer
                 yield Target(module, name)

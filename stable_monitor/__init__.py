@@ -1,0 +1,21 @@
+"""Instruments for transformers in training: attention entropy and its alarm, sharpness, and the temperature intervention."""
+
+from .alarm import Alarm, AlarmConfig, EntropyCollapse, lower_learning_rate, stop_training
+from .monitor import Monitor
+from .sharpness import adamw_stability_threshold, sharpness
+from .temperature import attention_temperature
+from .writers import TensorBoardWriter, WandbWriter
+
+__all__ = [
+    "Alarm",
+    "AlarmConfig",
+    "EntropyCollapse",
+    "Monitor",
+    "TensorBoardWriter",
+    "WandbWriter",
+    "adamw_stability_threshold",
+    "attention_temperature",
+    "lower_learning_rate",
+    "sharpness",
+    "stop_training",
+]

@@ -1,0 +1,125 @@
+"""The alarm: entropy that falls through a threshold set by the layer's own past and by how low it can get."""
+
+import math
+import statistics
+from collections import defaultdict, deque
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AlarmConfig:
+    """When a layer's entropy, the mean over its heads, counts as collapsing.
+
+    The threshold is bound + fraction * (reference - bound): reference is the median of the layer's last `window` records,
+    bound the least entropy that logits of the present size allow [σ, Theorem 3.1]. A layer raises one alarm each time it
+    falls through, and counts as recovered once it is back above it.
+
+    Attributes:
+        fraction: how much of the room between the bound and the past has to be left, in (0, 1).
+        window: how many earlier records make the reference; those under the threshold are no part of it.
+        patience: how many records a layer must have before it can raise an alarm.
+    """
+
+    fraction: float = 0.1
+    window: int = 20
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction = {self.fraction!r}: allowed are numbers between 0 and 1")
+        for name in ("window", "patience"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are whole numbers from 1")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One layer's entropy has fallen through its threshold; entropies in nats."""
+
+    step: int
+    layer: str
+    entropy: float
+    threshold: float
+    reference: float
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"update {self.step}: entropy collapse in {self.layer}: {self.entropy:.3g} nats, below {self.threshold:.3g} "
+            f"(its median before: {self.reference:.3g}; least possible for its logits: {self.bound:.3g})"
+        )
+
+
+class EntropyCollapse(RuntimeError):
+    """Raised by `stop_training`; .alarm says where."""
+
+    def __init__(self, alarm: Alarm) -> None:
+        super().__init__(str(alarm))
+        self.alarm = alarm
+
+
+def stop_training(alarm: Alarm) -> None:
+    """An `on_alarm` that ends the run: raises EntropyCollapse out of `Monitor.step`."""
+    raise EntropyCollapse(alarm)
+
+
+class lower_learning_rate:  # an on_alarm with settings
+    """An `on_alarm` that multiplies every learning rate by `factor`, once for each update with alarms.
+
+    Schedulers compute learning rates from those they started with: give the scheduler, and these are lowered too.
+
+    Raises:
+        ValueError: factor is not between 0 and 1.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: float = 0.5, scheduler=None) -> None:
+        if not 0 < factor < 1:
+            raise ValueError(f"factor = {factor!r}: allowed are numbers between 0 and 1")
+        self.optimizer, self.factor, self.scheduler, self._last = optimizer, factor, scheduler, None
+
+    def __call__(self, alarm: Alarm) -> None:
+        if alarm.step == self._last:
+            return
+        self._last = alarm.step
+        for group in self.optimizer.param_groups:
+            for name in ("lr", "initial_lr"):
+                if name in group:
+                    group[name] *= self.factor
+        if self.scheduler is not None:
+            self.scheduler.base_lrs = [lr * self.factor for lr in self.scheduler.base_lrs]
+
+
+class Watch:
+    """Goes over the records in order and says which alarms each one raises."""
+
+    def __init__(self, config: AlarmConfig) -> None:
+        self.config = config
+        self._past: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=config.window))
+        self._collapsed: set[str] = set()
+
+    def look(self, record: dict) -> list[Alarm]:
+        """The alarms of one record, whose layers have lists of numbers, one for each head."""
+        alarms = []
+        for name, layer in record["layers"].items():
+            entropy, bound = (_mean(layer[key]) for key in ("entropy", "bound"))
+            if entropy is None or bound is None:
+                continue
+            past = self._past[name]
+            if len(past) >= self.config.patience:
+                reference = statistics.median(past)
+                threshold = bound + self.config.fraction * max(0.0, reference - bound)
+                if entropy < threshold:
+                    if name not in self._collapsed:
+                        alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound))
+                    self._collapsed.add(name)
+                    continue
+            self._collapsed.discard(name)
+            past.append(entropy)
+        return alarms
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,66 @@
+"""Compiled models cannot be looked into: a second, eager forward pass of the same batch can."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from .interception import Interception
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DistributedDataParallel, fairseq's wrappers and the like."""
+    while True:
+        inner = model._modules.get("_orig_mod") or (len(model._modules) == 1 and model._modules.get("module"))
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is compiled."""
+    return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
+
+
+@contextmanager
+def probe_before_forward(called: nn.Module, model: nn.Module, interception: Interception) -> Iterator[None]:
+    """Within it, the first call of `called` in training mode is preceded by an eager one of `model`, the model inside,
+    without gradient, that `interception` sees. Random numbers and buffers are then as if it had not been."""
+    done = False
+
+    def probe(args, kwargs) -> None:
+        nonlocal done
+        if done or not model.training:
+            return
+        done = True
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+        interception.start()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+                model(*args, **kwargs)
+        finally:
+            interception.stop()
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    compiled_call = called._compiled_call_impl
+    if compiled_call is not None:  # model.compile(): hooks would be part of what is compiled
+
+        def call(*args, **kwargs):
+            probe(args, kwargs)
+            return compiled_call(*args, **kwargs)
+
+        called._compiled_call_impl = call
+        try:
+            yield
+        finally:
+            called._compiled_call_impl = compiled_call
+    else:
+        hook = called.register_forward_pre_hook(lambda _, args, kwargs: probe(args, kwargs), with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()

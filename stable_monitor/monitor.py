@@ -1,0 +1,219 @@
+"""The monitor: attention entropy, spectral norms, gradient norms and an alarm, while a model trains as ever."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .alarm import Alarm, AlarmConfig, Watch
+from .compiled import is_compiled, probe_before_forward, unwrap
+from .interception import AttentionCall, Interception
+from .projections import SpectralNorms
+from .records import FILE_NAME, read
+from .summary import by_head, gradient_norms, plain
+
+log = logging.getLogger("stable_monitor")
+
+
+class Monitor:
+    """Measures a model in training every so many updates, and changes nothing in it: losses stay bitwise the same.
+
+        monitor = Monitor(model, every=100, optimizer=optimizer, path="runs/a")
+        for batch in loader:
+            loss = ...
+            loss.backward()
+            optimizer.step()
+            monitor.step(loss)  # the one line; before the gradients are cleared
+            optimizer.zero_grad()
+
+    A record holds, by the name of the attention module and for each head: the entropy (mean and least over queries and
+    batch, nats), the least entropy its logits allow, the largest attention logit; the spectral norm of its effective query,
+    key, value and output weights; its gradient's l2 and l-inf norms; and the model's loss, learning rate and gradient
+    norms. `python -m stable_monitor.report RUN` draws them.
+
+    Attention is seen in the first forward pass in training mode of a recorded update; between records there is no hook on
+    the model. Compiled models cannot be looked into: for a record they run forward once more, eagerly and without gradient.
+    With several processes each measures its own batch, and rank 0 writes.
+
+    Args:
+        model: what the training loop calls: plain, compiled, or wrapped for distribution.
+        every: updates from one record to the next; the first is of the untrained model, step 0.
+        path: a directory, for `monitor.jsonl` in it, or a .jsonl file. One record a line, flushed. None: no file.
+        optimizer: for the learning rate.
+        step: updates made before, where a run is resumed; what the file tells of them is history for the alarm.
+        alarm: when to raise it.
+        on_alarm: called with each `Alarm`, after it is logged; `stop_training`, `lower_learning_rate(optimizer)` or yours.
+        writers: called with each record, on rank 0; `TensorBoardWriter(directory)`, `WandbWriter()` or yours.
+
+    Raises:
+        ValueError: every or step is not a whole number, or too small.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 100,
+        *,
+        path: str | Path | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        step: int = 0,
+        alarm: AlarmConfig | None = None,
+        on_alarm: Callable[[Alarm], None] | None = None,
+        writers: Iterable[Callable[[dict], None]] = (),
+    ) -> None:
+        for name, value, least in (("every", every, 1), ("step", step, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} = {value!r}: allowed are whole numbers from {least}")
+        self.every, self.updates, self.last = every, step, None
+        self._called, self._model, self._optimizer = model, unwrap(model), optimizer
+        self._on_alarm, self._writers = on_alarm, tuple(writers)
+        self._watch, self._sigma = Watch(alarm or AlarmConfig()), SpectralNorms()
+        self._interception = Interception(self._model, self._see, order=1)  # after what changes the call
+        self._is_main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        self._file = self._open(path, step) if path is not None and self._is_main else None
+        self._armed = ExitStack()
+        self._prepare()
+
+    def step(self, loss: Tensor | float | None = None, lr: float | None = None) -> dict | None:
+        """Counts one update; call it after backward, before the gradients are cleared. Returns the record, if it made one.
+
+        Args:
+            loss: this update's loss. Left out, it is the `loss` of the model's output, where that has one.
+            lr: the learning rate, if the monitor has no optimizer to ask.
+        """
+        record = self._record(loss, lr) if self.is_recording else None
+        self._armed.close()
+        self.updates += 1
+        self._prepare()
+        if record is not None:
+            self.last = record
+            self._publish(record)
+        return record
+
+    def read_gradients(self, scale: float = 1.0) -> None:
+        """Reads the gradients now rather than in `step`, for loops that clip or clear them first. scale: what they carry."""
+        if self.is_recording:
+            self._gradients = {"": gradient_norms(self._model, scale)}
+            self._gradients.update((name, gradient_norms(module, scale)) for name, module in self._modules.items())
+
+    def close(self) -> None:
+        """Takes the hooks out of the model and closes the file."""
+        self._armed.close()
+        self.is_recording = False
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------ one record
+
+    def _prepare(self) -> None:
+        """Makes ready for the next update."""
+        self.is_recording = self.updates % self.every == 0
+        self._seen: dict[str, tuple[str, Tensor]] = {}  # layer: kind, numbers by head
+        self._modules: dict[str, nn.Module] = {}
+        self._gradients: dict[str, Tensor] = {}  # "" is the whole model
+        self._loss = None
+        if not self.is_recording:
+            return
+        if is_compiled(self._called):
+            self._armed.enter_context(probe_before_forward(self._called, self._model, self._interception))
+        else:
+            self._interception.start()
+            self._armed.callback(self._interception.stop)
+            output = self._model.register_forward_hook(self._end_of_forward)
+            self._armed.callback(output.remove)
+
+    def _end_of_forward(self, model: nn.Module, args, output) -> None:
+        if model.training and self._seen:
+            self._interception.stop()
+            loss = output.get("loss") if isinstance(output, dict) else None
+            self._loss = loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+    def _see(self, call: AttentionCall) -> AttentionCall:
+        if self._model.training and call.name not in self._seen:
+            self._modules[call.name] = call.module
+            self._seen[call.name] = by_head(call)
+        return call
+
+    def _record(self, loss, lr) -> dict:
+        if not self._seen:
+            log.warning(
+                "update %d: no attention was seen. The monitor must be given what the loop calls, in training mode, and sees "
+                "scaled_dot_product_attention and softmax: use attn_implementation='sdpa' or 'eager'", self.updates
+            )  # fmt: skip
+        if not self._gradients:
+            self.read_gradients()
+        parents = dict(self._model.named_modules())
+        sigmas = {
+            name: self._sigma.measure(name, module, parents.get(name.rpartition(".")[0]) if name else None)
+            for name, module in self._modules.items()
+        }
+        loss = self._loss if loss is None else loss
+        if lr is None and self._optimizer is not None:
+            lr = self._optimizer.param_groups[0]["lr"]
+        record = {
+            "step": self.updates,
+            "time": round(time.time(), 3),
+            **plain({"loss": loss, "lr": lr}),
+            **_gradient(self._gradients[""]),
+            "layers": {},
+            "alarms": [],
+        }
+        for name, (kind, numbers) in self._seen.items():
+            entropy, entropy_min, max_logit, bound, log_keys = numbers
+            heads = {"entropy": entropy, "entropy_min": entropy_min, "max_logit": max_logit, "bound": bound}
+            record["layers"][name] = {
+                "kind": kind,
+                **plain({"keys": log_keys.mean().exp(), **heads, "sigma": sigmas[name]}),
+                **_gradient(self._gradients[name]),
+            }
+        return record
+
+    def _publish(self, record: dict) -> None:
+        alarms = self._watch.look(record)
+        record["alarms"] = [{key: asdict(alarm)[key] for key in ALARM_KEYS} for alarm in alarms]
+        if self._file is not None:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._is_main:
+            for writer in self._writers:
+                writer(record)
+        for alarm in alarms:
+            if self._is_main:
+                log.warning("%s", alarm)
+            if self._on_alarm is not None:
+                self._on_alarm(alarm)
+
+    def _open(self, path: str | Path, step: int):
+        path = Path(path)
+        path = path if path.suffix == ".jsonl" else path / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            whole = path.read_bytes()
+            if not whole.endswith(b"\n"):  # killed in the middle of a line
+                with path.open("r+b") as file:
+                    file.truncate(whole.rfind(b"\n") + 1)
+            for record in read(path) if b"\n" in whole else ():
+                if record["step"] < step:
+                    self._watch.look(record)
+        return path.open("a")
+
+
+def _gradient(norms: Tensor) -> dict[str, float | None]:
+    return dict(zip(("grad_l2", "grad_linf"), plain(norms), strict=True))
+
+
+ALARM_KEYS = ("layer", "entropy", "threshold", "reference", "bound")

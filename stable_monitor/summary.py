@@ -1,0 +1,74 @@
+"""Tensors into the few numbers of a record."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from .interception import AttentionCall
+
+DIGITS = 6  # significant ones, in the file
+
+
+@torch.no_grad()
+def by_head(call: AttentionCall) -> tuple[str, Tensor]:
+    """The kind of an attention ("encoder", "decoder", that is causal, or "cross"), and its numbers, (5, heads).
+
+    The numbers: mean entropy, least entropy, largest logit, mean of the entropy's lower bound, and of its upper bound, the
+    log of the number of keys. They are over batch and queries, less rows without a key, and in self-attention less the
+    queries of padding: of positions that no query may see.
+    """
+    rows, hidden = call.statistics(), call.hidden()
+    queries, keys = call.tokens
+    kind = "cross" if call.is_cross or queries != keys else "decoder" if call.is_causal else "encoder"
+    counted = rows.keys > 0
+    if hidden is not None and kind != "cross":
+        padding = hidden.all(dim=2)
+        counted = counted & ~padding.expand(-1, -1, queries)
+        if _is_causal(hidden[0, 0], queries):
+            kind = "decoder"
+    total = counted.sum((0, 2))
+
+    def mean(x: Tensor) -> Tensor:
+        return x.masked_fill(~counted, 0.0).sum((0, 2)) / total
+
+    return kind, torch.stack([
+        mean(rows.entropy),
+        rows.entropy.masked_fill(~counted, math.inf).amin((0, 2)),
+        rows.max_logit.masked_fill(~counted, -math.inf).amax((0, 2)),
+        mean(rows.bound),
+        mean(rows.keys.clamp(min=1).log()),
+    ])  # fmt: skip
+
+
+def _is_causal(hidden: Tensor, queries: int) -> bool:
+    """Whether a mask (queries or 1, keys) hides every later key, and not all keys."""
+    if queries == 1 or hidden.shape[0] == 1:
+        return False
+    later = torch.ones_like(hidden).triu(1)
+    return bool((hidden | ~later).all() and not hidden.all())
+
+
+@torch.no_grad()
+def gradient_norms(module: nn.Module, scale: float = 1.0) -> Tensor:
+    """The l2 and l-inf norms of the gradients of all the module's parameters, divided by scale, (2,); NaN without any."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if not gradients:
+        return torch.full((2,), math.nan)
+    norms = [get_total_norm(gradients, kind) for kind in (2.0, math.inf)]
+    return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).float() / scale
+
+
+def plain(value):
+    """What JSON can hold: tensors, in lists and dicts too, as rounded numbers, and null for those that are not finite."""
+    if isinstance(value, dict):
+        return {key: plain(x) for key, x in value.items()}
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, list):
+        return [plain(x) for x in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value

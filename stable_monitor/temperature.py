@@ -1,0 +1,54 @@
+"""The causal tool: attention at another temperature, to bring about an entropy collapse and watch what follows."""
+
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from .interception import AttentionCall, Interception
+
+
+class attention_temperature:  # a context manager, used as a function
+    """A context in which every attention of `model` computes softmax(a / tau) for softmax(a) [σ, App. B.1, eq. 22].
+
+    A low tau sharpens attention: tau = 0.1 is the paper's intervention. tau can be set within the context, so one context
+    around the training loop makes a sharp intervention at any step:
+
+        with attention_temperature(model) as temperature:
+            for step, batch in enumerate(loader):
+                temperature.tau = 0.1 if step >= 1000 else 1.0
+
+    Backward passes belong inside: activation checkpointing computes the attention again there. Compiled models run eagerly
+    meanwhile.
+
+    Raises:
+        ValueError: tau is not a positive finite number.
+    """
+
+    def __init__(self, model: nn.Module, tau: float = 1.0) -> None:
+        self.tau = tau
+        self._interception = Interception(model, self._divide)
+        self._eager = ExitStack()
+
+    @property
+    def tau(self) -> float:
+        """The temperature that logits are divided by."""
+        return self._tau
+
+    @tau.setter
+    def tau(self, tau: float) -> None:
+        if not 0 < tau < float("inf"):
+            raise ValueError(f"tau = {tau!r}: allowed are positive numbers")
+        self._tau = tau
+
+    def _divide(self, call: AttentionCall) -> AttentionCall:
+        return call if self._tau == 1 else call.at_temperature(self._tau)
+
+    def __enter__(self) -> "attention_temperature":
+        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        self._interception.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._interception.stop()
+        self._eager.close()
