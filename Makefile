@@ -19,6 +19,8 @@ venv: .venv/ready
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or later is needed, {v[0]}.{v[1]} found: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-version-check -e '.[all]'
+	@# ve-fairseq brings torchaudio, whose newest release does not import beside the newest torch, and then transformers does not.
+	$(BIN)/python -m pip uninstall --quiet --yes torchaudio
 	@touch $@
 	@echo "== installed; next: make quickstart, or make test"
 

@@ -8,6 +8,7 @@ Since log A_ij = a_ij - lse_i, with lse_i the logsumexp of row i,
 and A K is one call of a fused attention kernel with V = K. Memory grows with T, not with T^2.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -37,7 +38,19 @@ class AttentionStatistics(NamedTuple):
     keys: Tensor  # number of keys that are not masked
 
 
-@torch.no_grad()
+def _in_full_precision(function):
+    """Without gradient, and in the precision it says, whatever autocast says."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        first = args[0] if args else next(iter(kwargs.values()))
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_in_full_precision
 def attention_entropy(
     q: Tensor, k: Tensor, *, scale: float, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
@@ -64,13 +77,12 @@ def attention_entropy(
         if mask is not None:  # the kernel wants four dimensions and -inf
             mask = torch.zeros_like(mask).masked_fill(mask <= MASKED, -math.inf)
             mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        with torch.autocast("cpu", enabled=False):
-            mean_key, lse = _fused_cpu(q, k, k, 0.0, is_causal, attn_mask=mask, scale=scale)
+        mean_key, lse = _fused_cpu(q, k, k, 0.0, is_causal, attn_mask=mask, scale=scale)
         return (lse - scale * torch.linalg.vecdot(q, mean_key)).clamp_(min=0)
     return torch.cat([row_statistics(logits).entropy for logits in _logits(q, k, scale, mask, is_causal)], dim=2)
 
 
-@torch.no_grad()
+@_in_full_precision
 def attention_statistics(
     q: Tensor, k: Tensor, *, scale: float, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> AttentionStatistics:
@@ -83,7 +95,7 @@ def attention_statistics(
     return AttentionStatistics(*(torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)))
 
 
-@torch.no_grad()
+@_in_full_precision
 def row_statistics(logits: Tensor) -> AttentionStatistics:
     """The statistics of softmax(logits) over the last dimension, each of shape logits.shape[:-1]; -inf where masked."""
     largest = logits.amax(-1)
@@ -91,13 +103,13 @@ def row_statistics(logits: Tensor) -> AttentionStatistics:
     weights, hidden = below.exp(), below == -math.inf
     below.masked_fill_(hidden, 0.0)
     visible = logits.shape[-1] - hidden.sum(-1)
-    total = weights.sum(-1)
+    total, blind = weights.sum(-1), visible == 0
     mean = torch.linalg.vecdot(weights, below) / total
-    entropy = torch.where(total > 0, total.log() - mean, 0.0)
+    entropy = (total.log() - mean).masked_fill(blind, 0.0)
     # Softmax does not see a common shift, so the row's size is that of its deviations from its mean.
     spread = torch.linalg.vecdot(below, below) - below.sum(-1).square() / visible
     bound = entropy_lower_bound(spread.clamp(min=0).sqrt(), visible)
-    return AttentionStatistics(entropy, largest, torch.where(total > 0, bound, 0.0), visible)
+    return AttentionStatistics(entropy, largest, bound.masked_fill(blind, 0.0), visible)
 
 
 def _check(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> Tensor | None:
@@ -131,8 +143,7 @@ def _logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: 
     rows = max(1, CHUNK // (batch * heads * keys))
     for start in range(0, queries, rows):
         some = slice(start, min(start + rows, queries))
-        with torch.autocast(q.device.type, enabled=False):
-            logits = torch.matmul(q[:, :, some] * scale, k.mT)
+        logits = torch.matmul(q[:, :, some] * scale, k.mT)
         if mask is not None:
             part = mask[:, :, some] if mask.shape[2] > 1 else mask
             logits = (logits + part).masked_fill_(part <= MASKED, -math.inf)

@@ -12,11 +12,9 @@ from .interception import Interception
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, DistributedDataParallel, fairseq's wrappers and the like."""
-    while True:
-        inner = model._modules.get("_orig_mod") or (len(model._modules) == 1 and model._modules.get("module"))
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    while len(model._modules) == 1 and (names := model._modules.keys() & {"_orig_mod", "module"}):
+        model = model._modules[names.pop()]
+    return model
 
 
 def is_compiled(model: nn.Module) -> bool:

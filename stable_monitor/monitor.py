@@ -138,7 +138,7 @@ class Monitor:
 
     def _end_of_forward(self, model: nn.Module, args, output) -> None:
         if model.training and self._seen:
-            self._interception.stop()
+            self._armed.close()
             loss = output.get("loss") if isinstance(output, dict) else None
             self._loss = loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
 

@@ -9,9 +9,10 @@ from stable_core.power_iteration import matvec, power_iteration, top_singular_ve
 from stable_core.sigma_reparam import SigmaReparam
 from stable_core.targets import PACKED_QKV_NAMES, QKV_NAMES, matrix
 
-OUT_NAMES = ("out_proj", "o_proj", "proj", "c_proj", "to_out", "out_lin", "o", "output", "dense")
+MIXED_QKV_NAMES = ("query_key_value",)  # packed head by head: seen, but not told apart
+OUT_NAMES = ("out_proj", "o_proj", "proj", "c_proj", "to_out", "out_lin", "o", "wo", "Wo", "output", "dense")
 HEADS_NAMES = ("num_heads", "n_head", "n_heads", "num_attention_heads", "heads")
-WARM_ITERATIONS = 4
+WARM_ITERATIONS = 8
 
 
 def num_heads(attention: nn.Module) -> int:
@@ -20,8 +21,8 @@ def num_heads(attention: nn.Module) -> int:
 
 
 def find_projections(attention: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The module and tensor name of each projection: q, k, v, or qkv where they are packed. Empty: no attention."""
-    for name in PACKED_QKV_NAMES:
+    """The module and tensor name of each projection: q, k, v, or qkv where they are packed. Empty: no attention known."""
+    for name in PACKED_QKV_NAMES + MIXED_QKV_NAMES:
         if (found := _weight(attention, name)) is not None:
             return {"qkv": found}
     for names in QKV_NAMES:
@@ -68,7 +69,7 @@ class SpectralNorms:
         sigmas = {}
         for role, (layer, tensor_name) in {**projections, **({"out": output} if output else {})}.items():
             transposed = type(layer).__name__ == "Conv1D"
-            packed = role == "qkv"
+            packed = role == "qkv" and _weight(attention, MIXED_QKV_NAMES[0]) is None
             gammas = _gammas(layer, tensor_name)
             if gammas is not None and len(gammas) in ((3,) if packed else (1,)):
                 sigmas.update(zip("qkv" if packed else (role,), gammas.abs().unbind(), strict=True))
@@ -81,12 +82,15 @@ class SpectralNorms:
         return sigmas
 
     def _sigma(self, key: str, W: Tensor) -> Tensor:
-        if key in self._vectors:
-            u, v = self._vectors[key]
-            power_iteration(W, u, v, WARM_ITERATIONS)
-        else:
-            u, v = self._vectors[key] = top_singular_vectors(W)
-        return torch.dot(u, matvec(W, v))
+        if not W.isfinite().all():
+            return W.new_tensor(torch.nan)
+        with torch.autocast(W.device.type, enabled=False):
+            if key in self._vectors:
+                u, v = self._vectors[key]
+                power_iteration(W, u, v, WARM_ITERATIONS)
+            else:
+                u, v = self._vectors[key] = top_singular_vectors(W)
+            return torch.dot(u, matvec(W, v))
 
 
 def _gammas(layer: nn.Module, tensor_name: str) -> Tensor | None:

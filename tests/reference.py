@@ -40,3 +40,21 @@ def numerical_gradient(f, x: Tensor, eps: float = 1e-5) -> Tensor:
         entry.copy_(value)
         gradient.view(-1)[i] = (above - below) / (2 * eps)
     return gradient
+
+
+def attention_probabilities(q, k, *, scale, attn_mask=None, is_causal=False) -> Tensor:
+    """softmax(s q k^T + mask), the whole matrix in float64; rows without a key are zero. Heads share keys in groups."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = scale * torch.einsum("bhid,bhjd->bhij", q.double(), k.double())
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        logits = logits + attn_mask.double()
+    if is_causal:
+        logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    return logits.softmax(-1).nan_to_num(0.0)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """-sum_j p_j log p_j over the last dimension, in nats."""
+    return torch.special.entr(probabilities).sum(-1)

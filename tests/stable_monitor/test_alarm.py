@@ -1,0 +1,119 @@
+"""The alarm: on made-up records, and on a model whose attention is made to collapse."""
+
+import pytest
+import torch
+from torch import nn
+
+from stable_core import entropy_lower_bound
+from stable_monitor import AlarmConfig, EntropyCollapse, Monitor, lower_learning_rate, stop_training
+from stable_monitor.alarm import Watch
+from tests.stable_monitor.models import gpt, train
+
+
+def alarms(entropies, bound=0.0, **config) -> list[int]:
+    """The steps at which a layer with these entropies raises an alarm."""
+    watch = Watch(AlarmConfig(**config))
+    return [
+        step
+        for step, entropy in enumerate(entropies)
+        if watch.look({"step": step, "layers": {"a": {"entropy": [entropy, entropy], "bound": [bound] * 2}}})
+    ]
+
+
+def test_it_rings_once_for_each_fall_below_a_part_of_the_past():
+    assert alarms([4.0, 3.9, 4.1, 0.41]) == []
+    assert alarms([4.0, 3.9, 4.1, 0.39, 0.1, 0.1]) == [3]
+    assert alarms([4.0, 0.3, 4.0, 0.3]) == [1, 3]
+    assert alarms([4.0, 3.0, 2.0, 1.2, 0.8, 0.5], window=2) == []  # slow learning is no collapse
+    assert alarms([4.0, 1.9], fraction=0.5) == [1]
+    assert alarms([4.0, 0.3, 4.0, 0.3], patience=2) == [3]
+    assert alarms([4.0, None, 0.1]) == [2]
+
+
+def test_the_threshold_is_above_what_the_logits_allow():
+    # 2.9 leaves 0.9 of the 2 nats between 4 and a bound of 2, but more than half of the 4 nats above 0.
+    assert alarms([4.0, 2.9], bound=2.0, fraction=0.5) == [1]
+    assert alarms([4.0, 2.9], bound=0.0, fraction=0.5) == []
+    assert alarms([1.0, 3.1], bound=3.0) == []  # the past is below what is possible now: no collapse
+
+
+def collapse_at(step: int, model, layer: int = 1):
+    """A monitor of every update that sharpens one layer's attention before an update, as a run going wrong would."""
+
+    class Sharpening(Monitor):
+        def step(self, loss=None, lr=None):
+            record = super().step(loss, lr)
+            if self.updates == step:
+                with torch.no_grad():
+                    model.h[layer].attn.c_attn.weight[:64] *= 60
+            return record
+
+    return Sharpening
+
+
+def test_a_warning_names_the_layer_that_collapses(caplog):
+    model, records = gpt(), []
+    train(model, 5, lambda called, _: collapse_at(3, model)(called, 1, writers=[records.append]))
+    assert [len(record["alarms"]) for record in records] == [0, 0, 0, 1, 0]
+    alarm, layer = records[3]["alarms"][0], records[3]["layers"]["h.1.attn"]
+    assert alarm["layer"] == "h.1.attn"
+    assert alarm["entropy"] == pytest.approx(sum(layer["entropy"]) / 4)
+    assert alarm["entropy"] < alarm["threshold"] < alarm["reference"]
+    assert alarm["bound"] <= entropy_lower_bound(0.0, 16)
+    assert "update 3: entropy collapse in h.1.attn" in caplog.text and "h.0.attn" not in caplog.text
+
+
+def test_a_callback_stops_the_run(tmp_path):
+    model, losses = gpt(), []
+    make = collapse_at(2, model)
+    with pytest.raises(EntropyCollapse, match=r"update 2: entropy collapse in h\.1\.attn") as caught:
+        losses += train(model, 5, lambda called, _: make(called, 1, path=tmp_path, on_alarm=stop_training))
+    assert caught.value.alarm.step == 2
+    assert (tmp_path / "monitor.jsonl").read_text().count('"layer": "h.1.attn"') == 1
+
+
+def test_a_callback_lowers_the_learning_rate_under_a_scheduler():
+    model = gpt()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    rates = []
+
+    def monitor(called, optimizer):
+        lower = lower_learning_rate(optimizer, 0.1, scheduler)
+        made = collapse_at(2, model)(called, 1, on_alarm=lower)
+        scheduled = made.step
+
+        def step(loss):
+            scheduled(loss)
+            scheduler.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+
+        made.step = step
+        return made
+
+    train(model, 4, monitor, optimizer)
+    assert rates == pytest.approx([0.05, 0.05, 0.005, 0.005])
+
+
+def test_history_is_taken_up_again_when_a_run_is_resumed(tmp_path):
+    model = gpt()
+    train(model, 3, lambda called, _: Monitor(called, 1, path=tmp_path))
+    with torch.no_grad():
+        model.h[0].attn.c_attn.weight[:64] *= 60
+    records = []
+    train(model, 1, lambda called, _: Monitor(called, 1, path=tmp_path, step=3, writers=[records.append]), first=3)
+    assert [alarm["layer"] for alarm in records[0]["alarms"]] == ["h.0.attn"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AlarmConfig(fraction=1.5), "fraction = 1.5: allowed are numbers between 0 and 1"),
+        (lambda: AlarmConfig(window=0), "window = 0: allowed are whole numbers from 1"),
+        (lambda: AlarmConfig(patience=0.5), "patience = 0.5: allowed are whole numbers from 1"),
+        (lambda: lower_learning_rate(torch.optim.SGD(nn.Linear(1, 1).parameters()), 2.0), "factor = 2.0: allowed are"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,285 @@
+"""The monitor's numbers against ones computed by hand, and that it changes nothing."""
+
+import math
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+
+from stable_core import sigma_reparam
+from stable_monitor import Monitor
+from tests.reference import attention_probabilities, entropy
+from tests.stable_monitor.models import batch, gpt, train
+
+
+def monitored(model, every: int = 1, **settings):
+    """The records of three updates."""
+    records = []
+    train(model, 3, lambda called, optimizer: Monitor(called, every, writers=[records.append], **settings))
+    return records
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_numbers_are_those_of_the_layer(flash):
+    model = gpt(flash=flash)
+    inputs = {}
+    for name in ("h.0.attn", "h.1.attn"):
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    monitor = Monitor(model, 1)
+    _, loss = model(*batch(0))
+    loss.backward()
+    record = monitor.step(loss, lr=0.25)
+    monitor.close()
+
+    assert (record["step"], record["lr"], record["loss"]) == (0, 0.25, pytest.approx(loss.item(), rel=1e-5))
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert record["grad_l2"] == pytest.approx(gradients.norm().item(), rel=1e-5)
+    assert record["grad_linf"] == pytest.approx(gradients.abs().max().item(), rel=1e-5)
+    assert list(record["layers"]) == ["h.0.attn", "h.1.attn"]
+    for name, layer in record["layers"].items():
+        attention = model.get_submodule(name)
+        q, k, _ = (x.unflatten(-1, (4, 8)).transpose(1, 2) for x in attention.c_attn(inputs[name]).chunk(3, -1))
+        expected = entropy(attention_probabilities(q, k, scale=8**-0.5, is_causal=True))
+        logits = (q @ k.mT / 8**0.5).masked_fill(~torch.ones(16, 16, dtype=torch.bool).tril(), -torch.inf)
+        assert layer["kind"] == "decoder"
+        assert layer["entropy"] == pytest.approx(expected.mean((0, 2)).tolist(), abs=1e-5)
+        assert layer["entropy_min"] == pytest.approx(expected.amin((0, 2)).tolist(), abs=1e-5)
+        assert layer["max_logit"] == pytest.approx(logits.amax((0, 2, 3)).tolist(), rel=1e-4)
+        assert math.log(layer["keys"]) == pytest.approx(sum(math.log(i) for i in range(1, 17)) / 16, rel=1e-4)
+        assert all(low <= mean + 1e-5 for low, mean in zip(layer["bound"], layer["entropy"], strict=True))
+        sigmas = torch.linalg.svdvals(attention.c_attn.weight.unflatten(0, (3, 32)))[:, 0].tolist()
+        sigmas.append(torch.linalg.svdvals(attention.c_proj.weight)[0].item())
+        assert list(layer["sigma"]) == ["q", "k", "v", "out"]
+        assert list(layer["sigma"].values()) == pytest.approx(sigmas, rel=1e-3)
+        gradients = torch.cat([p.grad.flatten() for p in attention.parameters()])
+        assert layer["grad_l2"] == pytest.approx(gradients.norm().item(), rel=1e-5)
+        assert layer["grad_linf"] == pytest.approx(gradients.abs().max().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("reparam", [False, True])
+def test_sigma_follows_the_effective_weights_as_they_train(reparam):
+    model = gpt(seed=1)
+    if reparam:
+        sigma_reparam(model, filter_fn=lambda module, name: ".attn" in name)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    records = []
+    train(model, 31, lambda called, _: Monitor(called, 10, writers=[records.append]), optimizer)
+    _, loss = model(*batch(0))
+    monitor_end = Monitor(model, 1)
+    model(*batch(0))
+    end = monitor_end.step(loss)
+    monitor_end.close()
+    for record, tolerance in ((records[-1], 0.05), (end, 0.02)):  # the last was of one update before
+        for name, layer in record["layers"].items():
+            weight = model.get_submodule(name).c_attn.weight
+            expected = torch.linalg.svdvals(weight.detach().unflatten(0, (3, 32)))[:, 0].tolist()
+            assert [layer["sigma"][role] for role in "qkv"] == pytest.approx(expected, rel=tolerance)
+    assert records[0]["layers"]["h.0.attn"]["sigma"] != records[-1]["layers"]["h.0.attn"]["sigma"]
+
+
+HF = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+      "max_position_embeddings": 32}  # fmt: skip
+
+
+def hf(kind: str, implementation: str):
+    torch.manual_seed(0)
+    if kind == "bert":
+        return transformers.BertForMaskedLM(transformers.BertConfig(**HF, attn_implementation=implementation))
+    if kind == "llama":  # two query heads share a key head
+        config = transformers.LlamaConfig(**HF, num_key_value_heads=2, attn_implementation=implementation)
+        return transformers.LlamaForCausalLM(config)
+    config = transformers.BartConfig(
+        vocab_size=60, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=32,
+        attn_implementation=implementation,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "bart"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_transformers_models_against_their_own_attention_weights(kind, implementation):
+    tokens = torch.randint(5, 50, (3, 12), generator=torch.Generator().manual_seed(0))
+    seen = torch.ones_like(tokens)
+    seen[1, 8:] = 0  # padding on the right
+    model = hf(kind, implementation).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+    with torch.no_grad():  # weights of some size, for entropies that differ
+        for p in model.parameters():
+            p.mul_(6 if p.ndim > 1 else 1)
+    monitor = Monitor(model, 1)
+    out = model(input_ids=tokens, attention_mask=seen, labels=tokens)
+    out.loss.backward()
+    record = monitor.step()
+    monitor.close()
+    assert record["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+
+    eager = hf(kind, "eager").eval()
+    eager.load_state_dict(model.state_dict())
+    weights = eager(input_ids=tokens, attention_mask=seen, labels=tokens, output_attentions=True)
+    if kind == "bart":
+        expected = {
+            "model.encoder.layers.0.self_attn": ("encoder", weights.encoder_attentions[0], True),
+            "model.decoder.layers.0.self_attn": ("decoder", weights.decoder_attentions[0], False),
+            "model.decoder.layers.0.encoder_attn": ("cross", weights.cross_attentions[0], False),
+        }
+    else:
+        name = {"bert": "bert.encoder.layer.{}.attention.self", "llama": "model.layers.{}.self_attn"}[kind]
+        causal = "encoder" if kind == "bert" else "decoder"
+        expected = {name.format(i): (causal, weights.attentions[i], True) for i in range(2)}
+    assert {name: layer["kind"] for name, layer in record["layers"].items()} == {
+        name: kind for name, (kind, _, _) in expected.items()
+    }
+    for name, (_, probabilities, padded) in expected.items():
+        rows = entropy(probabilities.detach().double())
+        real = (seen if padded else torch.ones_like(seen)).bool()[:, None].expand(rows.shape[:3])
+        mean = [rows[:, head][real[:, head]].mean().item() for head in range(4)]
+        least = [rows[:, head][real[:, head]].min().item() for head in range(4)]
+        assert record["layers"][name]["entropy"] == pytest.approx(mean, abs=1e-4)
+        assert record["layers"][name]["entropy_min"] == pytest.approx(least, abs=1e-4)
+
+
+def test_timm_and_torch_models_are_named_by_their_own_modules():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    monitor = Monitor(vit, 1)
+    vit(torch.randn(2, 3, 32, 32)).sum().backward()
+    layers = monitor.step()["layers"]
+    assert {name: (layer["kind"], layer["keys"]) for name, layer in layers.items()} == {
+        "blocks.0.attn": ("encoder", 5.0), "blocks.1.attn": ("encoder", 5.0)
+    }  # fmt: skip
+
+    pair = nn.Transformer(32, 4, 1, 1, 64, batch_first=True)
+    monitor = Monitor(pair, 1)
+    source = torch.randn(2, 7, 32)
+    pair(source, source, tgt_mask=pair.generate_square_subsequent_mask(7)).sum().backward()
+    layers = monitor.step()["layers"]
+    assert {name: layer["kind"] for name, layer in layers.items()} == {
+        "encoder.layers.0.self_attn": "encoder",
+        "decoder.layers.0.self_attn": "decoder",
+        "decoder.layers.0.multihead_attn": "cross",
+    }
+    sigma = torch.linalg.svdvals(pair.decoder.layers[0].multihead_attn.in_proj_weight.unflatten(0, (3, 32)))[0, 0]
+    assert layers["decoder.layers.0.multihead_attn"]["sigma"]["q"] == pytest.approx(sigma.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"flash": False}, {"checkpoint": True}])
+def test_losses_are_bitwise_those_without_it(settings):
+    without = gpt(**settings)
+    losses = train(without, 6)
+    model, records = gpt(**settings), []
+    assert losses == train(model, 6, lambda called, _: Monitor(called, 2, writers=[records.append]))
+    assert [record["step"] for record in records] == [0, 2, 4]
+    assert all(torch.equal(a, b) for a, b in zip(without.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "block.compile()"])
+def test_compiled_models_are_measured_and_left_as_they_are(how):
+    def count(module, *_):
+        module.count.add_(1)
+
+    def build():
+        model = gpt()
+        model.register_buffer("count", torch.zeros(()))
+        model.register_forward_hook(count)
+        if how == "torch.compile(model)":
+            return model, torch.compile(model, backend="aot_eager")
+        for part in [model] if how == "model.compile()" else model.h:
+            part.compile(backend="aot_eager")
+        return model, model
+
+    model, called = build()
+    losses = train(model, 4, called=called)
+    model, called = build()
+    records = []
+    assert losses == train(model, 4, lambda c, _: Monitor(c, 2, writers=[records.append]), called=called)
+    assert model.count.item() == 4
+    plain = []
+    train(gpt(), 4, lambda c, _: Monitor(c, 2, writers=[plain.append]))
+    assert [record["step"] for record in records] == [0, 2]
+    for a, b in zip(records, plain, strict=True):
+        assert a["layers"].keys() == b["layers"].keys()
+        for name in a["layers"]:
+            assert a["layers"][name]["entropy"] == pytest.approx(b["layers"][name]["entropy"], abs=1e-3)
+
+
+def hooks(model) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_no_hook_is_left_between_records_and_after_an_error():
+    model = gpt()
+    monitor = Monitor(model, 3)
+    assert hooks(model) > 0
+    with pytest.raises(IndexError):
+        model(torch.full((1, 4), 99), torch.zeros(1, 4, dtype=torch.long))
+    assert torch.overrides._get_current_function_mode_stack() == []
+    _, loss = model(*batch(0))
+    assert hooks(model) == 0  # seen already
+    loss.backward()
+    assert monitor.step(loss)["layers"]
+    for _ in range(2):
+        assert hooks(model) == 0
+        assert monitor.step() is None
+    assert hooks(model) > 0
+    monitor.close()
+    assert hooks(model) == 0
+
+
+def test_validation_and_further_micro_batches_are_not_looked_at():
+    model = gpt()
+    monitor = Monitor(model, 1)
+    model.eval()
+    model(*batch(7))
+    model.train()
+    _, loss = model(*batch(0))
+    loss.backward()
+    first = {name: numbers.clone() for name, (_, numbers) in monitor._seen.items()}
+    _, loss = model(*batch(1))
+    loss.backward()
+    record = monitor.step(loss)
+    for name, numbers in first.items():
+        assert record["layers"][name]["entropy"] == pytest.approx(numbers[0].tolist(), rel=1e-5)
+    alone = Monitor(model, 1)
+    model(*batch(0))
+    assert alone.step()["layers"]["h.0.attn"]["entropy"] == pytest.approx(
+        record["layers"]["h.0.attn"]["entropy"], rel=1e-5
+    )
+
+
+def test_gradients_can_be_read_before_they_are_clipped():
+    model = gpt()
+    monitor = Monitor(model, 1)
+    _, loss = model(*batch(0))
+    (1024 * loss).backward()
+    monitor.read_gradients(scale=1024)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3) / 1024
+    assert monitor.step(loss)["grad_l2"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_a_model_without_attention_is_said_to_have_none(caplog):
+    monitor = Monitor(nn.Linear(3, 3), 1)
+    record = monitor.step(1.0)
+    assert record["layers"] == {} and "no attention was seen" in caplog.text
+
+
+def test_numbers_that_are_not_finite_are_null():
+    model = gpt()
+    monitor = Monitor(model, 1)
+    with torch.no_grad():
+        model.h[0].attn.c_attn.weight[0, 0] = torch.nan
+    _, loss = model(*batch(0))
+    loss.backward()
+    record = monitor.step(loss)
+    assert record["loss"] is None and record["layers"]["h.0.attn"]["entropy"][0] is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("every", 0), ("every", 2.5), ("step", -1)])
+def test_bad_settings(name, value):
+    with pytest.raises(ValueError, match=f"{name} = {value}: allowed are whole numbers from"):
+        Monitor(gpt(), **{name: value})
