@@ -8,7 +8,7 @@ if distributed_is_available():
     from torch.distributed.tensor import DTensor, Replicate
 
 EXACT_UP_TO = 64  # an exact SVD of a matrix with a side this short takes about a millisecond
-KRYLOV_STEPS = 24
+KRYLOV_STEPS, WARM_STEPS = 24, 8  # from a random start, and from nearby
 MAX_RESTARTS = 40
 TOLERANCE = 1e-3
 
@@ -28,8 +28,10 @@ def power_iteration(W: Tensor, u: Tensor, v: Tensor, n: int) -> None:
         torch.nn.functional.normalize(matvec(W.T, u), dim=0, out=v)
 
 
-def top_singular_vectors(W: Tensor) -> tuple[Tensor, Tensor]:
+def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """u (out,) and v (in,) of the largest singular value of W (out, in), so that u^T W v is it within 1e-3.
+
+    v, if given, is that of a matrix nearby, such as W some updates before.
 
     Restarted Lanczos on W^T W: the best pair in the Krylov space of a vector, then again from there, until
     |W^T u - sigma v| <= 1e-3 sigma. Plain power iteration needs hundreds of products for the small gaps of random matrices,
@@ -40,10 +42,12 @@ def top_singular_vectors(W: Tensor) -> tuple[Tensor, Tensor]:
     if min(W.shape) <= EXACT_UP_TO:
         u, _, v = torch.linalg.svd(W, full_matrices=False)
         return u[:, 0], v[0]
-    v = torch.randn(W.shape[1], generator=torch.Generator().manual_seed(0), dtype=W.dtype).to(W.device)
+    steps = KRYLOV_STEPS if v is None else WARM_STEPS
+    if v is None:
+        v = torch.randn(W.shape[1], generator=torch.Generator().manual_seed(0), dtype=W.dtype).to(W.device)
     for _ in range(MAX_RESTARTS):
         basis, images = [v / v.norm()], []  # orthonormal columns Q and W Q
-        for _ in range(KRYLOV_STEPS):
+        for _ in range(steps):
             images.append(torch.mv(W, basis[-1]))
             image, Q = torch.mv(W.T, images[-1]), torch.stack(basis, dim=1)
             following = image

@@ -122,7 +122,7 @@ class Monitor:
     def _prepare(self) -> None:
         """Makes ready for the next update."""
         self.is_recording = self.updates % self.every == 0
-        self._seen: dict[str, tuple[str, Tensor]] = {}  # layer: kind, numbers by head
+        self._seen: dict[str, tuple[str, Tensor, dict[str, Tensor]]] = {}  # layer: kind, numbers by head, sigmas
         self._modules: dict[str, nn.Module] = {}
         self._gradients: dict[str, Tensor] = {}  # "" is the whole model
         self._loss = None
@@ -144,8 +144,9 @@ class Monitor:
 
     def _see(self, call: AttentionCall) -> AttentionCall:
         if self._model.training and call.name not in self._seen:
+            parent = self._model.get_submodule(call.name.rpartition(".")[0]) if call.name else None
             self._modules[call.name] = call.module
-            self._seen[call.name] = by_head(call)
+            self._seen[call.name] = *by_head(call), self._sigma.measure(call.name, call.module, parent)
         return call
 
     def _record(self, loss, lr) -> dict:
@@ -156,11 +157,6 @@ class Monitor:
             )  # fmt: skip
         if not self._gradients:
             self.read_gradients()
-        parents = dict(self._model.named_modules())
-        sigmas = {
-            name: self._sigma.measure(name, module, parents.get(name.rpartition(".")[0]) if name else None)
-            for name, module in self._modules.items()
-        }
         loss = self._loss if loss is None else loss
         if lr is None and self._optimizer is not None:
             lr = self._optimizer.param_groups[0]["lr"]
@@ -172,12 +168,12 @@ class Monitor:
             "layers": {},
             "alarms": [],
         }
-        for name, (kind, numbers) in self._seen.items():
+        for name, (kind, numbers, sigmas) in self._seen.items():
             entropy, entropy_min, max_logit, bound, log_keys = numbers
             heads = {"entropy": entropy, "entropy_min": entropy_min, "max_logit": max_logit, "bound": bound}
             record["layers"][name] = {
                 "kind": kind,
-                **plain({"keys": log_keys.mean().exp(), **heads, "sigma": sigmas[name]}),
+                **plain({"keys": log_keys.mean().exp(), **heads, "sigma": sigmas}),
                 **_gradient(self._gradients[name]),
             }
         return record

@@ -80,7 +80,7 @@ def test_a_run_resumed_from_an_earlier_checkpoint_replaces_what_it_repeats(tmp_p
         for name, layer in b["layers"].items():
             sigma, expected = a["layers"][name].pop("sigma"), layer.pop("sigma")
             assert a["layers"][name] == layer
-            assert sigma == pytest.approx(expected, rel=1e-2)  # power iterations that start elsewhere
+            assert sigma == pytest.approx(expected, rel=2e-3)  # iterations that start elsewhere
 
 
 def test_a_file_may_be_named(tmp_path):
