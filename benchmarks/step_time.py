@@ -70,17 +70,26 @@ class Step:
         """Seconds."""
         self._wait()
         start = time.perf_counter()
-        logits = self.model(self.source, self.lengths, self.previous)[0]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), self.target.flatten())
+        loss = nn.functional.cross_entropy(self.logits().flatten(0, -2), self.target.flatten())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self._wait()
         return time.perf_counter() - start
 
+    def logits(self) -> torch.Tensor:
+        return self.model(self.source, self.lengths, self.previous)[0]
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def chip(device: torch.device) -> str:
+    """What it ran on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
 
 
 def main() -> None:
@@ -97,11 +106,6 @@ def main() -> None:
     device = torch.device(args.device)
     for i in range(8000 - len(Task.source_dictionary)):
         Task.source_dictionary.add_symbol(str(i))
-    chip = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
-    )
     console = Console(record=True, width=120)
     for tokens in args.tokens:
         steps = {
@@ -115,9 +119,8 @@ def main() -> None:
             for label, step in steps.items():
                 times[label].append(step())
         table = Table("", "ms a step", "/ pre-LN", "/ post-LN", "min and max of / post-LN")
-        table.title = (
-            f"{args.layers}L-{args.layers}L, width {args.width}, {tokens} tokens; torch {torch.__version__}, {chip}"
-        )
+        shape = f"{args.layers}L-{args.layers}L, width {args.width}, {tokens} tokens"
+        table.title = f"{shape}; torch {torch.__version__}, {chip(device)}"
         for label, own in times.items():
             ratios = {base: [a / b for a, b in zip(own, times[base], strict=True)] for base in ("pre-LN", "post-LN")}
             spread = f"{min(ratios['post-LN']):.2f} - {max(ratios['post-LN']):.2f}"

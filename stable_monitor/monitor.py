@@ -49,7 +49,8 @@ class Monitor:
         optimizer: for the learning rate.
         step: updates made before, where a run is resumed; what the file tells of them is history for the alarm.
         alarm: when to raise it.
-        on_alarm: called with each `Alarm`, after it is logged; `stop_training`, `lower_learning_rate(optimizer)` or yours.
+        on_alarm: called with each `Alarm`, on every rank with those of rank 0, after it is logged: `stop_training`,
+            `lower_learning_rate(optimizer)` or yours.
         writers: called with each record, on rank 0; `TensorBoardWriter(directory)`, `WandbWriter()` or yours.
 
     Raises:
@@ -76,7 +77,8 @@ class Monitor:
         self._on_alarm, self._writers = on_alarm, tuple(writers)
         self._watch, self._sigma = Watch(alarm or AlarmConfig()), SpectralNorms()
         self._interception = Interception(self._model, self._see, order=1)  # after what changes the call
-        self._is_main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self._is_main = self._processes == 1 or dist.get_rank() == 0
         self._file = self._open(path, step) if path is not None and self._is_main else None
         self._armed = ExitStack()
         self._prepare()
@@ -180,6 +182,10 @@ class Monitor:
 
     def _publish(self, record: dict) -> None:
         alarms = self._watch.look(record)
+        if self._on_alarm is not None and self._processes > 1:  # all do what rank 0 decides: one alone cannot stop
+            decided = [alarms]
+            dist.broadcast_object_list(decided, src=0)
+            alarms = decided[0]
         record["alarms"] = [{key: asdict(alarm)[key] for key in ALARM_KEYS} for alarm in alarms]
         if self._file is not None:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")

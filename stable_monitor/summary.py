@@ -18,7 +18,7 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
 
     The numbers: mean entropy, least entropy, largest logit, mean of the entropy's lower bound, and of its upper bound, the
     log of the number of keys. They are over batch and queries, less rows without a key, and in self-attention less the
-    queries of padding: of positions that no query may see.
+    queries of padding: of positions that no query may see. The least entropy is over rows with a choice, of two keys or more.
     """
     rows, hidden = call.statistics(), call.hidden()
     queries, keys = call.tokens
@@ -36,7 +36,7 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
 
     return kind, torch.stack([
         mean(rows.entropy),
-        rows.entropy.masked_fill(~counted, math.inf).amin((0, 2)),
+        rows.entropy.masked_fill(~counted | (rows.keys < 2), math.inf).amin((0, 2)),
         rows.max_logit.masked_fill(~counted, -math.inf).amax((0, 2)),
         mean(rows.bound),
         mean(rows.keys.clamp(min=1).log()),

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.fsdp import fully_shard
 
-from stable_monitor import Monitor, TensorBoardWriter, WandbWriter
+from stable_monitor import EntropyCollapse, Monitor, TensorBoardWriter, WandbWriter, stop_training
 from stable_monitor.records import read
 from tests.stable_monitor.models import batch, gpt, train
 
@@ -102,7 +102,18 @@ def _worker(rank: int, folder: str, sharded: bool) -> None:
     seen = []
     train(model, 3, lambda c, _: Monitor(c, 2, path=folder, writers=[seen.append]), called=called)
     assert len(seen) == (2 if rank == 0 else 0)
+    _stop_together(rank, called)
     dist.destroy_process_group()
+
+
+def _stop_together(rank: int, called) -> None:
+    """Rank 0 sees a collapse, and both stop."""
+    monitor = Monitor(called, 1, on_alarm=stop_training)
+    monitor._watch.look({"step": 0, "layers": {"h.0.attn": {"entropy": [1e6 if rank == 0 else 0.0], "bound": [0.0]}}})
+    _, loss = called(*batch(0))
+    loss.backward()
+    with pytest.raises(EntropyCollapse, match=r"h\.0\.attn"):
+        monitor.step(loss)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])

@@ -1,0 +1,116 @@
+"""What the report shows: quantities from the records, and each as one curve per layer."""
+
+import math
+from collections.abc import Callable
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+
+from .records import Run
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
+Value = Callable[[dict], float | None]
+WHOLE_MODEL = "whole model"  # beside the kinds of attention
+
+
+class Quantity(NamedTuple):
+    """What a panel shows. `panel` names it in ids. `scale` is "zero" (linear from 0), "wide" (linear, but logarithmic
+    from 1 on where it exceeds 20) or "log". `of_layer` takes the record of a layer, `of_model` a whole record.
+    """
+
+    panel: str
+    label: str
+    scale: str
+    of_layer: Value = lambda layer: None
+    of_model: Value = lambda record: None
+
+
+def over_heads(reduce: Callable[[list[float]], float], key: str) -> Value:
+    def value(layer: dict) -> float | None:
+        heads = [head for head in layer.get(key) or [] if head is not None]
+        return reduce(heads) if heads else None
+
+    return value
+
+
+def number(key: str) -> Value:
+    return lambda record: record.get(key)
+
+
+def sigma(key: str) -> Value:
+    return lambda layer: layer.get("sigma", {}).get(key)
+
+
+mean_entropy = over_heads(fmean, "entropy")
+FIGURES = {
+    "loss": (
+        "Loss and learning rate",
+        [
+            Quantity("loss", "loss", "wide", of_model=number("loss")),
+            Quantity("lr", "learning rate", "zero", of_model=number("lr")),
+        ],
+    ),
+    "entropy": (
+        "Attention entropy, mean over heads",
+        [Quantity("entropy", "entropy (nats)", "zero", mean_entropy)],
+    ),
+    "entropy_min": (
+        "Attention entropy, least of heads and queries",
+        [Quantity("entropy_min", "least entropy (nats)", "zero", over_heads(min, "entropy_min"))],
+    ),
+    "max_logit": (
+        "Largest attention logit",
+        [Quantity("max_logit", "largest logit", "wide", over_heads(max, "max_logit"))],
+    ),
+    "sigma": (
+        "Spectral norm σ of the projections",
+        [Quantity(f"sigma.{key}", f"σ of {key}", "wide", sigma(key)) for key in ("q", "k", "v", "out")],
+    ),
+    "gradients": (
+        "Gradient norms",
+        [
+            Quantity("grad_l2", "gradient, l2", "log", number("grad_l2"), number("grad_l2")),
+            Quantity("grad_linf", "gradient, l-inf", "log", number("grad_linf"), number("grad_linf")),
+        ],
+    ),
+}
+
+
+def thin(x: np.ndarray, y: np.ndarray, bins: int = 100) -> Curve:
+    """At most two points a bin, its least and its greatest, so that no spike is lost; and the two ends."""
+    if len(x) <= 2 * bins:
+        return x, y
+    keep = {0, len(x) - 1}
+    for part in np.array_split(np.arange(len(x)), bins):
+        keep |= {part[y[part].argmin()], part[y[part].argmax()]}
+    keep = sorted(keep)
+    return x[keep], y[keep]
+
+
+def series(records: list[dict], value: Value) -> Curve:
+    """A null is no point: the curve goes straight on between its neighbours."""
+    points = [(record["step"], y) for record in records if (y := value(record)) is not None]
+    return thin(*np.array(points, float).reshape(-1, 2).T)
+
+
+def curves(quantity: Quantity, run: Run, kind: str) -> dict[str, Curve]:
+    """The curves of one panel by layer, for WHOLE_MODEL the one of that name, without those that hold no point."""
+    if kind == WHOLE_MODEL:
+        found = {kind: series(run.records, quantity.of_model)}
+    else:
+        found = {
+            name: series(run.records, lambda record, name=name: quantity.of_layer(record["layers"].get(name, {})))
+            for name in run.layers.get(kind, [])
+        }
+    return {name: curve for name, curve in found.items() if len(curve[0])}
+
+
+def ceiling(run: Run, kind: str) -> Curve:
+    """log(keys), the entropy of attending to all keys alike; where layers differ the highest. Nats."""
+
+    def value(record: dict) -> float | None:
+        keys = [record["layers"].get(name, {}).get("keys") for name in run.layers.get(kind, [])]
+        return max((math.log(count) for count in keys if count), default=None)
+
+    return series(run.records, value)

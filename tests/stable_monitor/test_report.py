@@ -1,0 +1,222 @@
+"""The report: its records as a killed and resumed run leaves them, its page in a real browser, its errors."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from stable_monitor.curves import thin
+from stable_monitor.records import FILE_NAME, read
+from stable_monitor.report import main
+
+PROJECTIONS = ("q", "k", "v", "out")
+OF_LAYER = ("entropy", "entropy_min", "max_logit", *(f"sigma.{key}" for key in PROJECTIONS), "grad_l2", "grad_linf")
+OF_MODEL = ("loss", "lr", "grad_l2", "grad_linf")
+
+
+def record(step, layers, entropy=1.0, **changes):
+    """All layers (a dict of their kinds) have the same numbers; the two heads differ by 0.2 around the mean entropy."""
+    layer = {
+        "keys": 8,
+        "entropy": [entropy - 0.1, entropy + 0.1],
+        "entropy_min": [0.3, 0.2],
+        "max_logit": [4.0, 5.1],
+        "bound": [0.01, 0.0],
+        "sigma": dict.fromkeys(PROJECTIONS, 1.5),
+        "grad_l2": 0.1,
+        "grad_linf": 0.004,
+    }
+    named = {name: {"kind": kind, **layer} for name, kind in layers.items()}
+    numbers = {"time": 1.7e9, "loss": 2.0, "lr": 1e-3, "grad_l2": 0.8, "grad_linf": 0.02}
+    return {"step": step, **numbers, "layers": named, "alarms": []} | changes
+
+
+def write(directory, records):
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FILE_NAME).write_text("".join(json.dumps(r) + "\n" for r in records))
+    return directory
+
+
+class Page(HTMLParser):
+    """What a page holds: the curves by id, {"d": ..., "style": ...} of their path, and the tables' rows."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.curves, self.rows, self.ids, self.current = {}, [], Counter(), None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if "id" in attributes:
+            self.ids[attributes["id"]] += 1
+        if tag == "g" and "/" in attributes.get("id", ""):
+            self.current = attributes["id"]
+        elif tag == "path" and self.current:
+            self.curves[self.current], self.current = attributes, None
+        elif tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data):
+        if self.lasttag in ("td", "th") and data.strip():
+            self.rows[-1].append(data)
+
+    def points(self, curve):
+        return np.array(re.findall(r"-?[\d.]+", self.curves[curve]["d"]), float).reshape(-1, 2)
+
+
+def lightness(style):
+    color = re.search(r"stroke: #(\w{6})", style)[1]
+    return sum(int(color[i : i + 2], 16) * weight for i, weight in ((0, 0.299), (2, 0.587), (4, 0.114)))
+
+
+def in_chromium(page):
+    """The page's DOM after its script has run, and the console."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        if os.environ.get("REQUIRE_CHROMIUM"):
+            pytest.fail("REQUIRE_CHROMIUM is set, and there is no chromium")
+        pytest.skip("there is no chromium, chromium-browser or google-chrome to open the page in")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    done = subprocess.run([chromium, *flags, profile, page.as_uri()], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_browser_shows_every_curve_of_runs_that_differ(tmp_path):
+    deep = {f"blocks.{i}.attn": "decoder" for i in range(60)}
+    translation = {
+        f"{stack}.layers.{i}.{name}": kind
+        for stack, name, kind in (
+            ("encoder", "self_attn", "encoder"),
+            ("decoder", "self_attn", "decoder"),
+            ("decoder", "encoder_attn", "cross"),
+        )
+        for i in range(2)
+    }
+    alarm = {"layer": "encoder.layers.0.self_attn", "entropy": 0.125, "threshold": 0.4, "reference": 1, "bound": 0.0}
+    falling = [1.5, 1.25, 1.0, 0.75, 0.5]
+    write(tmp_path / "deep", [record(100 * i, deep, e) for i, e in enumerate(falling, 1)])
+    records = [record(100 * i, translation, e) for i, e in enumerate(falling, 1)]
+    records[3]["alarms"] = [alarm]
+    write(tmp_path / "a <b> σ", records)
+    out = tmp_path / "report.html"
+    assert main([str(tmp_path / "deep"), str(tmp_path / "a <b> σ"), "-o", str(out)]) == 0
+    hover = """<script>
+      const over = document.getElementById("deep/entropy/blocks.7.attn").querySelector("path");
+      const at = over.getPointAtLength(5).matrixTransform(over.getScreenCTM());
+      const where = {bubbles: true, clientX: at.x, clientY: at.y};
+      over.closest(".panel").querySelector("path").dispatchEvent(new PointerEvent("pointermove", where));
+    </script>"""
+    (tmp_path / "hovered.html").write_text(out.read_text() + hover)
+    text, console = in_chromium(tmp_path / "hovered.html")
+    assert "Uncaught" not in console
+    page = Page(text)
+
+    odd = "a%20%3Cb%3E%20%CF%83"
+    expected = {
+        f"{run}/{panel}/{layer}"
+        for run, layers in (("deep", deep), (odd, translation))
+        for panels, names in ((OF_LAYER, layers), (OF_MODEL, ["whole%20model"]))
+        for panel in panels
+        for layer in names
+    }
+    assert expected <= page.curves.keys()
+    assert max(page.ids.values()) == 1
+    assert all(page.points(curve).shape == (5, 2) for curve in expected)
+
+    line, other = page.points("deep/entropy/blocks.59.attn"), page.points(f"{odd}/entropy/decoder.layers.1.self_attn")
+    steps = np.diff(line, axis=0)
+    assert np.allclose(steps, steps[0], atol=0.11) and (steps > 1).all()  # straight, to the right, and down in SVG
+    assert np.array_equal(line[:, 1], other[:, 1]) and (line[:, 0] < other[:, 0]).all()  # side by side on one scale
+    ceiling = page.points("deep/ceiling/decoder")[0, 1]
+    assert math.isclose((ceiling - line[0, 1]) / steps[0, 1], (1.5 - math.log(8)) / 0.25, abs_tol=0.02)
+    shades = [lightness(page.curves[f"deep/entropy/blocks.{i}.attn"]["style"]) for i in range(60)]
+    assert shades == sorted(shades) and shades[-1] > shades[0] + 100
+
+    assert ["deep", "5", "100 to 500", "2", "blocks.0.attn: 0.5 nats", "none"] in page.rows
+    assert ["a <b> σ", "400", "encoder.layers.0.self_attn", "0.125", "0.4"] in page.rows
+    assert page.ids[f"{odd}/alarms/encoder"] == 1
+    named = re.search(r"blocks.\d+.attn(?= · entropy · deep)", text)[0]  # all curves of the panel coincide
+    hot = [curve for curve, path in page.curves.items() if path.get("class") == "hot"]
+    assert sorted(hot) == sorted(f"deep/{panel}/{named}" for panel in OF_LAYER)
+
+    assert not re.findall(r'(?:src|href)="(?!#|data:|report_\w+\.png")[^"]*"', text)  # nothing from elsewhere
+    for name in ("loss", "entropy", "entropy_min", "max_logit", "sigma", "gradients"):
+        assert (tmp_path / f"report_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_record_is_a_mark_and_what_is_null_is_left_out(tmp_path):
+    layers = {"attn": "encoder"}
+    first, second = (record(step, layers, loss=None, lr=None, grad_linf=None) for step in (1, 2))
+    second["layers"]["attn"] |= {
+        "entropy": [None, 0.5],
+        "entropy_min": [None, None],
+        "sigma": {"q": 2.0},
+        "grad_l2": 0.0,
+    }
+    run = write(tmp_path / "run", [first, second])
+    assert main([str(run), "-o", str(tmp_path / "two.html")]) == 0
+    page = Page((tmp_path / "two.html").read_text())
+    assert "Loss and learning rate: not recorded" in (tmp_path / "two.html").read_text()
+    assert "run/loss/whole%20model" not in page.curves and not (tmp_path / "two_loss.png").exists()
+    points = {panel: len(page.points(f"run/{panel}/attn")) for panel in OF_LAYER}
+    assert points == dict.fromkeys(OF_LAYER, 2) | dict.fromkeys(["entropy_min", "sigma.k", "sigma.v", "sigma.out"], 1)
+    text = (tmp_path / "two.html").read_text()
+    for panel, count in points.items():
+        curve = text.split(f'id="run/{panel}/attn"')[1].split('<g id="')[0]
+        assert ("<use" in curve.split("</g>")[0]) == (count == 1)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [write(tmp_path / lr / "seed1", [record(1, {"attn": "encoder"})]) for lr in ("low", "high")]
+    assert main([*map(str, runs), "-o", str(tmp_path / "report.html")]) == 0
+    assert {"low%2Fseed1/entropy/attn", "high%2Fseed1/entropy/attn"} <= Page(
+        (tmp_path / "report.html").read_text()
+    ).ids.keys()
+
+
+def test_thinning_keeps_spikes_and_ends():
+    x = np.arange(10_000.0)
+    y = np.sin(x)
+    y[1234], y[5678] = 50, -50
+    few_x, few_y = thin(x, y)
+    assert len(few_x) <= 202 and (np.diff(few_x) > 0).all() and np.array_equal(few_y, y[few_x.astype(int)])
+    assert {0, 1234, 5678, 9999} <= set(few_x)
+
+
+def test_a_killed_and_resumed_run_is_read(tmp_path):
+    run = write(tmp_path, [record(step, {}, loss=loss) for loss, step in enumerate((10, 20, 30, 40, 20, 30))])
+    with (run / FILE_NAME).open("a") as file:
+        file.write(json.dumps(record(40, {}))[:50])
+    assert [(r["step"], r["loss"]) for r in read(run)] == [(10, 0), (20, 4), (30, 5)]
+    assert read(run / FILE_NAME) == read(run)
+    with (run / FILE_NAME).open("a") as file:
+        file.write("\n" + json.dumps(record(50, {})) + "\n")
+    with pytest.raises(ValueError, match=rf"{FILE_NAME}, line 7: not a record"):
+        read(run)
+
+
+def test_what_cannot_be_reported_is_said_in_one_line(tmp_path, capsys):
+    good = str(write(tmp_path / "good", [record(1, {"attn": "encoder"})]))
+    out, bare = str(tmp_path / "report.html"), tmp_path / "bare"
+    bare.mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    for arguments, expected in (
+        ([str(tmp_path / "gone"), "-o", out], f"gone: no such file; a run is a directory that holds {FILE_NAME}"),
+        ([str(bare), "-o", out], f"bare/{FILE_NAME}: no such file"),
+        ([str(tmp_path / "empty.jsonl"), "-o", out], "empty.jsonl: holds no record"),
+        ([good, good, "-o", out], "the same run is given twice"),
+        ([good, "-o", str(tmp_path / "gone" / "report.html")], "gone"),
+        ([good, "-o", good], "must end in .html"),
+    ):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1
