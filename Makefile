@@ -9,7 +9,7 @@ help:
 	@echo "make quickstart   install, train an 18L-18L translation model four ways on the CPU, show the result"
 	@echo "make test         install, run the tests (make test-all: the slow ones too)"
 	@echo "make lint         ruff and formatting, as pre-commit runs them"
-	@echo "make bench        step times side by side"
+	@echo "make bench        step times side by side, and what the monitor adds to them"
 
 venv: .venv/ready
 
@@ -41,6 +41,7 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.monitor
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -4,7 +4,7 @@ from .alarm import Alarm, AlarmConfig, EntropyCollapse, lower_learning_rate, sto
 from .monitor import Monitor
 from .sharpness import adamw_stability_threshold, sharpness
 from .temperature import attention_temperature
-from .writers import TensorBoardWriter, WandbWriter
+from .writers import TensorBoardWriter, WandbWriter, headline
 
 __all__ = [
     "Alarm",
@@ -15,6 +15,7 @@ __all__ = [
     "WandbWriter",
     "adamw_stability_threshold",
     "attention_temperature",
+    "headline",
     "lower_learning_rate",
     "sharpness",
     "stop_training",

@@ -12,12 +12,13 @@ import torch
 class AlarmConfig:
     """When a layer's entropy, the mean over its heads, counts as collapsing.
 
-    The threshold is bound + fraction * (reference - bound): reference is the median of the layer's last `window` records,
-    bound the least entropy that logits of the present size allow [σ, Theorem 3.1]. A layer raises one alarm each time it
-    falls through, and counts as recovered once it is back above it.
+    The threshold is bound + fraction * (reference - bound), and at most half the reference: reference is the median of the
+    layer's last `window` records, bound the least entropy that logits of the present size allow [σ, Theorem 3.1]. (Half,
+    because small logits have a bound close to uniform attention, and that is no collapse.) A layer raises one alarm each
+    time it falls through, and counts as recovered once it is back above it.
 
     Attributes:
-        fraction: how much of the room between the bound and the past has to be left, in (0, 1).
+        fraction: how much of the room between the bound and the past may be left, in (0, 1).
         window: how many earlier records make the reference; those under the threshold are no part of it.
         patience: how many records a layer must have before it can raise an alarm.
     """
@@ -109,7 +110,7 @@ class Watch:
             past = self._past[name]
             if len(past) >= self.config.patience:
                 reference = statistics.median(past)
-                threshold = bound + self.config.fraction * max(0.0, reference - bound)
+                threshold = min(bound + self.config.fraction * max(0.0, reference - bound), reference / 2)
                 if entropy < threshold:
                     if name not in self._collapsed:
                         alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound))

@@ -1,26 +1,35 @@
 """Where records go besides the file: TensorBoard and Weights & Biases, for those who have them."""
 
-import math
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+
+
+def by_layer(record: dict, key: str, over_heads: Callable[[list[float]], float]) -> dict[str, float]:
+    """One number for each layer that has any."""
+    known = {name: [x for x in layer[key] if x is not None] for name, layer in record["layers"].items()}
+    return {name: over_heads(heads) for name, heads in known.items() if heads}
+
+
+def headline(record: dict) -> dict[str, float]:
+    """What fits in a log line: "entropy", the mean over layers and heads, "entropy_min", that of the layer with the least
+    (both in nats), and "logit_max", the largest logit of all. Empty where no attention was measured."""
+    entropies, logits = by_layer(record, "entropy", fmean).values(), by_layer(record, "max_logit", max).values()
+    if not entropies or not logits:
+        return {}
+    return {"entropy": fmean(entropies), "entropy_min": min(entropies), "logit_max": max(logits)}
 
 
 def scalars(record: dict) -> dict[str, float]:
-    """A record as flat names and numbers: "entropy/encoder.layers.0.self_attn" is the mean over the heads, min or max for
-    what is a least or a largest; what was not measured is left out."""
+    """A record as flat names and numbers: "entropy/encoder.layers.0.self_attn" is the mean over the heads, and so on, min
+    or max for what is a least or a largest; what was not measured is left out."""
     flat = {name: record[name] for name in ("loss", "lr", "grad_l2", "grad_linf")}
+    for key, over_heads in (("entropy", fmean), ("bound", fmean), ("entropy_min", min), ("max_logit", max)):
+        flat.update((f"{key}/{name}", value) for name, value in by_layer(record, key, over_heads).items())
     for name, layer in record["layers"].items():
-        for key, over_heads in (("entropy", _mean), ("bound", _mean), ("entropy_min", min), ("max_logit", max)):
-            known = [value for value in layer[key] if value is not None]
-            flat[f"{key}/{name}"] = over_heads(known) if known else None
-        for role, sigma in layer["sigma"].items():
-            flat[f"sigma_{role}/{name}"] = sigma
-        for key in ("grad_l2", "grad_linf"):
-            flat[f"{key}/{name}"] = layer[key]
+        flat.update((f"sigma_{role}/{name}", sigma) for role, sigma in layer["sigma"].items())
+        flat.update((f"{key}/{name}", layer[key]) for key in ("grad_l2", "grad_linf"))
     return {name: value for name, value in flat.items() if value is not None}
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 class TensorBoardWriter:

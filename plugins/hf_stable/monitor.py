@@ -1,48 +1,69 @@
 """The monitor under transformers' Trainer."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stable_monitor import Alarm, Monitor
+from stable_monitor import Alarm, AlarmConfig, Monitor, headline
 
 
 class MonitorCallback(TrainerCallback):
     """Runs `stable_monitor.Monitor` under a Trainer: `Trainer(..., callbacks=[MonitorCallback(every=100)])`.
 
-    Records go to `monitor.jsonl` in the output directory, and `attention_entropy_min`, the least entropy of a layer in nats,
-    and `attention_logit_max` into the Trainer's log. Gradients are those that the optimizer steps with, after clipping. A
-    resumed run goes on in the same file.
+    Records go to `monitor.jsonl` in the output directory, and `attention_entropy`, `attention_entropy_min` (nats) and
+    `attention_logit_max` into the Trainer's log history. The loss is the model's own, of the update's first batch; gradients
+    are those that the optimizer steps with, after clipping. A resumed run goes on in the same file.
 
     Args:
         every: updates from one record to the next.
         stop_on_alarm: ends the training, with a checkpoint, when a layer's entropy collapses.
-        **monitor: further arguments of `Monitor`, such as `alarm`, `on_alarm` and `writers`.
+        alarm, on_alarm, writers: as for `Monitor`.
+
+    Raises:
+        ValueError: at the start of training, under `torch_compile=True`, which compiles where a callback cannot look: call
+            `model.compile()` before the Trainer gets the model.
     """
 
-    def __init__(self, every: int = 100, stop_on_alarm: bool = False, **monitor) -> None:
-        self.every, self.stop_on_alarm, self.settings, self.monitor = every, stop_on_alarm, monitor, None
+    def __init__(
+        self,
+        every: int = 100,
+        stop_on_alarm: bool = False,
+        *,
+        alarm: AlarmConfig | None = None,
+        on_alarm: Callable[[Alarm], None] | None = None,
+        writers: Iterable[Callable[[dict], None]] = (),
+    ) -> None:
+        self.every, self.stop_on_alarm, self.on_alarm = every, stop_on_alarm, on_alarm
+        self.alarm, self.writers, self.monitor = alarm, writers, None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._alarms: list[Alarm] = []
-        settings = {"path": Path(args.output_dir), **self.settings, "on_alarm": self._on_alarm}
+        if args.torch_compile:
+            raise ValueError(
+                "torch_compile = True hides the model from the monitor: leave it out, and call model.compile()"
+            )
+        self._collapsed = False
         self.monitor = Monitor(
-            kwargs["model"], self.every, optimizer=kwargs["optimizer"], step=state.global_step, **settings
+            kwargs["model"],
+            self.every,
+            path=Path(args.output_dir),
+            optimizer=kwargs["optimizer"],
+            step=state.global_step,
+            alarm=self.alarm,
+            on_alarm=self._on_alarm,
+            writers=self.writers,
         )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.monitor.read_gradients()
+        self._lr = kwargs["optimizer"].param_groups[0]["lr"]
 
     def on_step_end(self, args, state, control, **kwargs):
-        record = self.monitor.step()
-        if record is not None and record["layers"]:
-            layers = record["layers"].values()
-            state.log_history.append({
-                "step": state.global_step,
-                "attention_entropy_min": min(sum(layer["entropy"]) / len(layer["entropy"]) for layer in layers),
-                "attention_logit_max": max(max(layer["max_logit"]) for layer in layers),
-            })  # fmt: skip
-        if self._alarms and self.stop_on_alarm:
+        record = self.monitor.step(lr=self._lr)
+        if record is not None:
+            numbers = {f"attention_{name}": value for name, value in headline(record).items()}
+            state.log_history.append({**numbers, "step": state.global_step})
+        if self._collapsed and self.stop_on_alarm:
             control.should_training_stop = control.should_save = True
         return control
 
@@ -50,6 +71,6 @@ class MonitorCallback(TrainerCallback):
         self.monitor.close()
 
     def _on_alarm(self, alarm: Alarm) -> None:
-        self._alarms.append(alarm)
-        if self.settings.get("on_alarm"):
-            self.settings["on_alarm"](alarm)
+        self._collapsed = True
+        if self.on_alarm is not None:
+            self.on_alarm(alarm)

@@ -1,0 +1,113 @@
+"""The monitor under transformers' Trainer."""
+
+import pytest
+import torch
+import transformers
+
+from hf_stable import MonitorCallback
+from stable_monitor import AlarmConfig
+from stable_monitor.records import read
+
+CONFIG = {
+    "vocab_size": 60,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def data(size: int = 64) -> list[dict]:
+    tokens = torch.randint(1, 60, (size, 12), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, **settings):
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**CONFIG))
+    prepare(model)
+    arguments = {"per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3,
+                 "max_steps": steps, "report_to": "none", "use_cpu": True, "disable_tqdm": True, **settings}  # fmt: skip
+    trainer = transformers.Trainer(
+        model, transformers.TrainingArguments(str(folder), **arguments), train_dataset=data(), callbacks=list(callbacks)
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_records_and_the_same_losses(tmp_path, accumulation):
+    plain = train(tmp_path / "plain", gradient_accumulation_steps=accumulation)
+    watched = train(tmp_path / "watched", MonitorCallback(2), gradient_accumulation_steps=accumulation)
+    assert losses(watched) == losses(plain)
+    assert all(torch.equal(a, b) for a, b in zip(watched.model.parameters(), plain.model.parameters(), strict=True))
+
+    records = read(tmp_path / "watched")
+    assert [record["step"] for record in records] == [0, 2, 4]
+    assert {name: layer["kind"] for name, layer in records[0]["layers"].items()} == {
+        "transformer.h.0.attn": "decoder", "transformer.h.1.attn": "decoder"
+    }  # fmt: skip
+    log = {entry["step"]: entry for entry in plain.state.log_history}
+    for record in records:
+        entry = log[record["step"] + 1]
+        assert record["lr"] == pytest.approx(entry["learning_rate"], rel=1e-4)
+        assert record["grad_l2"] == pytest.approx(min(1.0, entry["grad_norm"]), rel=1e-3)  # clipped at 1
+        assert accumulation > 1 or record["loss"] == pytest.approx(entry["loss"], abs=1e-3)
+    shown = [entry for entry in watched.state.log_history if "attention_entropy" in entry]
+    means = [sum(sum(layer["entropy"]) / 8 for layer in record["layers"].values()) for record in records]
+    assert [entry["attention_entropy"] for entry in shown] == pytest.approx(means, rel=1e-4)
+
+
+def test_resume_goes_on_in_the_same_file(tmp_path):
+    train(tmp_path, MonitorCallback(1), steps=6, save_strategy="steps", save_steps=2)
+    whole = read(tmp_path)
+    train(tmp_path, MonitorCallback(1), steps=6, resume=str(tmp_path / "checkpoint-2"))
+    resumed = read(tmp_path)
+    assert [record["step"] for record in resumed] == [0, 1, 2, 3, 4, 5]
+    for a, b in zip(resumed, whole, strict=True):
+        assert (a["loss"], a["layers"]["transformer.h.1.attn"]["entropy"]) == (
+            b["loss"], b["layers"]["transformer.h.1.attn"]["entropy"]
+        )  # fmt: skip
+
+
+class Collapse(transformers.TrainerCallback):
+    """Sharpens the attention of one layer after three updates."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 3:
+            with torch.no_grad():
+                model.transformer.h[1].attn.c_attn.weight[:, :64] *= 100
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_an_alarm_is_heard_and_ends_the_run_if_asked(tmp_path, stop):
+    heard = []
+    settings = {"alarm": AlarmConfig(fraction=0.5), "on_alarm": heard.append}
+    trainer = train(tmp_path, Collapse(), MonitorCallback(1, stop_on_alarm=stop, **settings))
+    assert [(alarm.step, alarm.layer) for alarm in heard] == [(3, "transformer.h.1.attn")]
+    assert trainer.state.global_step == (4 if stop else 6)
+    assert (tmp_path / "checkpoint-4").exists() == stop
+
+
+def test_compiled_training(tmp_path):
+    def compile_in_place(model):
+        model.compile(backend="aot_eager")
+
+    plain = train(tmp_path / "plain", steps=3, prepare=compile_in_place)
+    watched = train(tmp_path / "watched", MonitorCallback(2), steps=3, prepare=compile_in_place)
+    assert losses(watched) == losses(plain)
+    layers = [list(record["layers"]) for record in read(tmp_path / "watched")]
+    assert layers == [["transformer.h.0.attn", "transformer.h.1.attn"]] * 2
+    with pytest.raises(ValueError, match="torch_compile = True hides the model"):
+        train(tmp_path, MonitorCallback(2), torch_compile=True, torch_compile_backend="aot_eager")
+
+
+def test_bad_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="every = 0: allowed are whole numbers from 1"):
+        train(tmp_path, MonitorCallback(0))
