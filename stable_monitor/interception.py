@@ -10,11 +10,13 @@ import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from stable_core.attention_entropy import MASKED, AttentionStatistics, attention_statistics, row_statistics
 
@@ -114,21 +116,32 @@ AttentionCall = FusedCall | SoftmaxCall
 
 
 class Interception:
-    """Hands the attention calls of a model's forward passes to `handler(call) -> call`.
+    """Hands the attention calls of a model's forward passes to `handler(call) -> call`, until it is stopped.
 
     The handler may return another call, which is computed in its place. Where several interceptions see a call, those with
-    a lower `order` are asked first.
+    a lower `order` are asked first. finished(output) is called at the end of each forward pass of the whole model.
     """
 
-    def __init__(self, model: nn.Module, handler: Callable[[AttentionCall], AttentionCall], order: int = 0) -> None:
-        self.handler, self.order, self._model, self._handles = handler, order, model, []
+    def __init__(
+        self,
+        model: nn.Module,
+        handler: Callable[[AttentionCall], AttentionCall],
+        order: int = 0,
+        finished: Callable[[Any], None] = lambda output: None,
+    ) -> None:
+        self.handler, self.order, self._finished, self._model = handler, order, finished, model
+        self._names: dict[nn.Module, str] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __reduce__(self):
+        return Interception, (None, None)  # the hooks of a module that is copied or pickled meanwhile do nothing there
 
     def start(self) -> None:
         """Installs the hooks."""
         for name, module in self._model.named_modules():
-            enter = functools.partial(self._enter, name.replace("_orig_mod.", ""))
+            self._names[module] = name.replace("_orig_mod.", "")
             self._handles += [
-                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_pre_hook(self._enter, with_kwargs=True),
                 module.register_forward_hook(self._leave, always_call=True),
             ]
 
@@ -137,15 +150,19 @@ class Interception:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._names.clear()
         _thread.remove(self)
 
-    def _enter(self, name: str, module: nn.Module, args, kwargs) -> None:
-        if not torch.compiler.is_compiling():  # compiled code does without: it could not be seen anyway
-            _thread.push(self, (name, module, _has_other_source(args, kwargs)))
+    def _enter(self, module: nn.Module, args, kwargs) -> None:
+        # Compiled code does without, as it could not be seen anyway.
+        if not torch.compiler.is_compiling() and module in self._names:
+            _thread.push(self, (self._names[module], module, _has_other_source(args, kwargs)))
 
     def _leave(self, module: nn.Module, args, output) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and module in self._names:
             _thread.pop(self)
+            if module is self._model and output is not None:  # which it is after an error
+                self._finished(output)
 
 
 class _Thread(threading.local):

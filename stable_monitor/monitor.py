@@ -76,11 +76,12 @@ class Monitor:
         self._called, self._model, self._optimizer = model, unwrap(model), optimizer
         self._on_alarm, self._writers = on_alarm, tuple(writers)
         self._watch, self._sigma = Watch(alarm or AlarmConfig()), SpectralNorms()
-        self._interception = Interception(self._model, self._see, order=1)  # after what changes the call
+        # After what changes the call.
+        self._interception = Interception(self._model, self._see, order=1, finished=self._end_of_forward)
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._is_main = self._processes == 1 or dist.get_rank() == 0
         self._file = self._open(path, step) if path is not None and self._is_main else None
-        self._armed = ExitStack()
+        self._armed, self._warned = ExitStack(), set()
         self._prepare()
 
     def step(self, loss: Tensor | float | None = None, lr: float | None = None) -> dict | None:
@@ -135,11 +136,9 @@ class Monitor:
         else:
             self._interception.start()
             self._armed.callback(self._interception.stop)
-            output = self._model.register_forward_hook(self._end_of_forward)
-            self._armed.callback(output.remove)
 
-    def _end_of_forward(self, model: nn.Module, args, output) -> None:
-        if model.training and self._seen:
+    def _end_of_forward(self, output) -> None:
+        if self._model.training and self._seen:
             self._armed.close()
             loss = output.get("loss") if isinstance(output, dict) else None
             self._loss = loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
@@ -147,16 +146,25 @@ class Monitor:
     def _see(self, call: AttentionCall) -> AttentionCall:
         if self._model.training and call.name not in self._seen:
             parent = self._model.get_submodule(call.name.rpartition(".")[0]) if call.name else None
-            self._modules[call.name] = call.module
-            self._seen[call.name] = *by_head(call), self._sigma.measure(call.name, call.module, parent)
+            try:
+                self._seen[call.name] = *by_head(call), self._sigma.measure(call.name, call.module, parent)
+                self._modules[call.name] = call.module
+            except (RuntimeError, ValueError) as error:  # what cannot be measured must not end the run
+                self._warn(f"{call.name} is not measured: {error}")
         return call
+
+    def _warn(self, message: str) -> None:
+        """Once for each message."""
+        if message not in self._warned:
+            log.warning("%s", message)
+            self._warned.add(message)
 
     def _record(self, loss, lr) -> dict:
         if not self._seen:
-            log.warning(
-                "update %d: no attention was seen. The monitor must be given what the loop calls, in training mode, and sees "
-                "scaled_dot_product_attention and softmax: use attn_implementation='sdpa' or 'eager'", self.updates
-            )  # fmt: skip
+            self._warn(
+                "no attention was seen: the monitor must be given what the loop calls, in training mode, and sees "
+                "scaled_dot_product_attention and softmax (attn_implementation='sdpa' or 'eager')"
+            )
         if not self._gradients:
             self.read_gradients()
         loss = self._loss if loss is None else loss

@@ -54,7 +54,9 @@ def _is_causal(hidden: Tensor, queries: int) -> bool:
 @torch.no_grad()
 def gradient_norms(module: nn.Module, scale: float = 1.0) -> Tensor:
     """The l2 and l-inf norms of the gradients of all the module's parameters, divided by scale, (2,); NaN without any."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    gradients = [
+        p.grad.float() for p in module.parameters() if p.grad is not None
+    ]  # squares overflow in half precision
     if not gradients:
         return torch.full((2,), math.nan)
     norms = [get_total_norm(gradients, kind) for kind in (2.0, math.inf)]

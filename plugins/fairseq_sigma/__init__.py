@@ -4,6 +4,7 @@ from . import mend
 
 mend.apply()
 
-from . import half_precision, transformer  # noqa: E402, F401  on a mended fairseq; the latter registers the archs
+from . import half_precision, monitor, transformer  # noqa: E402, F401  on a mended fairseq; the last registers archs
 
 half_precision.advance_after_write_back()
+monitor.install()

@@ -1,6 +1,8 @@
 """The monitor's numbers against ones computed by hand, and that it changes nothing."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ from torch import nn
 
 from stable_core import sigma_reparam
 from stable_monitor import Monitor
+from stable_monitor.summary import gradient_norms
 from tests.reference import attention_probabilities, entropy
 from tests.stable_monitor.models import batch, gpt, train
 
@@ -239,6 +242,22 @@ def test_no_hook_is_left_between_records_and_after_an_error():
     assert hooks(model) == 0
 
 
+def test_a_model_copied_or_pickled_while_it_is_watched_is_free_of_the_monitor(tmp_path):
+    model = gpt()
+    monitor = Monitor(model, 1, path=tmp_path)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.train()(*batch(0))[0].isfinite().all()
+    assert monitor._seen == {}
+    model(*batch(0))
+    assert len(monitor.step()["layers"]) == 2
+
+
+def test_gradients_in_half_precision():
+    layer = nn.Linear(64, 64, bias=False).half()
+    layer.weight.grad = torch.full((64, 64), 2000.0).half()
+    assert gradient_norms(layer).tolist() == [128000.0, 2000.0]
+
+
 def test_validation_and_further_micro_batches_are_not_looked_at():
     model = gpt()
     monitor = Monitor(model, 1)
@@ -274,6 +293,16 @@ def test_a_model_without_attention_is_said_to_have_none(caplog):
     monitor = Monitor(nn.Linear(3, 3), 1)
     record = monitor.step(1.0)
     assert record["layers"] == {} and "no attention was seen" in caplog.text
+
+
+def test_attention_that_cannot_be_measured_does_not_end_the_run(caplog, monkeypatch):
+    def fail(call):
+        raise RuntimeError("odd shape")
+
+    losses = train(gpt(), 4)
+    monkeypatch.setattr("stable_monitor.monitor.by_head", fail)
+    assert train(gpt(), 4, lambda called, _: Monitor(called, 1)) == losses
+    assert caplog.text.count("h.0.attn is not measured: odd shape") == 1
 
 
 def test_numbers_that_are_not_finite_are_null():

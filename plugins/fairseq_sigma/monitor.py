@@ -1,0 +1,137 @@
+"""`fairseq-train --monitor-every N`: `stable_monitor.Monitor` in the training of any architecture and task.
+
+The flags become `cfg.common.monitor_every` and `cfg.common.monitor_alarm`, added where fairseq composes its configuration.
+There they are pickled into the processes that it spawns, fairseq-hydra-train can name them too (`+common.monitor_every=100`),
+and a run without the flag has the configuration it always had. (An environment variable would outlive the run; the
+namespace of arguments does not reach tasks and models that have dataclasses.) fairseq builds nothing from a checkpoint's
+`common`: checkpoints with and without the keys load alike.
+"""
+
+import argparse
+import functools
+import logging
+import math
+
+import torch
+from fairseq import options
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.logging import metrics
+from fairseq.optim import AMPOptimizer
+from fairseq.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def install() -> None:
+    """Adds the flags to fairseq-train, and the monitor to its trainer where they are given."""
+    options.add_optimization_args = _with_flags(options.add_optimization_args)  # a part of the training parser only
+    dataclass_utils.override_module_args = _with_overrides(dataclass_utils.override_module_args)
+    Trainer.train_step = _with_monitor(Trainer.train_step)
+
+
+def _with_flags(add_optimization_args):
+    @functools.wraps(add_optimization_args)
+    def wrapped(parser):
+        group = parser.add_argument_group("monitor")
+        group.add_argument("--monitor-every", type=_updates, default=argparse.SUPPRESS, metavar="N",
+                           help="record attention entropy, spectral norms and gradient norms every N updates, in "
+                           "monitor.jsonl in --save-dir (default: 0, never)")  # fmt: skip
+        group.add_argument("--monitor-alarm", choices=("warn", "stop"), default=argparse.SUPPRESS,
+                           help="when a layer's entropy collapses: log a warning, or also save a checkpoint and end "
+                           "training (default: warn)")  # fmt: skip
+        return add_optimization_args(parser)
+
+    return wrapped
+
+
+def _updates(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are whole numbers from 0, which is off")
+    return int(text)
+
+
+def _with_overrides(override_module_args):
+    @functools.wraps(override_module_args)
+    def wrapped(args):
+        overrides, deletes = override_module_args(args)
+        given = {name: getattr(args, name, None) for name in ("monitor_every", "monitor_alarm")}
+        return [*overrides, *(f"+common.{name}={value}" for name, value in given.items() if value)], deletes
+
+    return wrapped
+
+
+def _with_monitor(train_step):
+    @functools.wraps(train_step)
+    def wrapped(self, samples, raise_oom=False):
+        if not getattr(self.cfg.common, "monitor_every", 0):
+            return train_step(self, samples, raise_oom)
+        if not hasattr(self, "_monitor"):
+            self._monitor = _attach(self)
+        lr = self.get_lr()  # this update's; train_step leaves the next one's
+        output = train_step(self, samples, raise_oom)
+        # Not so after an update that fairseq skips (overflow, out of memory), nor in the outer of two calls where --amp
+        # tries a batch again by calling train_step within itself.
+        if self._monitor.updates < self.get_num_updates():
+            record = self._monitor.step(output.get("loss"), lr)
+            if record is not None:
+                _show(self._monitor)
+                if getattr(self.cfg.common, "monitor_alarm", "warn") == "stop":
+                    _stop_on(record["alarms"], self)
+        return output
+
+    return wrapped
+
+
+def _attach(trainer: Trainer):
+    """A monitor of the trainer's model that goes on from the updates made so far, and reads gradients before clipping."""
+    from stable_monitor import Monitor  # costs a second, which runs without it need not pay
+
+    monitor = Monitor(
+        trainer.model,
+        every=trainer.cfg.common.monitor_every,
+        path=trainer.cfg.checkpoint.save_dir,
+        step=trainer.get_num_updates(),
+    )
+    clip_grad_norm = trainer.clip_grad_norm  # comes after the gradients are summed over processes and normalised
+
+    @functools.wraps(clip_grad_norm)
+    def read_and_clip(max_norm):
+        monitor.read_gradients(_carried_scale(trainer.optimizer))
+        return clip_grad_norm(max_norm)
+
+    trainer.clip_grad_norm = read_and_clip
+    return monitor
+
+
+def _carried_scale(optimizer) -> float:
+    """What the model's gradients are still multiplied by, once fairseq has normalised them."""
+    if isinstance(optimizer, AMPOptimizer):
+        return optimizer.scaler.get_scale()
+    # --fp16 and --bf16 normalise the fp32 gradients at the end, all factors in one.
+    return 1 / float(getattr(optimizer, "_multiply_factor", 1))
+
+
+def _show(monitor) -> None:
+    """Has fairseq log the newest record's entropy from now on: in the progress bar, TensorBoard and the like.
+
+    Derived metrics are shown as they are until the next record comes, where averages would be None, and are in no checkpoint.
+    """
+
+    from stable_monitor import headline
+
+    for name in ("entropy", "entropy_min", "logit_max"):
+        metrics.log_derived(
+            name, lambda _, name=name: round(headline(monitor.last).get(name, math.nan), 3), priority=450
+        )
+
+
+def _stop_on(alarms: list[dict], trainer: Trainer) -> None:
+    """Ends training as --max-update does, with a checkpoint, if rank 0 has an alarm."""
+    number = torch.tensor(len(alarms), device=trainer.device)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(number, src=0)  # each process watches its own batches; all must stop or none
+    if number:
+        updates = trainer.get_num_updates()
+        log.info("--monitor-alarm stop: entropy collapse; training ends after update %d", updates)
+        trainer.cfg.optimization.max_update = updates
