@@ -2,7 +2,7 @@
 
 English number words to German number words, letter by letter: "forty two" -> "z w e i u n d v i e r z i g". Post-LN at this
 depth never leaves the unigram level; with σReparam, DeepNorm or both it trains. The four runs share data, seed and all but
-the arch and the learning rate. An interrupted quickstart goes on where it stopped.
+the arch and the learning rate; a monitor looks on. An interrupted quickstart goes on where it stopped.
 """
 
 import argparse
@@ -23,11 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
+from stable_monitor.report import report
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_INTERVAL = 5
+MONITOR_EVERY = 10
 SIZES = {"train": 12_000, "valid": 200, "test": 200}
 
 
@@ -95,7 +98,7 @@ def losses(log: Path) -> dict[int, float]:
     return curve
 
 
-def train(run: Run, data: Path, out: Path, steps: int, seed: int, report) -> dict[int, float]:
+def train(run: Run, data: Path, out: Path, steps: int, seed: int, progressed) -> dict[int, float]:
     folder = out / f"{run.arch}-{seed}"
     log = folder / "train.log"
     if max(losses(log), default=0) > steps:
@@ -109,6 +112,7 @@ def train(run: Run, data: Path, out: Path, steps: int, seed: int, report) -> dic
         "--lr", run.lr, "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 60, "--warmup-init-lr", 1e-7,
         "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
         "--batch-size", 48, "--max-update", steps, "--num-workers", 0, "--disable-validation",
+        "--monitor-every", MONITOR_EVERY,
         "--save-dir", folder, "--save-interval-updates", 50, "--keep-interval-updates", 1, "--no-epoch-checkpoints",
         "--log-format", "json", "--log-interval", LOG_INTERVAL, "--log-file", log,
     )  # fmt: skip
@@ -116,7 +120,7 @@ def train(run: Run, data: Path, out: Path, steps: int, seed: int, report) -> dic
     for line in process.stdout:
         tail = line.strip() or tail
         if "| train_inner | {" in line:
-            report(losses(log))
+            progressed(losses(log))
     if process.wait():
         raise RuntimeError(f"{run.label}: training failed: {tail}")
     return losses(log)
@@ -198,12 +202,12 @@ def run_all(args: argparse.Namespace, data: Path, console: Console) -> dict[tupl
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
 
         def one(run: Run, seed: int, task) -> Result:
-            def report(curve: dict[int, float]) -> None:
+            def progressed(curve: dict[int, float]) -> None:
                 if curve:
                     progress.update(task, completed=max(curve), note=f"loss {curve[max(curve)]:.2f}")
 
             progress.start_task(task)
-            curve = train(run, data, args.out, args.steps, seed, report)
+            curve = train(run, data, args.out, args.steps, seed, progressed)
             progress.update(task, note=f"loss {curve[max(curve)]:.2f}, translating")
             translations = translate(run, data, args.out, seed)
             progress.update(task, note=f"loss {curve[max(curve)]:.2f}, BLEU {translations.bleu:.1f}")
@@ -241,8 +245,11 @@ def main() -> int:
     show_translations(best, results[best, args.seeds[0]][1], console)
     picture = args.out / "quickstart.png"
     plot(results, picture)
+    page = args.out / "report.html"
+    report([args.out / f"{run.arch}-{args.seeds[0]}" for run in RUNS], page)
     console.print(
-        f"\nThe curves: {picture}\nNext: recipes/wmt17_en_de/README.md trains on sentences, README.md on your own model."
+        f"\nThe curves: {picture}\nAttention entropy, spectral norms and gradients of every layer, seed {args.seeds[0]}: {page}"
+        "\nNext: recipes/wmt17_en_de/README.md trains on sentences, README.md on your own model."
     )
     return 0
 

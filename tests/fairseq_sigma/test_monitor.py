@@ -117,7 +117,7 @@ def test_entropy_is_that_of_the_attention_matrix(train, arch, tmp_path, monkeypa
         assert layer["entropy"] == pytest.approx(entropy.tolist(), rel=1e-4), name
 
 
-@pytest.mark.parametrize("flags, rel", [((), 1e-6), (("--bf16",), 2e-2), (("--amp",), 1e-6)])
+@pytest.mark.parametrize("flags, rel", [((), 1e-6), (("--bf16",), 2e-2), (("--fp16",), 2e-2), (("--amp",), 1e-6)])
 def test_records_are_what_fairseq_logs(train, flags, rel, tmp_path, logged):
     schedule = ("--lr-scheduler", "inverse_sqrt", "--warmup-updates", 10)
     clip = ("--clip-norm", 0.1, "--update-freq", 2)  # the gradient before it is clipped, and of all batches

@@ -44,5 +44,8 @@ def test_the_command_trains_translates_and_draws(tmp_path):
         assert max(losses(tmp_path / f"{run.arch}-1" / "train.log")) == 5
     assert done.stdout.count("->") == 10
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    for run in RUNS:
+        assert f"{run.arch}-1/entropy/decoder.layers.17.encoder_attn" in page
     wrong = subprocess.run([*command[:-4], "--steps", "0"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--steps 0: allowed are whole numbers from 5" in wrong.stderr
