@@ -19,9 +19,12 @@ from torch import Tensor
 from .theory import entropy_lower_bound
 
 MASKED = -1e4  # and below: how additive masks write "never" (-inf, finfo.min, fairseq's and BERT's -10000)
-CHUNK = 1 << 20  # logits held at a time, 4 MiB: fits a CPU's cache, where it is as fast as the fused kernel
+# Logits held at a time: 4 MiB, which fits a CPU's cache and is as fast there as the fused kernel; elsewhere 256 MiB.
+CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 26
 # The identity subtracts numbers as large as the logits: beyond this its fp32 rounding comes near 1e-3 nats.
 LARGEST_LOGIT = 500.0
+
+Index = tuple[slice, slice, slice]
 
 _fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # (output, logsumexp)
 
@@ -35,7 +38,7 @@ class AttentionStatistics(NamedTuple):
     entropy: Tensor  # nats
     max_logit: Tensor  # the largest logit of a key that is not masked
     bound: Tensor  # the least entropy that logits of this row's size allow, nats [σ, Theorem 3.1]
-    keys: Tensor  # number of keys that are not masked
+    keys: Tensor  # number of keys that are not masked, or more than 10,000 below the largest logit
 
 
 def _in_full_precision(function):
@@ -43,8 +46,8 @@ def _in_full_precision(function):
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        first = args[0] if args else next(iter(kwargs.values()))
-        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+        tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapped
@@ -79,7 +82,7 @@ def attention_entropy(
             mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         mean_key, lse = _fused_cpu(q, k, k, 0.0, is_causal, attn_mask=mask, scale=scale)
         return (lse - scale * torch.linalg.vecdot(q, mean_key)).clamp_(min=0)
-    return torch.cat([row_statistics(logits).entropy for logits in _logits(q, k, scale, mask, is_causal)], dim=2)
+    return _in_chunks(_logits(q, k, scale, mask, is_causal), q.shape[:3], q.device).entropy
 
 
 @_in_full_precision
@@ -91,16 +94,30 @@ def attention_statistics(
     Arguments as for `attention_entropy`. No fused kernel returns the largest logit: it always goes in chunks.
     """
     mask = _check(q, k, attn_mask)
-    chunks = [row_statistics(logits) for logits in _logits(q.float(), k.float(), scale, mask, is_causal)]
-    return AttentionStatistics(*(torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)))
+    return _in_chunks(_logits(q.float(), k.float(), scale, mask, is_causal), q.shape[:3], q.device)
 
 
 @_in_full_precision
-def row_statistics(logits: Tensor) -> AttentionStatistics:
-    """The statistics of softmax(logits) over the last dimension, each of shape logits.shape[:-1]; -inf where masked."""
+def logit_statistics(logits: Tensor) -> AttentionStatistics:
+    """The statistics of attention whose logits are there, (batch, heads, queries, keys); masked ones are -inf."""
+    chunks = ((index, logits[index].float()) for index in _chunks(logits.shape, logits.device))
+    return _in_chunks(chunks, logits.shape[:3], logits.device)
+
+
+def _in_chunks(chunks: Iterator[tuple[Index, Tensor]], shape: torch.Size, device: torch.device) -> AttentionStatistics:
+    # Into one tensor from the start: results left lying between freed chunks would break up the heap.
+    whole = AttentionStatistics(*torch.empty(4, *shape, device=device))
+    for index, logits in chunks:
+        for to, part in zip(whole, _row_statistics(logits), strict=True):
+            to[index] = part
+    return whole
+
+
+def _row_statistics(logits: Tensor) -> AttentionStatistics:
+    """Of softmax(logits) over the last dimension."""
     largest = logits.amax(-1)
     below = logits - largest.clamp(min=torch.finfo(logits.dtype).min)[..., None]  # -inf - -inf would be NaN
-    weights, hidden = below.exp(), below == -math.inf
+    weights, hidden = below.exp(), below <= MASKED
     below.masked_fill_(hidden, 0.0)
     visible = logits.shape[-1] - hidden.sum(-1)
     total, blind = weights.sum(-1), visible == 0
@@ -108,8 +125,8 @@ def row_statistics(logits: Tensor) -> AttentionStatistics:
     entropy = (total.log() - mean).masked_fill(blind, 0.0)
     # Softmax does not see a common shift, so the row's size is that of its deviations from its mean.
     spread = torch.linalg.vecdot(below, below) - below.sum(-1).square() / visible
-    bound = entropy_lower_bound(spread.clamp(min=0).sqrt(), visible)
-    return AttentionStatistics(entropy, largest, bound.masked_fill(blind, 0.0), visible)
+    bound = entropy_lower_bound(spread.clamp(min=0).sqrt(), visible).masked_fill(blind, 0.0)
+    return AttentionStatistics(entropy, largest, bound, visible)
 
 
 def _check(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> Tensor | None:
@@ -134,20 +151,34 @@ def _only_hides(mask: Tensor) -> bool:
     return bool(((mask == 0) | (mask <= MASKED)).all())
 
 
-def _logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Iterator[Tensor]:
-    """s * q k^T + mask for a few queries at a time, fp32, -inf where masked."""
-    batch, heads, queries, _ = q.shape
+def _chunks(shape: torch.Size, device: torch.device) -> Iterator[Index]:
+    """Slices of (batch, heads, queries) whose logits make a chunk: whole heads where they fit."""
+    batch, heads, queries, keys = shape
+    chunk = CHUNK_ON_CPU if device.type == "cpu" else CHUNK
+    rows = max(1, min(queries, chunk // max(1, keys)))
+    some_heads = max(1, min(heads, chunk // max(1, rows * keys)))
+    some = max(1, min(batch, chunk // max(1, some_heads * rows * keys)))
+    for b in range(0, batch, some):
+        for h in range(0, heads, some_heads):
+            for r in range(0, queries, rows):
+                yield (
+                    slice(b, min(b + some, batch)),
+                    slice(h, min(h + some_heads, heads)),
+                    slice(r, min(r + rows, queries)),
+                )
+
+
+def _logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Iterator[tuple[Index, Tensor]]:
+    """s * q k^T + mask for a part of the queries at a time, fp32, -inf where masked."""
     keys = k.shape[2]
-    if k.shape[1] != heads:
-        k = k.repeat_interleave(heads // k.shape[1], dim=1)
-    rows = max(1, CHUNK // (batch * heads * keys))
-    for start in range(0, queries, rows):
-        some = slice(start, min(start + rows, queries))
-        logits = torch.matmul(q[:, :, some] * scale, k.mT)
+    if k.shape[1] != q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    for index in _chunks((*q.shape[:3], keys), q.device):
+        logits = torch.matmul(q[index] * scale, k[index[:2]].mT)
         if mask is not None:
-            part = mask[:, :, some] if mask.shape[2] > 1 else mask
+            part = mask[tuple(some if n > 1 else slice(None) for some, n in zip(index, mask.shape[:3], strict=True))]
             logits = (logits + part).masked_fill_(part <= MASKED, -math.inf)
         if is_causal:
-            hidden = torch.arange(keys, device=q.device) > torch.arange(some.start, some.stop, device=q.device)[:, None]
-            logits.masked_fill_(hidden, -math.inf)
-        yield logits
+            rows = torch.arange(index[2].start, index[2].stop, device=q.device)
+            logits.masked_fill_(torch.arange(keys, device=q.device) > rows[:, None], -math.inf)
+        yield index, logits

@@ -43,8 +43,8 @@ def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Te
         u, _, v = torch.linalg.svd(W, full_matrices=False)
         return u[:, 0], v[0]
     steps = KRYLOV_STEPS if v is None else WARM_STEPS
-    if v is None:
-        v = torch.randn(W.shape[1], generator=torch.Generator().manual_seed(0), dtype=W.dtype).to(W.device)
+    start = torch.randn(W.shape[1], generator=torch.Generator().manual_seed(0), dtype=W.dtype).to(W.device)
+    v = start if v is None else v + 0.1 * start / start.norm()  # a pair that is no longer the top one must not hold it
     for _ in range(MAX_RESTARTS):
         basis, images = [v / v.norm()], []  # orthonormal columns Q and W Q
         for _ in range(steps):

@@ -16,9 +16,12 @@ QKV_NAMES = (
     ("to_q", "to_k", "to_v"),
     ("q", "k", "v"),
     ("q_lin", "k_lin", "v_lin"),
+    ("wq", "wk", "wv"),
+    ("linear_q", "linear_k", "linear_v"),
+    ("query_proj", "key_proj", "value_proj"),
     ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
 )
-PACKED_QKV_NAMES = ("in_proj_weight", "qkv", "c_attn", "qkv_proj", "Wqkv")
+PACKED_QKV_NAMES = ("in_proj_weight", "qkv", "c_attn", "qkv_proj", "Wqkv", "to_qkv")
 
 
 @dataclass(frozen=True)

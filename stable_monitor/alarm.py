@@ -1,8 +1,9 @@
 """The alarm: entropy that falls through a threshold set by the layer's own past and by how low it can get."""
 
+import bisect
 import math
 import statistics
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -10,29 +11,27 @@ import torch
 
 @dataclass(frozen=True)
 class AlarmConfig:
-    """When a layer's entropy, the mean over its heads, counts as collapsing.
+    """When a layer's entropy counts as collapsing: that of its median head, so that half of the heads are enough.
 
-    The threshold is bound + fraction * (reference - bound), and at most half the reference: reference is the median of the
-    layer's last `window` records, bound the least entropy that logits of the present size allow [σ, Theorem 3.1]. (Half,
-    because small logits have a bound close to uniform attention, and that is no collapse.) A layer raises one alarm each
-    time it falls through, and counts as recovered once it is back above it.
+    The threshold is bound + fraction * (reference - bound), and at most half the reference: reference is the median of all
+    the layer's earlier records, less those under the threshold; bound the least entropy that logits of the present size
+    allow [σ, Theorem 3.1]. (Half, because small logits have a bound close to uniform attention, and that is no collapse.)
+    Entropy that is no longer a number counts too. A layer raises one alarm each time it falls through, and has recovered
+    once it is back above.
 
     Attributes:
         fraction: how much of the room between the bound and the past may be left, in (0, 1).
-        window: how many earlier records make the reference; those under the threshold are no part of it.
         patience: how many records a layer must have before it can raise an alarm.
     """
 
     fraction: float = 0.1
-    window: int = 20
     patience: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise ValueError(f"fraction = {self.fraction!r}: allowed are numbers between 0 and 1")
-        for name in ("window", "patience"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are whole numbers from 1")
+        if not isinstance(self.patience, int) or self.patience < 1:
+            raise ValueError(f"patience = {self.patience!r}: allowed are whole numbers from 1")
 
 
 @dataclass(frozen=True)
@@ -97,30 +96,31 @@ class Watch:
 
     def __init__(self, config: AlarmConfig) -> None:
         self.config = config
-        self._past: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=config.window))
+        self._past: dict[str, list[float]] = defaultdict(list)  # sorted
         self._collapsed: set[str] = set()
 
     def look(self, record: dict) -> list[Alarm]:
         """The alarms of one record, whose layers have lists of numbers, one for each head."""
         alarms = []
         for name, layer in record["layers"].items():
-            entropy, bound = (_mean(layer[key]) for key in ("entropy", "bound"))
-            if entropy is None or bound is None:
-                continue
             past = self._past[name]
+            entropy, bound = _median_head(layer["entropy"]), _median_head(layer["bound"])
+            bound = 0.0 if math.isnan(bound) else bound
             if len(past) >= self.config.patience:
-                reference = statistics.median(past)
-                threshold = min(bound + self.config.fraction * max(0.0, reference - bound), reference / 2)
-                if entropy < threshold:
+                reference = past[(len(past) - 1) // 2]
+                threshold = min(bound + self.config.fraction * (reference - bound), reference / 2)
+                if not entropy >= threshold:
                     if name not in self._collapsed:
                         alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound))
                     self._collapsed.add(name)
                     continue
             self._collapsed.discard(name)
-            past.append(entropy)
+            if not math.isnan(entropy):
+                bisect.insort(past, entropy)
         return alarms
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(known) / len(known) if known else None
+def _median_head(values: list[float | None]) -> float:
+    """The lower median; a null is the least of all, and NaN if it is the median."""
+    median = statistics.median_low([-math.inf if value is None else value for value in values] or [-math.inf])
+    return math.nan if median == -math.inf else median

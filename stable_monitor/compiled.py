@@ -1,6 +1,6 @@
 """Compiled models cannot be looked into: a second, eager forward pass of the same batch can."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,9 +23,12 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 @contextmanager
-def probe_before_forward(called: nn.Module, model: nn.Module, interception: Interception) -> Iterator[None]:
+def probe_before_forward(
+    called: nn.Module, model: nn.Module, interception: Interception, failed: Callable[[Exception], None]
+) -> Iterator[None]:
     """Within it, the first call of `called` in training mode is preceded by an eager one of `model`, the model inside,
-    without gradient, that `interception` sees. Random numbers and buffers are then as if it had not been."""
+    without gradient, that `interception` sees. Random numbers and buffers are then as if it had not been; what a forward
+    pass keeps elsewhere, such as a counter in Python, is not."""
     done = False
 
     def probe(args, kwargs) -> None:
@@ -33,16 +36,21 @@ def probe_before_forward(called: nn.Module, model: nn.Module, interception: Inte
         if done or not model.training:
             return
         done = True
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        values = [(buffer, buffer.clone()) for buffer in model.buffers()]
         devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
         interception.start()
         try:
             with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
                 model(*args, **kwargs)
+        except Exception as error:  # the real forward pass may still go well
+            failed(error)
         finally:
             interception.stop()
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for module, before in buffers:
+                module._buffers.update(before)
+            for buffer, value in values:
+                buffer.copy_(value)
 
     compiled_call = called._compiled_call_impl
     if compiled_call is not None:  # model.compile(): hooks would be part of what is compiled

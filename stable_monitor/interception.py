@@ -6,6 +6,7 @@ while somebody is listening.
 """
 
 import functools
+import inspect
 import threading
 import types
 from collections.abc import Callable
@@ -18,20 +19,39 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from stable_core.attention_entropy import MASKED, AttentionStatistics, attention_statistics, row_statistics
+from stable_core.attention_entropy import MASKED, AttentionStatistics, attention_statistics, logit_statistics
 
 from .projections import find_projections, num_heads
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+SOURCES = ("key_value_states", "encoder_hidden_states", "encoder_output", "context", "memory")
+UNSEEN = (
+    "no attention was seen: what is seen is scaled_dot_product_attention, nn.MultiheadAttention, and a softmax in a module "
+    "with known names for its projections, such as q_proj, query, to_q or qkv"
+)
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@dataclass(frozen=True)
+class Site:
+    """The module that computes an attention."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None  # the module that calls it
+    args: tuple  # of its forward pass
+    kwargs: dict
+
+    def is_cross(self) -> bool:
+        """Whether its keys and queries are of different tokens."""
+        return has_other_source(self.module, self.args, self.kwargs)
 
 
 @dataclass(frozen=True)
 class FusedCall:
-    """One `F.scaled_dot_product_attention`. q, k: (batch, heads, tokens, head_dim); attn_mask, scale as torch takes them."""
+    """One `F.scaled_dot_product_attention`. q, k: (..., tokens, head_dim); attn_mask and scale as torch takes them."""
 
-    name: str  # of the module that computes it
-    module: nn.Module
-    is_cross: bool
+    site: Site
     q: Tensor
     k: Tensor
     attn_mask: Tensor | None
@@ -52,30 +72,42 @@ class FusedCall:
 
     def statistics(self) -> AttentionStatistics:
         """The statistics of each row, (batch, heads, queries)."""
-        q, k, mask = self.q, self.k, self.attn_mask
-        if q.ndim != 4:  # (batch, tokens, head_dim), or windows before the heads
-            heads = q.shape[-3] if q.ndim > 4 else 1
-            if mask is not None:
-                mask = mask.expand(*q.shape[:-1], k.shape[-2]).reshape(-1, heads, q.shape[-2], k.shape[-2])
-            q, k = (x.reshape(-1, heads, *x.shape[-2:]) for x in (q, k))
-        return attention_statistics(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal)
+        return attention_statistics(
+            *self._by_head(), scale=self.scale, attn_mask=self._mask(), is_causal=self.is_causal
+        )
 
     def hidden(self) -> Tensor | None:
         """Where the mask hides a key, broadcastable to (batch, heads, queries, keys); None without a mask."""
-        mask = self.attn_mask
-        if mask is None or mask.ndim > 4:
+        mask = self._mask()
+        if mask is None:
             return None
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         return ~mask if mask.dtype == torch.bool else mask <= MASKED
+
+    def _by_head(self) -> tuple[Tensor, Tensor]:
+        if self._is_usual():
+            return self.q, self.k
+        heads = num_heads(self.site.module)
+        return with_heads(self.q, heads), with_heads(self.k, heads)
+
+    def _mask(self) -> Tensor | None:
+        if self.attn_mask is None or self._is_usual():
+            return self.attn_mask
+        whole = self.attn_mask.expand(*self.q.shape[:-1], self.k.shape[-2])
+        return with_heads(whole, num_heads(self.site.module))
+
+    def _is_usual(self) -> bool:
+        heads = num_heads(self.site.module)
+        return self.q.ndim == 4 and (
+            self.q.shape[1] in (1, heads) or heads is None or self.k.shape[1] != self.q.shape[1]
+        )
 
 
 @dataclass(frozen=True)
 class SoftmaxCall:
     """One softmax of attention logits, (batch, heads, queries, keys) or (batch * heads, queries, keys)."""
 
-    name: str
-    module: nn.Module
-    is_cross: bool
+    site: Site
     logits: Tensor
     is_causal = False  # the mask is in the logits
 
@@ -92,24 +124,31 @@ class SoftmaxCall:
     def statistics(self) -> AttentionStatistics:
         """The statistics of each row, (batch, heads, queries)."""
         logits = self._by_head()
-        rows = logits.flatten(0, -2)
-        masked = torch.finfo(rows.dtype).min / 2
-        chunks = [
-            row_statistics(some.float().masked_fill(some <= masked, -torch.inf))
-            for some in rows.split(max(1, (1 << 20) // rows.shape[-1]))
-        ]
-        return AttentionStatistics(*(torch.cat(parts).view(logits.shape[:-1]) for parts in zip(*chunks, strict=True)))
+        return logit_statistics(logits.masked_fill(self._never(logits), -torch.inf))
 
     def hidden(self) -> Tensor:
-        """Where a key is hidden, (batch, heads, queries, keys); of one head, as masks are the same for all."""
-        return self._by_head()[:, :1] <= torch.finfo(self.logits.dtype).min / 2
+        """Where a key is hidden, (batch, 1, queries, keys): of one head, as masks are the same for all."""
+        logits = self._by_head()[:, :1]
+        return (logits - logits.amax(-1, keepdim=True) <= MASKED) | self._never(logits)
 
     def _by_head(self) -> Tensor:
-        if self.logits.ndim == 4:
-            return self.logits.detach()
-        heads = num_heads(self.module)
-        heads = heads if self.logits.shape[0] % heads == 0 else 1
-        return self.logits.detach().unflatten(0, (-1, heads))
+        return with_heads(self.logits.detach(), num_heads(self.site.module))
+
+    def _never(self, logits: Tensor) -> Tensor:
+        """What only a mask makes so low, also in rows that have nothing else; masks are at times scaled with the logits."""
+        return logits <= max(torch.finfo(logits.dtype).min / 2, -1e8)
+
+
+def with_heads(x: Tensor, heads: int | None) -> Tensor:
+    """(..., m, n) with the heads at some place, or folded into the batch, as (batch, heads, m, n); unknown: all as one."""
+    before = x.shape[:-2]
+    if x.ndim == 4 and heads in (None, x.shape[1]):
+        return x
+    if heads in before:
+        x = x.movedim(before.index(heads), -3)
+    elif heads is None or before.numel() % heads:
+        heads = 1
+    return x.reshape(-1, heads, *x.shape[-2:])
 
 
 AttentionCall = FusedCall | SoftmaxCall
@@ -136,14 +175,26 @@ class Interception:
     def __reduce__(self):
         return Interception, (None, None)  # the hooks of a module that is copied or pickled meanwhile do nothing there
 
+    def start_with_training(self) -> None:
+        """Installs one hook on the model, which installs the others when a forward pass in training mode begins.
+
+        Validation, and whatever else is done with a model between two updates, is free of them."""
+        self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model is self._model and model.training and not self._names and not torch.compiler.is_compiling():
+            self.start()
+            self._enter(model, args, kwargs)  # its own new hook comes too late for this call
+
     def start(self) -> None:
         """Installs the hooks."""
         for name, module in self._model.named_modules():
-            self._names[module] = name.replace("_orig_mod.", "")
-            self._handles += [
-                module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                module.register_forward_hook(self._leave, always_call=True),
-            ]
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hook
+                self._names[module] = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+                self._handles += [
+                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                    module.register_forward_hook(self._leave, always_call=True),
+                ]
 
     def stop(self) -> None:
         """Takes the hooks out again; a forward pass that is under way goes on unseen."""
@@ -153,10 +204,16 @@ class Interception:
         self._names.clear()
         _thread.remove(self)
 
-    def _enter(self, module: nn.Module, args, kwargs) -> None:
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # Compiled code does without, as it could not be seen anyway.
         if not torch.compiler.is_compiling() and module in self._names:
-            _thread.push(self, (self._names[module], module, _has_other_source(args, kwargs)))
+            _thread.push(self, module, args, kwargs)
+
+    def site(self, stack: list[tuple[nn.Module, tuple, dict]], depth: int) -> Site:
+        """Of the attention at one depth of the modules that are running."""
+        module, args, kwargs = stack[depth]
+        parent = stack[depth - 1][0] if depth else None
+        return Site(self._names[module], module, parent, args, kwargs)
 
     def _leave(self, module: nn.Module, args, output) -> None:
         if not torch.compiler.is_compiling() and module in self._names:
@@ -169,10 +226,10 @@ class _Thread(threading.local):
     """Which modules are being run, by interception. Backward passes that recompute activations have threads of their own."""
 
     def __init__(self) -> None:
-        self.running: dict[Interception, list[tuple[str, nn.Module, bool]]] = {}
+        self.running: dict[Interception, list[tuple[nn.Module, tuple, dict]]] = {}
         self.mode: _Mode | None = None
 
-    def push(self, interception: Interception, entry: tuple[str, nn.Module, bool]) -> None:
+    def push(self, interception: Interception, *entry) -> None:
         self.running.setdefault(interception, []).append(entry)
         if self.mode is None:
             self.mode = _Mode()
@@ -218,16 +275,15 @@ def _open_multi_head_attention() -> Callable:
 
 
 def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    call = None
-    for interception, stack in _asked():
-        if query.is_nested:
-            break
-        name, module, is_cross = stack[-1]
-        before = call or FusedCall(name, module, is_cross, query, key, attn_mask, is_causal, scale)
-        call = interception.handler(replace(before, name=name, module=module, is_cross=is_cross))
-    if call is not None:
-        attn_mask, scale = call.attn_mask, call.scale
+    if not query.is_nested and query.ndim >= 3:
+        for interception, stack in _asked():
+            known = (depth for depth in reversed(range(len(stack))) if find_projections(stack[depth][0]))
+            site = interception.site(stack, next(known, len(stack) - 1))
+            usual = query.shape[-1] ** -0.5
+            before = FusedCall(site, query, key, attn_mask, is_causal, usual if scale is None else scale)
+            call = interception.handler(before)
+            if call is not before:
+                attn_mask, scale = call.attn_mask, call.scale
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -235,12 +291,14 @@ def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sc
 
 def _softmax_input(input, dim=None, *_, **__) -> Tensor:
     """What to take the softmax of: the input, or what handlers make of it where it is an attention's logits."""
-    if input.ndim not in (3, 4) or dim not in (-1, input.ndim - 1):
+    if input.is_nested or input.ndim < 3 or dim not in (-1, input.ndim - 1):
         return input
     for interception, stack in _asked():
-        for name, module, is_cross in stack[:-3:-1]:  # a nn.Softmax is called by the attention around it
-            if find_projections(module):
-                input = interception.handler(SoftmaxCall(name, module, is_cross, input)).logits
+        for depth in reversed(
+            range(max(0, len(stack) - 2), len(stack))
+        ):  # nn.Softmax is called by the attention around it
+            if find_projections(stack[depth][0]):
+                input = interception.handler(SoftmaxCall(interception.site(stack, depth), input)).logits
                 break
     return input
 
@@ -249,10 +307,28 @@ def _asked() -> list[tuple[Interception, list]]:
     return sorted(_thread.running.items(), key=lambda item: item[0].order)
 
 
-def _has_other_source(args, kwargs) -> bool:
-    """Whether a module's arguments give it keys from elsewhere than its queries."""
-    for name in ("key_value_states", "encoder_hidden_states"):
-        if isinstance(kwargs.get(name), Tensor):
-            return True
-    query, key = (kwargs.get(name, args[i] if len(args) > i else None) for i, name in enumerate(("query", "key")))
-    return isinstance(query, Tensor) and isinstance(key, Tensor) and key is not query and key.ndim == query.ndim
+@functools.cache
+def _parameter_names(forward: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def has_other_source(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a module's arguments give it keys of other tokens than its queries."""
+    given = {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
+    if any(isinstance(given.get(name), Tensor) for name in SOURCES):
+        return True
+    query, key = given.get("query"), given.get("key")
+    if query is None or key is None:
+        query, key = (*args, None, None)[:2]
+        # A second sequence: of vectors of the same size, but not as many.
+        return (
+            isinstance(query, Tensor)
+            and isinstance(key, Tensor)
+            and query.ndim == key.ndim == 3
+            and query.shape[::2] == key.shape[::2]
+            and query.shape[1] != key.shape[1]
+        )
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor) or key.ndim != query.ndim:
+        return False
+    # Not by identity alone: a wrapper may have cast each by itself.
+    return key is not query and (key.shape != query.shape or not torch.equal(key, query))

@@ -1,10 +1,11 @@
 """The monitor: attention entropy, spectral norms, gradient norms and an alarm, while a model trains as ever."""
 
+import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .alarm import Alarm, AlarmConfig, Watch
 from .compiled import is_compiled, probe_before_forward, unwrap
-from .interception import AttentionCall, Interception
+from .interception import UNSEEN, AttentionCall, Interception
 from .projections import SpectralNorms
 from .records import FILE_NAME, read
 from .summary import by_head, gradient_norms, plain
@@ -38,9 +39,14 @@ class Monitor:
     key, value and output weights; its gradient's l2 and l-inf norms; and the model's loss, learning rate and gradient
     norms. `python -m stable_monitor.report RUN` draws them.
 
-    Attention is seen in the first forward pass in training mode of a recorded update; between records there is no hook on
-    the model. Compiled models cannot be looked into: for a record they run forward once more, eagerly and without gradient.
-    With several processes each measures its own batch, and rank 0 writes.
+    Attention is seen in the first forward pass, in training mode, of a recorded update: the model itself must be called, not
+    a part of it. A module that is used several times in it is seen the first time. Between records there is no hook on the
+    model. Compiled models cannot be looked into: for a record they run forward once more, eagerly and without gradient.
+    With several processes each measures its own batch, and rank 0 writes; under FSDP1, which keeps flat shards, gradient
+    norms are null. `keys` is the number of keys, its geometric mean where queries see different numbers: uniform attention
+    has entropy log(keys).
+
+    Nothing that fails to be measured or written ends the run: it is a warning.
 
     Args:
         model: what the training loop calls: plain, compiled, or wrapped for distribution.
@@ -75,13 +81,14 @@ class Monitor:
         self.every, self.updates, self.last = every, step, None
         self._called, self._model, self._optimizer = model, unwrap(model), optimizer
         self._on_alarm, self._writers = on_alarm, tuple(writers)
-        self._watch, self._sigma = Watch(alarm or AlarmConfig()), SpectralNorms()
+        self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(), False
+        self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
         # After what changes the call.
         self._interception = Interception(self._model, self._see, order=1, finished=self._end_of_forward)
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._is_main = self._processes == 1 or dist.get_rank() == 0
-        self._file = self._open(path, step) if path is not None and self._is_main else None
         self._armed, self._warned = ExitStack(), set()
+        self._file = self._open(path, step) if path is not None and self._is_main else None
         self._prepare()
 
     def step(self, loss: Tensor | float | None = None, lr: float | None = None) -> dict | None:
@@ -102,14 +109,14 @@ class Monitor:
 
     def read_gradients(self, scale: float = 1.0) -> None:
         """Reads the gradients now rather than in `step`, for loops that clip or clear them first. scale: what they carry."""
-        if self.is_recording:
-            self._gradients = {"": gradient_norms(self._model, scale)}
-            self._gradients.update((name, gradient_norms(module, scale)) for name, module in self._modules.items())
+        if self.is_recording and not self._shards:
+            with self._warning("gradients"):
+                self._gradients = gradient_norms({"": self._model, **self._modules}, scale)
 
     def close(self) -> None:
-        """Takes the hooks out of the model and closes the file."""
+        """Ends it: takes the hooks out of the model and closes the file."""
         self._armed.close()
-        self.is_recording = False
+        self._closed, self.is_recording = True, False
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -124,7 +131,7 @@ class Monitor:
 
     def _prepare(self) -> None:
         """Makes ready for the next update."""
-        self.is_recording = self.updates % self.every == 0
+        self.is_recording = not self._closed and self.updates % self.every == 0
         self._seen: dict[str, tuple[str, Tensor, dict[str, Tensor]]] = {}  # layer: kind, numbers by head, sigmas
         self._modules: dict[str, nn.Module] = {}
         self._gradients: dict[str, Tensor] = {}  # "" is the whole model
@@ -132,39 +139,46 @@ class Monitor:
         if not self.is_recording:
             return
         if is_compiled(self._called):
-            self._armed.enter_context(probe_before_forward(self._called, self._model, self._interception))
+            failed = functools.partial(self._warn, "the model was not measured")
+            probe = probe_before_forward(self._called, self._model, self._interception, failed)
+            self._armed.enter_context(probe)
         else:
-            self._interception.start()
+            self._interception.start_with_training()
             self._armed.callback(self._interception.stop)
 
     def _end_of_forward(self, output) -> None:
-        if self._model.training and self._seen:
+        if self._seen:
             self._armed.close()
             loss = output.get("loss") if isinstance(output, dict) else None
             self._loss = loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
     def _see(self, call: AttentionCall) -> AttentionCall:
-        if self._model.training and call.name not in self._seen:
-            parent = self._model.get_submodule(call.name.rpartition(".")[0]) if call.name else None
-            try:
-                self._seen[call.name] = *by_head(call), self._sigma.measure(call.name, call.module, parent)
-                self._modules[call.name] = call.module
-            except (RuntimeError, ValueError) as error:  # what cannot be measured must not end the run
-                self._warn(f"{call.name} is not measured: {error}")
+        site = call.site
+        if self._model.training and site.name not in self._seen:
+            with self._warning(site.name):  # sigma first: all processes that take part in it do, whatever happens then
+                sigmas = self._sigma.measure(site.name, site.module, site.parent)
+                self._seen[site.name] = *by_head(call), sigmas
+                self._modules[site.name] = site.module
         return call
 
-    def _warn(self, message: str) -> None:
+    @contextmanager
+    def _warning(self, what: str) -> Iterator[None]:
+        """What cannot be measured or written must not end the run."""
+        try:
+            yield
+        except Exception as error:
+            self._warn(f"{what} not recorded", error)
+
+    def _warn(self, message: str, error: Exception | None = None) -> None:
         """Once for each message."""
+        message = f"{message}: {type(error).__name__}: {error}" if error is not None else message
         if message not in self._warned:
             log.warning("%s", message)
             self._warned.add(message)
 
     def _record(self, loss, lr) -> dict:
         if not self._seen:
-            self._warn(
-                "no attention was seen: the monitor must be given what the loop calls, in training mode, and sees "
-                "scaled_dot_product_attention and softmax (attn_implementation='sdpa' or 'eager')"
-            )
+            self._warn(f"{UNSEEN}. The monitor must be given what the loop calls, in training mode")
         if not self._gradients:
             self.read_gradients()
         loss = self._loss if loss is None else loss
@@ -173,8 +187,8 @@ class Monitor:
         record = {
             "step": self.updates,
             "time": round(time.time(), 3),
-            **plain({"loss": loss, "lr": lr}),
-            **_gradient(self._gradients[""]),
+            **plain({"loss": None if loss is None else float(loss), "lr": None if lr is None else float(lr)}),
+            **self._gradient(""),
             "layers": {},
             "alarms": [],
         }
@@ -184,9 +198,13 @@ class Monitor:
             record["layers"][name] = {
                 "kind": kind,
                 **plain({"keys": log_keys.mean().exp(), **heads, "sigma": sigmas}),
-                **_gradient(self._gradients[name]),
+                **self._gradient(name),
             }
         return record
+
+    def _gradient(self, name: str) -> dict[str, float | None]:
+        norms = self._gradients.get(name)
+        return dict(zip(("grad_l2", "grad_linf"), (None, None) if norms is None else plain(norms), strict=True))
 
     def _publish(self, record: dict) -> None:
         alarms = self._watch.look(record)
@@ -194,12 +212,13 @@ class Monitor:
             decided = [alarms]
             dist.broadcast_object_list(decided, src=0)
             alarms = decided[0]
-        record["alarms"] = [{key: asdict(alarm)[key] for key in ALARM_KEYS} for alarm in alarms]
+        record["alarms"] = [{key: plain(asdict(alarm)[key]) for key in ALARM_KEYS} for alarm in alarms]
         if self._file is not None:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
-        if self._is_main:
-            for writer in self._writers:
+            with self._warning(self._file.name):
+                self._file.write(json.dumps(record, allow_nan=False) + "\n")
+                self._file.flush()
+        for writer in self._writers if self._is_main else ():
+            with self._warning(type(writer).__name__):
                 writer(record)
         for alarm in alarms:
             if self._is_main:
@@ -216,14 +235,11 @@ class Monitor:
             if not whole.endswith(b"\n"):  # killed in the middle of a line
                 with path.open("r+b") as file:
                     file.truncate(whole.rfind(b"\n") + 1)
-            for record in read(path) if b"\n" in whole else ():
-                if record["step"] < step:
-                    self._watch.look(record)
+            with self._warning(f"the alarm's history in {path}"):
+                for record in read(path) if whole.strip() else ():
+                    if record["step"] < step:
+                        self._watch.look(record)
         return path.open("a")
-
-
-def _gradient(norms: Tensor) -> dict[str, float | None]:
-    return dict(zip(("grad_l2", "grad_linf"), plain(norms), strict=True))
 
 
 ALARM_KEYS = ("layer", "entropy", "threshold", "reference", "bound")

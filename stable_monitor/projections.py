@@ -1,5 +1,8 @@
 """Where an attention module keeps its query, key, value and output weights, and their spectral norms."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -9,46 +12,61 @@ from stable_core.power_iteration import matvec, top_singular_vectors
 from stable_core.sigma_reparam import SigmaReparam
 from stable_core.targets import PACKED_QKV_NAMES, QKV_NAMES, matrix
 
+KEY_VALUE_NAMES = (("q", "kv"), ("to_q", "to_kv"), ("q_proj", "kv_proj"))
 MIXED_QKV_NAMES = ("query_key_value",)  # packed head by head: seen, but not told apart
+MIXED_QKV_CLASSES = ("CodeGenAttention", "GPTBigCodeAttention")
 OUT_NAMES = ("out_proj", "o_proj", "proj", "c_proj", "to_out", "out_lin", "o", "wo", "Wo", "output", "dense")
 HEADS_NAMES = ("num_heads", "n_head", "n_heads", "num_attention_heads", "heads")
 
-
-def num_heads(attention: nn.Module) -> int:
-    """How many heads an attention module says it has; 1 if it says nothing."""
-    return next((n for name in HEADS_NAMES if isinstance(n := getattr(attention, name, None), int)), 1)
+Place = tuple[nn.Module, str]  # a layer and the name of its weight
 
 
-def find_projections(attention: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The module and tensor name of each projection: q, k, v, or qkv where they are packed. Empty: no attention known."""
+def num_heads(attention: nn.Module) -> int | None:
+    """How many heads an attention module says it has."""
+    return next((n for name in HEADS_NAMES if isinstance(n := getattr(attention, name, None), int)), None)
+
+
+def find_projections(attention: nn.Module) -> dict[str, Place]:
+    """Where each projection is: q, k and v, or q and kv, or qkv, as they are packed. Empty: no attention that is known."""
     for name in PACKED_QKV_NAMES + MIXED_QKV_NAMES:
-        if (found := _weight(attention, name)) is not None:
-            return {"qkv": found}
-    for names in QKV_NAMES:
-        if all(_weight(attention, name) is not None for name in names):
-            return {role: _weight(attention, name) for role, name in zip("qkv", names, strict=True)}
+        if (place := _place(attention, name)) is not None:
+            return {"qkv": place}
+    for roles, names_of_roles in ((("q", "k", "v"), QKV_NAMES), (("q", "kv"), KEY_VALUE_NAMES)):
+        for names in names_of_roles:
+            places = [_place(attention, name) for name in names]
+            if all(places):
+                return dict(zip(roles, places, strict=True))
     return {}
 
 
-def find_output(attention: nn.Module, parent: nn.Module | None) -> tuple[nn.Module, str] | None:
-    """The output projection: the attention module's own, or, as in BERT, that of the module it is part of."""
+def find_output(attention: nn.Module, parent: nn.Module | None) -> Place | None:
+    """The output projection: the attention module's own, or, as in BERT, that of the module around it."""
     for owner in (attention, parent):
         for name in OUT_NAMES if owner is not None else ():
-            if (found := _weight(owner, name)) is not None:
-                return found
+            if (place := _place(owner, name)) is not None:
+                return place
     return None
 
 
-def _weight(owner: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    if isinstance(owner._parameters.get(name), Tensor) or name in getattr(owner, "parametrizations", ()):
+def _place(owner: nn.Module, name: str) -> Place | None:
+    if _shape(owner, name) is not None:
         return owner, name
     layer = owner._modules.get(name)
     if isinstance(layer, nn.Sequential | nn.ModuleList) and len(layer):
         layer = layer[0]
-    for candidate in (layer, getattr(layer, "dense", None)):
-        if isinstance(getattr(candidate, "weight", None), Tensor) and candidate.weight.ndim >= 2:
+    for candidate in (layer, layer._modules.get("dense") if layer is not None else None):
+        if candidate is not None and len(_shape(candidate, "weight") or ()) >= 2:
             return candidate, "weight"
     return None
+
+
+def _shape(layer: nn.Module, name: str) -> torch.Size | None:
+    """The shape of a weight, without computing it where it is parametrized: that may count as a use of it."""
+    if parametrize.is_parametrized(layer, name):
+        parts = layer.parametrizations[name]
+        return (parts.original if parts.is_tensor else parts.original1).shape
+    weight = layer._parameters.get(name, layer.__dict__.get(name))
+    return weight.shape if isinstance(weight, Tensor) else None
 
 
 class SpectralNorms:
@@ -62,23 +80,29 @@ class SpectralNorms:
         """The spectral norm of each effective weight of one attention module: {"q": sigma, "k": ..., "v": ..., "out": ...}.
 
         Where σReparam keeps u and v it is u^T W_hat v, which is gamma. Packed projections are told apart where they are of
-        one size.
+        one size, else they are one "qkv".
         """
-        projections = find_projections(attention)
-        output = find_output(attention, parent)
+        places, output = find_projections(attention), find_output(attention, parent)
+        mixed = (
+            getattr(attention, "head_first", False)
+            or type(attention).__name__ in MIXED_QKV_CLASSES
+            or any(_place(attention, name) for name in MIXED_QKV_NAMES)
+        )
         sigmas = {}
-        for role, (layer, tensor_name) in {**projections, **({"out": output} if output else {})}.items():
-            transposed = type(layer).__name__ == "Conv1D"
-            packed = role == "qkv" and _weight(attention, MIXED_QKV_NAMES[0]) is None
-            gammas = _gammas(layer, tensor_name)
-            if gammas is not None and len(gammas) in ((3,) if packed else (1,)):
-                sigmas.update(zip("qkv" if packed else (role,), gammas.abs().unbind(), strict=True))
+        for role, (layer, weight) in {**places, **({"out": output} if output else {})}.items():
+            roles = (role,) if role == "out" or mixed else tuple(role)
+            gammas = _gammas(layer, weight)
+            if gammas is not None and len(gammas) == len(roles):
+                sigmas.update(zip(roles, gammas.abs().unbind(), strict=True))
                 continue
-            W = getattr(layer, tensor_name).detach()
-            W = matrix(W.full_tensor() if isinstance(W, DTensor) else W, transposed)
-            alike = packed and W.shape[0] == 3 * W.shape[1]
-            parts = zip("qkv", W.chunk(3), strict=True) if alike else ((role, W),)
-            sigmas.update((part, self._sigma(f"{name}.{part}", block)) for part, block in parts)
+            with _unchanged(layer, weight):
+                W = getattr(layer, weight).detach()
+            W = W.full_tensor() if isinstance(W, DTensor) else W
+            W = matrix(W, transposed=type(layer).__name__ == "Conv1D")
+            if W.shape[0] != len(roles) * W.shape[1]:
+                roles = (role,)
+            for part, block in zip(roles, W.chunk(len(roles)), strict=True):
+                sigmas[part] = self._sigma(f"{name}.{part}", block)
         return sigmas
 
     def _sigma(self, key: str, W: Tensor) -> Tensor:
@@ -89,10 +113,24 @@ class SpectralNorms:
             return torch.dot(u, matvec(W, self._vectors[key]))
 
 
-def _gammas(layer: nn.Module, tensor_name: str) -> Tensor | None:
+@contextmanager
+def _unchanged(layer: nn.Module, weight: str) -> Iterator[None]:
+    """Parametrizations in evaluation mode: torch's spectral norm iterates at every access in training mode."""
+    parts = list(layer.parametrizations[weight].modules()) if parametrize.is_parametrized(layer, weight) else []
+    before = [part.training for part in parts]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in zip(parts, before, strict=True):
+            part.training = training
+
+
+def _gammas(layer: nn.Module, weight: str) -> Tensor | None:
     """σReparam's gamma of each block of a weight that shares its sigma with no other."""
-    if parametrize.is_parametrized(layer, tensor_name):
-        reparam = layer.parametrizations[tensor_name][0]
+    if parametrize.is_parametrized(layer, weight):
+        reparam = layer.parametrizations[weight][0]
         if isinstance(reparam, SigmaReparam) and len(reparam.members()) == 1:
             return reparam.gamma.detach().float()
     return None

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from .interception import AttentionCall
 
@@ -22,9 +21,9 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
     """
     rows, hidden = call.statistics(), call.hidden()
     queries, keys = call.tokens
-    kind = "cross" if call.is_cross or queries != keys else "decoder" if call.is_causal else "encoder"
+    kind = "cross" if call.site.is_cross() else "decoder" if call.is_causal else "encoder"
     counted = rows.keys > 0
-    if hidden is not None and kind != "cross":
+    if hidden is not None and kind != "cross" and queries == keys:
         padding = hidden.all(dim=2)
         counted = counted & ~padding.expand(-1, -1, queries)
         if _is_causal(hidden[0, 0], queries):
@@ -39,7 +38,7 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
         rows.entropy.masked_fill(~counted | (rows.keys < 2), math.inf).amin((0, 2)),
         rows.max_logit.masked_fill(~counted, -math.inf).amax((0, 2)),
         mean(rows.bound),
-        mean(rows.keys.clamp(min=1).log()),
+        mean(rows.keys.double().clamp(min=1).log()),
     ])  # fmt: skip
 
 
@@ -52,15 +51,23 @@ def _is_causal(hidden: Tensor, queries: int) -> bool:
 
 
 @torch.no_grad()
-def gradient_norms(module: nn.Module, scale: float = 1.0) -> Tensor:
-    """The l2 and l-inf norms of the gradients of all the module's parameters, divided by scale, (2,); NaN without any."""
-    gradients = [
-        p.grad.float() for p in module.parameters() if p.grad is not None
-    ]  # squares overflow in half precision
-    if not gradients:
-        return torch.full((2,), math.nan)
-    norms = [get_total_norm(gradients, kind) for kind in (2.0, math.inf)]
-    return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).float() / scale
+def gradient_norms(modules: dict[str, nn.Module], scale: float = 1.0) -> dict[str, Tensor]:
+    """The l2 and l-inf norms of the gradients of all parameters of each module, divided by scale, (2,); NaN without any.
+
+    In fp32, one parameter at a time: squares overflow in half precision, and a copy of all gradients may not fit.
+    """
+    norms: dict[nn.Parameter, Tensor] = {}
+    totals = {}
+    for name, module in modules.items():
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        for p in parameters:
+            if p not in norms:
+                kinds = [torch.linalg.vector_norm(p.grad, kind, dtype=torch.float32) for kind in (2, math.inf)]
+                norms[p] = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in kinds]) / scale
+        own = [norms[p] for p in parameters]
+        l2, linf = torch.stack(own).unbind(1) if own else (torch.full((1,), math.nan),) * 2
+        totals[name] = torch.stack([torch.linalg.vector_norm(l2), linf.max()])
+    return totals
 
 
 def plain(value):

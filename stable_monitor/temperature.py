@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from .interception import AttentionCall, Interception
+from .interception import UNSEEN, AttentionCall, Interception
 
 
 class attention_temperature:  # a context manager, used as a function
@@ -23,11 +23,13 @@ class attention_temperature:  # a context manager, used as a function
 
     Raises:
         ValueError: tau is not a positive finite number.
+        RuntimeError: at the end, if the model ran and no attention was seen, so that nothing was changed.
     """
 
     def __init__(self, model: nn.Module, tau: float = 1.0) -> None:
         self.tau = tau
-        self._interception = Interception(model, self._divide)
+        self._ran = self._seen = False
+        self._interception = Interception(model, self._divide, finished=self._finished)
         self._eager = ExitStack()
 
     @property
@@ -41,7 +43,11 @@ class attention_temperature:  # a context manager, used as a function
             raise ValueError(f"tau = {tau!r}: allowed are positive numbers")
         self._tau = tau
 
+    def _finished(self, output) -> None:
+        self._ran = True
+
     def _divide(self, call: AttentionCall) -> AttentionCall:
+        self._seen = True
         return call if self._tau == 1 else call.at_temperature(self._tau)
 
     def __enter__(self) -> "attention_temperature":
@@ -52,3 +58,5 @@ class attention_temperature:  # a context manager, used as a function
     def __exit__(self, *exception) -> None:
         self._interception.stop()
         self._eager.close()
+        if self._ran and not self._seen and exception[0] is None:
+            raise RuntimeError(UNSEEN)

@@ -1,5 +1,7 @@
 """The papers' algorithms written out slowly: what the fast code in the library is tested equal to."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,14 @@ def attention_probabilities(q, k, *, scale, attn_mask=None, is_causal=False) -> 
 def entropy(probabilities: Tensor) -> Tensor:
     """-sum_j p_j log p_j over the last dimension, in nats."""
     return torch.special.entr(probabilities).sum(-1)
+
+
+def entropy_bound(logits: Tensor) -> float:
+    """Theorem 3.1 [σ, eq. 1] for one row of logits, whose norm is that about its mean, as softmax does not see the mean."""
+    u = [x for x in logits.double().tolist() if x > -math.inf]
+    T = len(u)
+    if T < 2:
+        return 0.0
+    sigma = math.sqrt(sum((x - sum(u) / T) ** 2 for x in u))
+    beta = math.exp(-sigma * math.sqrt(T / (T - 1)))
+    return math.log(1 + (T - 1) * beta) + sigma * math.sqrt(T * (T - 1)) * beta / (1 + (T - 1) * beta)

@@ -12,8 +12,9 @@ class MonitorCallback(TrainerCallback):
     """Runs `stable_monitor.Monitor` under a Trainer: `Trainer(..., callbacks=[MonitorCallback(every=100)])`.
 
     Records go to `monitor.jsonl` in the output directory, and `attention_entropy`, `attention_entropy_min` (nats) and
-    `attention_logit_max` into the Trainer's log history. The loss is the model's own, of the update's first batch; gradients
-    are those that the optimizer steps with, after clipping. A resumed run goes on in the same file.
+    `attention_logit_max` into the Trainer's log history (TensorBoard and W&B do not hear of them there: give `writers`). The
+    loss is the model's own, of the update's first batch; gradients are those that the optimizer steps with, after clipping.
+    A resumed run goes on in the same file.
 
     Args:
         every: updates from one record to the next.

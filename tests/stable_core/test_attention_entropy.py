@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 from stable_core import attention_entropy, attention_statistics
-from tests.reference import attention_probabilities, entropy
+from tests.reference import attention_probabilities, entropy, entropy_bound
 
 SCALE = 0.25
 
@@ -84,6 +84,11 @@ def test_against_scipy():
     assert attention_entropy(q, k, scale=0.5).numpy() == pytest.approx(expected, abs=1e-5)
 
 
+def test_arguments_by_name_in_any_order():
+    q, k = qk()
+    assert torch.equal(attention_entropy(scale=SCALE, k=k, q=q), attention_entropy(q, k, scale=SCALE))
+
+
 def test_largest_logit():
     q, k = qk(2.0)
     mask = masks()["each head"]
@@ -91,15 +96,37 @@ def test_largest_logit():
     assert torch.allclose(attention_statistics(q, k, scale=SCALE, attn_mask=mask).max_logit.double(), logits.amax(-1))
 
 
-def test_memory_at_16384_tokens_does_not_hold_the_matrix():
+@pytest.mark.parametrize("mask", ["none", "padding", "each head", "bias"])
+def test_bound_is_that_of_the_theorem_for_each_row(mask):
+    q, k = qk(1.0, queries=6, keys=9)
+    mask = masks(6, 9)[mask]
+    logits = SCALE * q @ k.mT
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    expected = [entropy_bound(row) for row in logits.flatten(0, 2)]
+    got = attention_statistics(q, k, scale=SCALE, attn_mask=mask).bound.flatten()
+    assert got.tolist() == pytest.approx(expected, abs=1e-5)
+    assert max(expected) > 0.5
+
+
+def test_a_row_that_attains_its_bound():
+    sharp = torch.zeros(1, 1, 1, 8)
+    sharp[..., 0] = 5.0  # one large logit, the others equal
+    rows = attention_statistics(torch.ones(1, 1, 1, 1), sharp.mT, scale=1.0)
+    assert rows.entropy.item() == pytest.approx(rows.bound.item(), rel=1e-4)
+    assert rows.bound.item() > 0.1
+
+
+@pytest.mark.parametrize("largest", [0.01, 500.0], ids=["fused", "chunks"])
+def test_memory_at_16384_tokens_does_not_hold_the_matrix(largest):
     # In a process of its own: the matrix of one head would be 1 GiB in fp32.
-    script = """
+    script = f"""
 import resource, torch
 from stable_core import attention_entropy, attention_statistics
-q, k = torch.randn(2, 1, 1, 16384, 16)
+q, k = {largest} * torch.randn(2, 1, 1, 16384, 16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-attention_entropy(q, k, scale=0.25, is_causal=True)
-attention_statistics(q, k, scale=0.25, is_causal=True)
+attention_entropy(q, k, scale=1.0, is_causal=True)
+attention_statistics(q, k, scale=1.0, is_causal=True)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     mib = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
