@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .alarm import Alarm, AlarmConfig, Watch
+from .calls import AttentionCall
 from .compiled import is_compiled, probe_before_forward, unwrap
-from .interception import UNSEEN, AttentionCall, Interception
+from .interception import UNSEEN, Interception
 from .projections import SpectralNorms
 from .records import FILE_NAME, read
 from .summary import by_head, gradient_norms, plain
@@ -187,7 +188,7 @@ class Monitor:
         record = {
             "step": self.updates,
             "time": round(time.time(), 3),
-            **plain({"loss": None if loss is None else float(loss), "lr": None if lr is None else float(lr)}),
+            **plain({"loss": _number(loss), "lr": _number(lr)}),
             **self._gradient(""),
             "layers": {},
             "alarms": [],
@@ -240,6 +241,10 @@ class Monitor:
                     if record["step"] < step:
                         self._watch.look(record)
         return path.open("a")
+
+
+def _number(x: Tensor | float | None) -> float | None:
+    return None if x is None else float(x.detach() if isinstance(x, Tensor) else x)
 
 
 ALARM_KEYS = ("layer", "entropy", "threshold", "reference", "bound")

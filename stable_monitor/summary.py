@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .interception import AttentionCall
+from .calls import AttentionCall
 
 DIGITS = 6  # significant ones, in the file
 

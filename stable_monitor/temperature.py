@@ -5,7 +5,8 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from .interception import UNSEEN, AttentionCall, Interception
+from .calls import AttentionCall
+from .interception import UNSEEN, Interception
 
 
 class attention_temperature:  # a context manager, used as a function

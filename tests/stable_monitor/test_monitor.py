@@ -183,6 +183,7 @@ def test_timm_and_torch_models_are_named_by_their_own_modules():
     assert layers["decoder.layers.0.multihead_attn"]["sigma"]["q"] == pytest.approx(sigma.item(), rel=1e-3)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("settings", [{}, {"flash": False}, {"checkpoint": True}])
 def test_losses_are_bitwise_those_without_it(settings):
     without = gpt(**settings)

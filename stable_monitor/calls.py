@@ -1,0 +1,155 @@
+"""One attention as it is about to be computed: what it is made of, whose it is, and its statistics."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from stable_core.attention_entropy import MASKED, AttentionStatistics, attention_statistics, logit_statistics
+
+from .projections import num_heads
+
+SOURCES = ("key_value_states", "encoder_hidden_states", "encoder_output", "context", "memory")
+
+
+@dataclass(frozen=True)
+class Site:
+    """The module that computes an attention."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None  # the module that calls it
+    args: tuple  # of its forward pass
+    kwargs: dict
+
+    def is_cross(self) -> bool:
+        """Whether its keys and queries are of different tokens."""
+        return has_other_source(self.module, self.args, self.kwargs)
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """One `F.scaled_dot_product_attention`. q, k: (..., tokens, head_dim); attn_mask and scale as torch takes them."""
+
+    site: Site
+    q: Tensor
+    k: Tensor
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        return self.q.shape[-2], self.k.shape[-2]
+
+    def at_temperature(self, tau: float) -> "FusedCall":
+        """The call with its logits divided by tau."""
+        mask = self.attn_mask
+        if mask is not None and mask.dtype != torch.bool:
+            mask = (mask / tau).clamp(min=torch.finfo(mask.dtype).min)
+        return replace(self, scale=self.scale / tau, attn_mask=mask)
+
+    def statistics(self) -> AttentionStatistics:
+        """The statistics of each row, (batch, heads, queries)."""
+        q, k, mask = self._by_head()
+        return attention_statistics(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal)
+
+    def hidden(self) -> Tensor | None:
+        """Where the mask hides a key, broadcastable to (batch, heads, queries, keys); None without a mask."""
+        _, _, mask = self._by_head()
+        if mask is None:
+            return None
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        return ~mask if mask.dtype == torch.bool else mask <= MASKED
+
+    def _by_head(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q, k and the mask in four dimensions, heads second."""
+        q, k, mask, heads = self.q, self.k, self.attn_mask, num_heads(self.site.module)
+        grouped = q.ndim == 4 and k.shape[1] != q.shape[1]
+        if grouped or (q.ndim == 4 and (heads is None or q.shape[1] in (1, heads))):
+            return q, k, mask
+        if mask is not None:
+            mask = with_heads(mask.expand(*q.shape[:-1], k.shape[-2]), heads)
+        return with_heads(q, heads), with_heads(k, heads), mask
+
+
+@dataclass(frozen=True)
+class SoftmaxCall:
+    """One softmax of attention logits, (batch, heads, queries, keys) or (batch * heads, queries, keys)."""
+
+    site: Site
+    logits: Tensor
+    is_causal = False  # the mask is in the logits
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        return self.logits.shape[-2], self.logits.shape[-1]
+
+    def at_temperature(self, tau: float) -> "SoftmaxCall":
+        """The call with its logits divided by tau; a mask that wrote finfo.min must not become -inf, which is NaN in a
+        row of nothing else."""
+        return replace(self, logits=(self.logits / tau).clamp(min=torch.finfo(self.logits.dtype).min))
+
+    def statistics(self) -> AttentionStatistics:
+        """The statistics of each row, (batch, heads, queries)."""
+        logits = self._by_head()
+        return logit_statistics(logits.masked_fill(self._never(logits), -torch.inf))
+
+    def hidden(self) -> Tensor:
+        """Where a key is hidden, (batch, 1, queries, keys): of one head, as masks are the same for all."""
+        logits = self._by_head()[:, :1]
+        return (logits - logits.amax(-1, keepdim=True) <= MASKED) | self._never(logits)
+
+    def _by_head(self) -> Tensor:
+        return with_heads(self.logits.detach(), num_heads(self.site.module))
+
+    def _never(self, logits: Tensor) -> Tensor:
+        """What only a mask makes so low, also in rows that have nothing else; masks are at times scaled with the logits."""
+        return logits <= max(torch.finfo(logits.dtype).min / 2, -1e8)
+
+
+def with_heads(x: Tensor, heads: int | None) -> Tensor:
+    """(..., m, n) with the heads at some place, or folded into the batch, as (batch, heads, m, n); unknown: all as one."""
+    before = x.shape[:-2]
+    if x.ndim == 4 and heads in (None, x.shape[1]):
+        return x
+    if heads in before:
+        x = x.movedim(before.index(heads), -3)
+    elif heads is None or before.numel() % heads:
+        heads = 1
+    return x.reshape(-1, heads, *x.shape[-2:])
+
+
+AttentionCall = FusedCall | SoftmaxCall
+
+
+@functools.cache
+def _parameter_names(forward: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def has_other_source(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a module's arguments give it keys of other tokens than its queries."""
+    given = {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
+    if any(isinstance(given.get(name), Tensor) for name in SOURCES):
+        return True
+    query, key = given.get("query"), given.get("key")
+    if query is None or key is None:
+        query, key = (*args, None, None)[:2]
+        # A second sequence: of vectors of the same size, but not as many.
+        return (
+            isinstance(query, Tensor)
+            and isinstance(key, Tensor)
+            and query.ndim == key.ndim == 3
+            and query.shape[::2] == key.shape[::2]
+            and query.shape[1] != key.shape[1]
+        )
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor) or key.ndim != query.ndim:
+        return False
+    # Not by identity alone: a wrapper may have cast each by itself.
+    return key is not query and (key.shape != query.shape or not torch.equal(key, query))
