@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from stable_monitor import EntropyCollapse, Monitor, TensorBoardWriter, WandbWriter, stop_training
 from stable_monitor.records import read
+from stable_monitor.report import report
 from tests.stable_monitor.models import batch, gpt, train
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,8 @@ train(gpt(), 10**6, lambda called, _: Monitor(called, 1, path={str(tmp_path)!r})
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - 40])
     assert steps(tmp_path) == list(range(lines - 1))
+    report([tmp_path], tmp_path / "report.html")  # opens on what is left
+    assert 'id="' in (tmp_path / "report.html").read_text()
     train(gpt(), 2, lambda called, _: Monitor(called, 1, path=tmp_path, step=lines - 1))
     assert steps(tmp_path) == list(range(lines + 1))
 
