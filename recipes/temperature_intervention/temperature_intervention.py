@@ -286,7 +286,6 @@ def main(arguments: list[str] | None = None) -> int:
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds {' '.join(map(str, args.seeds))}: allowed are whole numbers from 0, each once")
     torch.set_num_threads(1)
-    logging.getLogger("stable_monitor").setLevel(logging.ERROR)  # alarms are what is expected here; the log holds them
     console = Console()
     args.output.mkdir(parents=True, exist_ok=True)
     figures = list(FIGURES) if args.figure == "all" else [int(args.figure)]
@@ -304,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("stable_monitor").setLevel(logging.ERROR)  # alarms are what is expected here; the log holds them
     try:
         sys.exit(main())
     except KeyboardInterrupt:
