@@ -1,10 +1,13 @@
 """The methods of σReparam and Stable-Transformer, for any torch model. Needs torch and nothing else."""
 
+from .attention import StableAttention
 from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
 from .folding import fold, fold_state_dict
 from .param_groups import param_groups
 from .sigma_reparam import SigmaReparamConfig, advance, converge, sigma_reparam
+from .stable_init import stable_init_
+from .stable_norm import StableNorm
 from .theory import (
     adam_update_norm_bound,
     entropy_lower_bound,
@@ -14,6 +17,8 @@ from .theory import (
 
 __all__ = [
     "SigmaReparamConfig",
+    "StableAttention",
+    "StableNorm",
     "adam_update_norm_bound",
     "advance",
     "attention_entropy",
@@ -27,4 +32,5 @@ __all__ = [
     "qk_norm_logit_bound",
     "sigma_reparam",
     "stable_attention_logit_bound",
+    "stable_init_",
 ]

@@ -138,7 +138,7 @@ def check_values(group: Group, every_row: bool = False) -> None:
 
 
 def _picked(model: nn.Module, filter_fn: FilterFn | None) -> list[Target]:
-    candidates, tied = list(_candidates(model)), _tied(model)
+    candidates, tied = list(layers(model)), _tied(model)
     if filter_fn is None:
         picked = [target for target in candidates if id(target.weight) not in tied]
     else:
@@ -157,7 +157,8 @@ def _picked(model: nn.Module, filter_fn: FilterFn | None) -> list[Target]:
     return picked
 
 
-def _candidates(model: nn.Module) -> Iterator[Target]:
+def layers(model: nn.Module) -> Iterator[Target]:
+    """The weights of every Linear, Conv1d, Conv2d, HF Conv1D and attention layer of a model."""
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             if module._qkv_same_embed_dim:

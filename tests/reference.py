@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Algorithm1:
@@ -71,3 +71,23 @@ def entropy_bound(logits: Tensor) -> float:
     sigma = math.sqrt(sum((x - sum(u) / T) ** 2 for x in u))
     beta = math.exp(-sigma * math.sqrt(T / (T - 1)))
     return math.log(1 + (T - 1) * beta) + sigma * math.sqrt(T * (T - 1)) * beta / (1 + (T - 1) * beta)
+
+
+class ListedStableAttention(nn.Module):
+    """The listing of the Stable-Transformer paper [ST, App. G], on given weights: its norm adds eps outside the root."""
+
+    def __init__(self, qkv, proj, gamma_q, gamma_k, num_heads: int, sequence_length: int, alpha: float) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.gamma_q, self.gamma_k, self.alpha = qkv, proj, gamma_q, gamma_k, alpha
+        self.num_heads, self.head_dim = num_heads, gamma_q.numel()
+        self.scale = self.head_dim ** (-2 * alpha) * 1.618 * math.log(sequence_length, 2)
+
+    def norm(self, x: Tensor, gamma: Tensor) -> Tensor:
+        return gamma * math.pow(self.head_dim, self.alpha) * x / (torch.norm(x, dim=-1, keepdim=True) + 1e-8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.norm(q, self.gamma_q) * self.scale, self.norm(k, self.gamma_k)
+        x = (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))

@@ -1,0 +1,136 @@
+"""StableAtten, and the attentions that the Stable-Transformer paper holds it against.
+
+Kernels take q, k, v of shape (batch, heads, tokens, head_dim), as `F.scaled_dot_product_attention` does, on which they all
+run. Source: "Stable-Transformer: Towards a Stable Transformer Training" (ICLR 2025 submission), eq. 3, Section 3.3, App. N.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .stable_norm import StableNorm
+
+
+class DotProductKernel(nn.Module):
+    """softmax(q k^T / sqrt(d1)) v."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal)
+
+
+class QKNormKernel(nn.Module):
+    """softmax(RMSN(q) RMSN(k)^T / sqrt(d1)) v, so that |logit| <= sqrt(d1) with gamma = 1 [ST, Theorem 3]."""
+
+    def __init__(self, head_dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.q_norm = nn.RMSNorm(head_dim, eps, device=device, dtype=dtype)
+        self.k_norm = nn.RMSNorm(head_dim, eps, device=device, dtype=dtype)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask, dropout_p, is_causal)
+
+
+class L2Kernel(nn.Module):
+    """softmax(-|q_i - k_j|_2^2 / sqrt(d1)) v [ST, App. N; Kim et al., 2021].
+
+    Softmax does not see |q_i|^2, and 2 q.k - |k|^2 is the dot product of (2 q, 1) and (k, -|k|^2). Tied is what a layer makes
+    it, by giving the queries for keys.
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False
+    ) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        q = torch.cat([2 * q, torch.ones_like(q[..., :1])], dim=-1)
+        k = torch.cat([k, -k.square().sum(-1, keepdim=True)], dim=-1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+
+
+class StableKernel(nn.Module):
+    """softmax(tau * SN(q) SN(k)^T / d1^(2 alpha)) v, tau = 1.618 log2(N) [ST, eq. 3].
+
+    N is the sequence length of the configuration, not that of the moment: a key-value cache must not change it.
+
+    Raises:
+        ValueError: sequence_length below 2, tau_scale not positive; what `StableNorm` refuses.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        sequence_length: int,
+        alpha: float,
+        tau_scale: float = 1.0,
+        eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(sequence_length, int) or sequence_length < 2:
+            raise ValueError(f"sequence_length = {sequence_length!r}: allowed are whole numbers from 2")
+        if not tau_scale > 0:
+            raise ValueError(f"tau_scale = {tau_scale!r}: allowed are positive numbers")
+        self.tau = tau_scale * 1.618 * math.log2(sequence_length)
+        self.scale = self.tau * head_dim ** (-2 * alpha)
+        self.q_norm = StableNorm(head_dim, alpha, eps, device=device, dtype=dtype)
+        self.k_norm = StableNorm(head_dim, alpha, eps, device=device, dtype=dtype)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False
+    ) -> Tensor:
+        q, k = self.q_norm(q), self.k_norm(k)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=self.scale)
+
+
+class StableAttention(nn.Module):
+    """Multi-head self-attention with StableAtten: packed qkv, `StableKernel`, output projection [ST, eq. 3].
+
+    Args:
+        dim: width of tokens, a multiple of num_heads.
+        num_heads: h; d1 = dim / h.
+        sequence_length: N of tau = 1.618 log2(N), the longest sequence that the model is configured for.
+        alpha: of the StableNorm of queries and keys, from 0 to 1/2.
+        tau_scale: multiple of tau; the paper tries 0.5, 1 and 2.
+        qkv_bias, attn_drop, proj_drop: as in timm's attention.
+
+    Shape: (batch, tokens, dim) to the same.
+
+    Raises:
+        ValueError: dim is no multiple of num_heads; what `StableKernel` refuses.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        sequence_length: int,
+        alpha: float,
+        *,
+        tau_scale: float = 1.0,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim = {dim!r}, num_heads = {num_heads!r}: dim must be a multiple of num_heads")
+        made = {"device": device, "dtype": dtype}
+        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **made)
+        self.kernel = StableKernel(dim // num_heads, sequence_length, alpha, tau_scale, eps, **made)
+        self.proj = nn.Linear(dim, dim, **made)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = self.kernel(q, k, v, attn_mask, self.attn_drop if self.training else 0.0, is_causal)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))

@@ -1,0 +1,144 @@
+"""StableInit, StableNorm and StableAtten against the paper's listing, torch's own norms, and the closed forms."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from stable_core import StableAttention, StableNorm, stable_attention_logit_bound, stable_init_
+from stable_core.attention import L2Kernel, QKNormKernel
+from tests.reference import ListedStableAttention
+
+
+def normal(*shape, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (512, 64), (64, 512), (384, 1536), (1152, 384)])
+def test_the_largest_singular_value_is_below_one_in_expectation(shape):
+    torch.manual_seed(0)
+    sigma = [torch.linalg.matrix_norm(stable_init_(torch.empty(shape)), 2) for _ in range(20)]
+    assert 0.9 < torch.stack(sigma).mean() <= 1.0
+    xavier = [torch.linalg.matrix_norm(nn.init.xavier_normal_(torch.empty(shape)), 2) for _ in range(20)]
+    assert 1.0 < torch.stack(xavier).mean() <= 2.0  # [ST, Lemma 1]
+    doubled = torch.linalg.matrix_norm(stable_init_(torch.empty(shape), gain=2.0), 2)
+    assert 1.8 < doubled < 2.2
+
+
+def test_every_layer_of_a_module_and_nothing_else():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_embd=96, n_layer=1, n_head=2, n_positions=8)
+    model = nn.ModuleDict({
+        "linear": nn.Linear(200, 100), "conv": nn.Conv2d(3, 96, 16), "attention": nn.MultiheadAttention(96, 2),
+        "gpt": transformers.GPT2Model(config), "norm": nn.LayerNorm(8),
+    })  # fmt: skip
+    embedding = model["gpt"].wte.weight.clone()
+    model["linear"].bias.data.fill_(3.0)
+    assert stable_init_(model) is model
+    mlp = model["gpt"].h[0].mlp.c_fc
+    for weight, n_in, n_out in (
+        (model["linear"].weight, 200, 100),
+        (model["conv"].weight, 3 * 16 * 16, 96),
+        (model["attention"].in_proj_weight, 96, 288),
+        (mlp.weight, 96, 384),  # kept as (in, out)
+    ):
+        assert weight.std().item() == pytest.approx(1 / (math.sqrt(n_in) + math.sqrt(n_out)), rel=0.03)
+    for bias in (model["linear"].bias, model["conv"].bias, model["attention"].in_proj_bias, mlp.bias):
+        assert not bias.any()
+    assert torch.equal(model["gpt"].wte.weight, embedding) and model["norm"].weight.eq(1).all()
+
+
+@pytest.mark.parametrize("d", [16, 768])
+def test_norm_is_torchs_at_one_half_and_has_unit_length_at_zero(d):
+    x, gamma = normal(4, 7, d), normal(d, seed=1)
+    rms = nn.RMSNorm(d, eps=1e-5 / d)
+    half, zero = StableNorm(d, 0.5), StableNorm(d, 0.0)
+    for norm in (rms, half):
+        norm.weight.data.copy_(gamma)
+    torch.testing.assert_close(half(x), rms(x))
+    torch.testing.assert_close(zero(100 * x).norm(dim=-1), torch.ones(4, 7))
+    torch.testing.assert_close(StableNorm(d, 0.25)(100 * x).norm(dim=-1), torch.full((4, 7), d**0.25))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.475])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_the_jacobian_of_the_norm_is_the_papers(alpha, size):
+    d, eps = 12, 1e-5
+    x, gamma = size * normal(d).double(), normal(d, seed=1).double()
+    norm = StableNorm(d, alpha, eps).double()
+    norm.weight.data.copy_(gamma)
+    got = torch.autograd.functional.jacobian(norm, x)
+    square = x.square().sum() + eps
+    expected = d**alpha / square.sqrt() * torch.diag(gamma) @ (torch.eye(d) - torch.outer(x, x) / square)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.125, 0.5])
+def test_attention_is_the_papers_listing(alpha):
+    torch.manual_seed(0)
+    fast = StableAttention(48, 3, sequence_length=196, alpha=alpha, qkv_bias=True)
+    for norm in (fast.kernel.q_norm, fast.kernel.k_norm):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    listed = ListedStableAttention(
+        fast.qkv, fast.proj, fast.kernel.q_norm.weight, fast.kernel.k_norm.weight, 3, 196, alpha
+    )
+    x = normal(2, 17, 48)
+    torch.testing.assert_close(fast(x), listed(x), rtol=1e-4, atol=1e-5)  # which has eps elsewhere
+    weights = [fast.qkv.weight, fast.kernel.q_norm.weight]
+    for a, b in zip(*(torch.autograd.grad(f(x).square().sum(), weights) for f in (fast, listed)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_the_logits_stay_within_their_bound_at_any_width_and_length():
+    for dim in (32, 512):
+        torch.manual_seed(0)
+        attention = StableAttention(dim, 1, sequence_length=512, alpha=0.25)
+        assert attention.kernel.tau == pytest.approx(14.562)  # the paper's number for 512
+        q, k = (norm(100 * normal(300, dim, seed=i)) for i, norm in enumerate((attention.kernel.q_norm,) * 2))
+        assert (attention.kernel.scale * q @ q.T).max().item() == pytest.approx(attention.kernel.tau, rel=1e-4)
+        assert (attention.kernel.scale * q @ k.T).abs().max() <= stable_attention_logit_bound(attention.kernel.tau)
+
+
+def test_the_length_of_the_moment_changes_nothing():
+    torch.manual_seed(0)
+    attention, x = StableAttention(48, 3, sequence_length=64, alpha=0.475), normal(2, 20, 48)
+    whole = attention(x, is_causal=True)
+    for n in (1, 2, 7):
+        torch.testing.assert_close(attention(x[:, :n], is_causal=True), whole[:, :n])
+
+
+def test_baseline_kernels_against_their_formulas():
+    q, k, v = normal(3, 2, 4, 9, 16)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+
+    def softmax(logits):
+        return logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+    squared = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
+    torch.testing.assert_close(L2Kernel()(q, k, v, is_causal=True), softmax(-squared / 4))
+    torch.testing.assert_close(L2Kernel()(q, q, v, attn_mask=mask), softmax(-torch.cdist(q, q).square() / 4))
+    rms = [x / x.square().mean(-1, keepdim=True).sqrt() for x in (q, k)]
+    torch.testing.assert_close(
+        QKNormKernel(16)(q, k, v, is_causal=True), softmax(rms[0] @ rms[1].mT / 4), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StableNorm(8, 0.6), "alpha = 0.6: allowed are numbers from 0 to 0.5"),
+        (lambda: StableNorm(0, 0.5), "dim = 0: allowed are whole numbers from 1"),
+        (lambda: StableNorm(8, 0.5, eps=0.0), "eps = 0.0: allowed are positive numbers"),
+        (lambda: StableAttention(8, 3, 16, 0.5), "dim = 8, num_heads = 3: dim must be a multiple"),
+        (lambda: StableAttention(8, 2, 1, 0.5), "sequence_length = 1: allowed are whole numbers from 2"),
+        (lambda: StableAttention(8, 2, 16, 0.5, tau_scale=0), "tau_scale = 0: allowed are positive numbers"),
+        (lambda: stable_init_(torch.empty(3)), r"a tensor of shape \(3,\): allowed are weights"),
+        (lambda: stable_init_(nn.LayerNorm(3)), "LayerNorm: no Linear, Conv or attention layer"),
+        (lambda: stable_init_(nn.Linear(3, 3), gain=0.0), "gain = 0.0: allowed are positive numbers"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
