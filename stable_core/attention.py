@@ -13,22 +13,13 @@ from torch import Tensor, nn
 from .stable_norm import StableNorm
 
 
-class DotProductKernel(nn.Module):
-    """softmax(q k^T / sqrt(d1)) v."""
+class NormalisedKernel(nn.Module):
+    """softmax(q_norm(q) k_norm(k)^T / sqrt(d1)) v: QK-norm with `nn.RMSNorm`s, under which |logit| <= sqrt(d1) while gamma = 1
+    [ST, Theorem 3]; StableAtten with `stable_qk_norms`."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False
-    ) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal)
-
-
-class QKNormKernel(nn.Module):
-    """softmax(RMSN(q) RMSN(k)^T / sqrt(d1)) v, so that |logit| <= sqrt(d1) with gamma = 1 [ST, Theorem 3]."""
-
-    def __init__(self, head_dim: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+    def __init__(self, q_norm: nn.Module, k_norm: nn.Module) -> None:
         super().__init__()
-        self.q_norm = nn.RMSNorm(head_dim, eps, device=device, dtype=dtype)
-        self.k_norm = nn.RMSNorm(head_dim, eps, device=device, dtype=dtype)
+        self.q_norm, self.k_norm = q_norm, k_norm
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False
@@ -52,44 +43,40 @@ class L2Kernel(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
 
 
-class StableKernel(nn.Module):
-    """softmax(tau * SN(q) SN(k)^T / d1^(2 alpha)) v, tau = 1.618 log2(N) [ST, eq. 3].
+def stable_qk_norms(
+    head_dim: int,
+    sequence_length: int,
+    alpha: float,
+    tau_scale: float = 1.0,
+    eps: float = 1e-5,
+    device=None,
+    dtype=None,
+) -> tuple[StableNorm, StableNorm]:
+    """The norms of q and k that make dot-product attention StableAtten: softmax(tau * SN(q) SN(k)^T / d1^(2 alpha)) v,
+    tau = 1.618 log2(N) [ST, eq. 3].
 
-    N is the sequence length of the configuration, not that of the moment: a key-value cache must not change it.
+    tau / d1^(2 alpha), and sqrt(d1) against the attention's own 1 / sqrt(d1), are folded into the norm of q. N is the
+    sequence length of the configuration, not that of the moment: a key-value cache must not change it.
 
     Raises:
         ValueError: sequence_length below 2, tau_scale not positive; what `StableNorm` refuses.
     """
+    if not isinstance(sequence_length, int) or sequence_length < 2:
+        raise ValueError(f"sequence_length = {sequence_length!r}: allowed are whole numbers from 2")
+    if not tau_scale > 0:
+        raise ValueError(f"tau_scale = {tau_scale!r}: allowed are positive numbers")
+    scale = tau_scale * stable_tau(sequence_length) * head_dim ** (0.5 - 2 * alpha)
+    made = {"device": device, "dtype": dtype}
+    return StableNorm(head_dim, alpha, eps, scale, **made), StableNorm(head_dim, alpha, eps, **made)
 
-    def __init__(
-        self,
-        head_dim: int,
-        sequence_length: int,
-        alpha: float,
-        tau_scale: float = 1.0,
-        eps: float = 1e-5,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        if not isinstance(sequence_length, int) or sequence_length < 2:
-            raise ValueError(f"sequence_length = {sequence_length!r}: allowed are whole numbers from 2")
-        if not tau_scale > 0:
-            raise ValueError(f"tau_scale = {tau_scale!r}: allowed are positive numbers")
-        self.tau = tau_scale * 1.618 * math.log2(sequence_length)
-        self.scale = self.tau * head_dim ** (-2 * alpha)
-        self.q_norm = StableNorm(head_dim, alpha, eps, device=device, dtype=dtype)
-        self.k_norm = StableNorm(head_dim, alpha, eps, device=device, dtype=dtype)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False
-    ) -> Tensor:
-        q, k = self.q_norm(q), self.k_norm(k)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=self.scale)
+def stable_tau(sequence_length: int) -> float:
+    """tau = 1.618 log2(N) [ST, Section 3.3.2]."""
+    return 1.618 * math.log2(sequence_length)
 
 
 class StableAttention(nn.Module):
-    """Multi-head self-attention with StableAtten: packed qkv, `StableKernel`, output projection [ST, eq. 3].
+    """Multi-head self-attention with StableAtten: packed qkv, `stable_qk_norms`, output projection [ST, eq. 3].
 
     Args:
         dim: width of tokens, a multiple of num_heads.
@@ -102,7 +89,7 @@ class StableAttention(nn.Module):
     Shape: (batch, tokens, dim) to the same.
 
     Raises:
-        ValueError: dim is no multiple of num_heads; what `StableKernel` refuses.
+        ValueError: dim is no multiple of num_heads; what `stable_qk_norms` refuses.
     """
 
     def __init__(
@@ -126,7 +113,9 @@ class StableAttention(nn.Module):
         made = {"device": device, "dtype": dtype}
         self.num_heads, self.attn_drop = num_heads, attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **made)
-        self.kernel = StableKernel(dim // num_heads, sequence_length, alpha, tau_scale, eps, **made)
+        self.kernel = NormalisedKernel(
+            *stable_qk_norms(dim // num_heads, sequence_length, alpha, tau_scale, eps, **made)
+        )
         self.proj = nn.Linear(dim, dim, **made)
         self.proj_drop = nn.Dropout(proj_drop)
 

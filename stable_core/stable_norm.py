@@ -19,6 +19,7 @@ class StableNorm(nn.Module):
         dim: d.
         alpha: from 0 to 1/2.
         eps: positive; the paper's text says 1e-5.
+        scale: a constant factor on top, into which StableAtten folds its temperature.
 
     Shape: (..., dim) to the same.
 
@@ -26,7 +27,7 @@ class StableNorm(nn.Module):
         ValueError: dim, alpha or eps out of range.
     """
 
-    def __init__(self, dim: int, alpha: float, eps: float = 1e-5, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, alpha: float, eps: float = 1e-5, scale: float = 1.0, device=None, dtype=None) -> None:
         super().__init__()
         if not isinstance(dim, int) or dim < 1:
             raise ValueError(f"dim = {dim!r}: allowed are whole numbers from 1")
@@ -34,7 +35,7 @@ class StableNorm(nn.Module):
             raise ValueError(f"alpha = {alpha!r}: allowed are numbers from 0 to 0.5")
         if not eps > 0:
             raise ValueError(f"eps = {eps!r}: allowed are positive numbers")
-        self.dim, self.alpha, self.eps = dim, alpha, eps
+        self.dim, self.alpha, self.eps, self.scale = dim, alpha, eps, scale
         self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -43,7 +44,10 @@ class StableNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.dim,), self.weight * self.dim ** (self.alpha - 0.5), self.eps / self.dim)
+        weight = self.weight * (self.scale * self.dim ** (self.alpha - 0.5))
+        return F.rms_norm(x, (self.dim,), weight, self.eps / self.dim)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, alpha={self.alpha}, eps={self.eps}"
+        return f"{self.dim}, alpha={self.alpha}, eps={self.eps}" + (
+            f", scale={self.scale:.4g}" if self.scale != 1 else ""
+        )
