@@ -61,7 +61,8 @@ def _remove(module: nn.Module, tensor: str) -> None:
     cls = type(module)
     module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
     weight_norm = hasattr(module.parametrizations[tensor], "original0")
-    parametrize.remove_parametrizations(module, tensor, leave_parametrized=weight_norm)
+    with torch.enable_grad():  # else torch leaves a weight of several originals as a buffer
+        parametrize.remove_parametrizations(module, tensor, leave_parametrized=weight_norm)
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
         if hook.hook is refuse_plain_weight:
             del module._load_state_dict_pre_hooks[key]

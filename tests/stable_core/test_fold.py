@@ -64,6 +64,7 @@ def test_fold_gives_the_same_outputs_and_leaves_no_trace(trained):
     assert fold(trained) is trained
     assert torch.equal(trained(x), before)
     assert trained.state_dict().keys() == keys
+    assert {name for name, _ in trained.named_parameters()} == {name for name, _ in Model().named_parameters()}
     assert not any(parametrize.is_parametrized(module) for module in trained.modules())
     assert [type(module) for module in trained.modules()] == [type(module) for module in Model().modules()]
     trained.load_state_dict(Model().state_dict())
