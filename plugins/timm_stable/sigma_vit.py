@@ -19,6 +19,8 @@ from .stablevit import cfg
 
 __all__ = ["SigmaVisionTransformer"]  # and the entrypoints, which register_model adds
 
+TIMM_STD = 0.02  # of timm's truncated normal
+
 
 class SigmaVisionTransformer(VisionTransformer):
     """timm's Vision Transformer with σReparam, and, as in the paper, without LayerNorm.
@@ -63,13 +65,16 @@ class SigmaVisionTransformer(VisionTransformer):
         """timm's with the two deviations, and σReparam of the result."""
         if _is_reparametrised(self):  # materialised from the meta device: plain layers again, of whatever sound values
             with torch.no_grad():
-                for parameter in self.parameters():
-                    parameter.fill_(1.0)
+                for tensor in (*self.parameters(), *self.buffers()):
+                    tensor.fill_(1.0)
             fold(converge(self))
         super().init_weights(mode, needs_reset)
-        for target in layers(self):
-            std = self.patch_std if target.module is self.patch_embed.proj else self.weight_std
-            nn.init.trunc_normal_(target.weight, std=std)
+        with torch.no_grad():
+            for target in layers(self):
+                if target.module is self.patch_embed.proj:
+                    nn.init.trunc_normal_(target.weight, std=self.patch_std)
+                elif self.weight_std != TIMM_STD:  # scaled, as drawing them anew takes as long as building the model
+                    target.weight.mul_(self.weight_std / TIMM_STD)
         sigma_reparam(self, self.reparam)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

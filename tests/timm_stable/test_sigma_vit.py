@@ -97,8 +97,8 @@ def test_own_checkpoints_and_what_timm_does_with_a_model(tmp_path):
 def test_from_the_meta_device_to_the_same_weights(reparam):
     settings = {"reparam": reparam, "layer_norm": True}
     model = small(**settings, device="meta").to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.fill_(torch.nan)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(torch.nan)
     torch.manual_seed(0)
     model.init_weights()
     direct = small(**settings)
