@@ -6,7 +6,7 @@ Every keyword of timm's `VisionTransformer` works, and so does what timm does wi
 import copy
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_filter_fn
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from stable_core import SigmaReparamConfig, converge, fold, sigma_reparam
 from stable_core.targets import layers
 
-from .stablevit import cfg
+from .stablevit import cfg, create
 
 __all__ = ["SigmaVisionTransformer"]  # and the entrypoints, which register_model adds
 
@@ -106,18 +106,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SigmaVisionTransf
     return sigma_reparam(plain, SigmaReparamConfig(gamma_init="spectral", qkv=model.reparam.qkv)).state_dict()
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> SigmaVisionTransformer:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        SigmaVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
-
-
 SIZES = {
     "small_patch16": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
     "base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -135,7 +123,8 @@ def _register(size: str, variant: str) -> None:
     name = f"sigma_vit_{size}_224{variant}"
 
     def entrypoint(pretrained: bool = False, **kwargs) -> SigmaVisionTransformer:
-        return _create(name, pretrained, **{**SIZES[size], "layer_norm": variant == "_preln", **kwargs})
+        args = {**SIZES[size], "layer_norm": variant == "_preln", **kwargs}
+        return create(SigmaVisionTransformer, checkpoint_filter_fn, name, pretrained, **args)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f"ViT {size.replace('_', ', ')}, σReparam, {'pre-LN' if variant else 'no LayerNorm'}."

@@ -3,6 +3,7 @@
 Every keyword of timm's `VisionTransformer` works, and so does what timm does with one.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -95,13 +96,14 @@ class StableVisionTransformer(VisionTransformer):
                 nn.init.xavier_normal_(target.weight.flatten(1))  # a view
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> StableVisionTransformer:
+def create(model_cls: type, filter_fn: Callable, variant: str, pretrained: bool, **kwargs) -> VisionTransformer:
+    """timm's builder, for an entrypoint."""
     out_indices = kwargs.pop("out_indices", 3)
     return build_model_with_cfg(
-        StableVisionTransformer,
+        model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
@@ -116,6 +118,7 @@ def cfg(**kwargs) -> dict:
     }  # fmt: skip
 
 
+_create = partial(create, StableVisionTransformer, checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(
     {f"stablevit_{size}": cfg() for size in ("small", "base", "large", "huge", "giant", "200")}
 )
