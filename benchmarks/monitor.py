@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from benchmarks.step_time import Step, Task, build, chip
+from benchmarks.step_time import Step, Task, build, chip, save
 from stable_monitor import Monitor
 
 
@@ -90,9 +90,7 @@ def main() -> None:
             f"{100 * statistics.median(costs):.2f} % ({100 * min(costs):.2f} - {100 * max(costs):.2f})",
         )
     console.print(table)
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(console.export_text())
+    save(console, args.out)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,13 @@ def chip(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
 
 
+def save(console: Console, out: Path | None) -> None:
+    """Appends what the console, which records, has shown."""
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(console.export_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_time", description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6, help="encoder and decoder layers (default: %(default)s)")
@@ -127,9 +134,7 @@ def main() -> None:
             medians = (f"{statistics.median(r):.2f}" for r in ratios.values())
             table.add_row(label, f"{1000 * statistics.median(own):.0f}", *medians, spread)
         console.print(table)
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(console.export_text())
+    save(console, args.out)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class L2Attention(Attention):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.attn_drop.p if self.training else 0.0
         y = L2Kernel()(q, q if self.tied else k, v, attn_mask, dropout, is_causal)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+        return self.proj_drop(self.proj(self.norm(y.transpose(1, 2).flatten(2))))
 
 
 class TiedL2Attention(L2Attention):

@@ -76,11 +76,11 @@ def test_logits_are_within_tau_whatever_the_weights():
 
 @pytest.mark.parametrize("attention", ["l2", "l2_tied"])
 def test_l2_attention_against_distances(attention):
-    attn = small(attention=attention).blocks[0].attn.eval()
+    attn = small(attention=attention, scale_attn_norm=True).blocks[0].attn.eval()
     x = torch.randn(2, 17, 384, generator=torch.Generator().manual_seed(1))
     q, k, v = attn.qkv(x).unflatten(-1, (3, 6, 64)).permute(2, 0, 3, 1, 4)
     squared = torch.cdist(q, q if attention == "l2_tied" else k).square()
-    expected = attn.proj(((-squared / 8).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    expected = attn.proj(attn.norm(((-squared / 8).softmax(-1) @ v).transpose(1, 2).flatten(2)))
     torch.testing.assert_close(attn(x), expected, rtol=1e-4, atol=1e-5)
 
 
