@@ -1,0 +1,117 @@
+"""Images and labels: the small sets that train on a laptop, and whatever timm reads."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+from timm.data import create_dataset, create_transform
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms import RandomCrop
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "runs" / "data"
+SHARED = Path(os.environ.get("STABLE_DATA", ROOT.parent / "shared" / "data"))
+SMALL = ("digits", "cifar10", "cifar100")
+PADDED_UP_TO = 64  # pixels: images this small are shifted, larger ones cropped and resized
+
+
+class Arrays(Dataset):
+    """Images (n, height, width, 3), uint8, and their labels (n,); `transform` turns a PIL image into a tensor."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels
+        self.transform: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple:
+        image = Image.fromarray(self.images[index])
+        return (self.transform(image) if self.transform else image), int(self.labels[index])
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Dataset
+    test: Dataset
+    num_classes: int
+    image_size: int | None = None  # of small sets, whose images all have one
+    mirrored: bool = True  # an image from right to left has the same label
+
+
+def load(name: str, directory: Path | None = None, num_classes: int | None = None) -> Data:
+    """The data called `name`.
+
+    Args:
+        name: "digits" (8 x 8, of scikit-learn), "cifar10", "cifar100", or a dataset of timm's `create_dataset`, such as
+            "" for a folder of class folders under train/ and val/, or "hfds/..." and "wds/...".
+        directory: where it is. CIFAR is fetched into it, runs/data by default.
+        num_classes: of a dataset of timm's, which does not always know.
+
+    Raises:
+        ValueError: nothing there; num_classes missing.
+    """
+    if name == "digits":
+        digits = load_digits()
+        images = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
+        test = np.arange(len(images)) % 5 == 4  # every fifth image
+        parts = (Arrays(images[part], digits.target[part]) for part in (~test, test))
+        return Data(*parts, num_classes=10, image_size=8, mirrored=False)
+    if name in SMALL:
+        arrays = _cifar(name, directory or DATA)
+        return Data(*(Arrays(*part) for part in arrays), num_classes=int(name.removeprefix("cifar")), image_size=32)
+    if num_classes is None:
+        raise ValueError(f"num_classes is missing: data {name!r} is none of {', '.join(SMALL)}")
+    if directory is None or not directory.is_dir():
+        raise ValueError(f"data_dir = {directory}: it has to be the directory of data {name!r}")
+    parts = (create_dataset(name, directory, split, is_training=split == "train") for split in ("train", "validation"))
+    return Data(*parts, num_classes=num_classes)
+
+
+def _cifar(name: str, directory: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    packed, script = directory / f"{name}.npz", SHARED / f"get_{name}.sh"
+    directory.mkdir(parents=True, exist_ok=True)
+    if not packed.exists() and script.exists():
+        try:
+            subprocess.run(["bash", script, directory], check=True, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            raise ValueError(f"{script.name}: {(error.stderr.strip() or 'failed').splitlines()[-1]}") from None
+    if packed.exists():
+        arrays = np.load(packed)
+        return [(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")]
+    dataset = CIFAR10 if name == "cifar10" else CIFAR100
+    parts = (dataset(directory, train=train, download=True) for train in (True, False))
+    return [(part.data, np.array(part.targets)) for part in parts]
+
+
+def train_transform(data: Data, settings: dict, **augmentation) -> Callable:
+    """timm's, of `settings` as `timm.data.resolve_data_config` gives them; small images are padded and cropped [DeiT]."""
+    settings = {name: settings[name] for name in ("input_size", "mean", "std", "interpolation")}
+    transform = create_transform(
+        **settings, is_training=True, hflip=0.5 if data.mirrored else 0.0, color_jitter=None, **augmentation
+    )
+    size = settings["input_size"][-1]
+    if data.image_size == size <= PADDED_UP_TO:
+        transform.transforms[0] = RandomCrop(size, padding=size // 8)
+    for operation in (each for step in transform.transforms for each in getattr(step, "ops", ())):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """For timm's, which asks for 0 bits at full strength, a black image; Pillow refuses that since version 12."""
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+def test_transform(data: Data, settings: dict) -> Callable:
+    """timm's resize and centre crop; small images whole."""
+    names = ("input_size", "mean", "std", "interpolation")
+    crop = 1.0 if data.image_size else settings["crop_pct"]
+    return create_transform(**{name: settings[name] for name in names}, crop_pct=crop)

@@ -1,0 +1,358 @@
+"""The training loop of the vision recipes: timm's optimizers, schedules and moving average, with Accelerate as its engine.
+
+One process trains as it is; `torchrun` or `accelerate launch` make it several. A run is a directory: `settings.json`, `log.jsonl`
+(a line an epoch), `monitor.jsonl`, the last checkpoint, `curves.png`, and at its end `model.safetensors`, plain weights.
+"""
+
+import copy
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from stable_core import converge, fold
+from stable_monitor import EntropyCollapse, Monitor, stop_training
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LOSS_EVERY = 10  # updates from one look at the loss to the next: each waits for the device
+MAY_CHANGE = ("workers", "monitor_every", "output", "data_dir")  # when a run goes on
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How a model is trained; what is trained, and on what, is a recipe's own."""
+
+    output: Path
+    """directory of the run; the same command goes on with it after its last whole epoch"""
+    epochs: int
+    batch_size: int
+    """images of an update, over all processes and accumulated batches"""
+    accumulation: int = 1
+    """batches of an update in each process"""
+    opt: str = "adamw"
+    """an optimizer of timm's"""
+    lr: float
+    lr_base_size: int | None = None
+    """lr is for this many images an update, and grows with batch_size; left out: lr is what it is"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """of the optimizers that have them"""
+    momentum: float = 0.9
+    """of the others"""
+    weight_decay: float = 0.0
+    """of matrices; vectors, gamma among them, are not decayed"""
+    weight_decay_end: float | None = None
+    """weight decay goes there from weight_decay by a cosine"""
+    sched: Literal["cosine", "step"] = "cosine"
+    decay_epochs: float | None = None
+    """of the step schedule: epochs from one step to the next"""
+    decay_rate: float = 0.1
+    """of the step schedule"""
+    min_lr: float = 0.0
+    warmup_epochs: float = 0.0
+    clip_grad: float | None = None
+    """largest norm of the gradient"""
+    ema_decay: float | None = None
+    """of a moving average of the weights, which is evaluated too"""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """mixed precision"""
+    monitor_every: int = 100
+    """updates from one record of the monitor to the next"""
+    stop_on_alarm: bool = False
+    """end the run when attention entropy collapses"""
+    workers: int = 0
+    """processes that load images"""
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation", "lr", "monitor_every"):
+            self._check(name, getattr(self, name) > 0, "numbers above 0")
+        for name in ("weight_decay", "weight_decay_end", "min_lr", "workers", "seed"):
+            self._check(name, (getattr(self, name) or 0) >= 0, "numbers from 0")
+        for name in ("lr_base_size", "decay_epochs", "clip_grad"):
+            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "numbers above 0, or none")
+        self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "numbers between 0 and 1, or none")
+        self._check(
+            "warmup_epochs", 0 <= self.warmup_epochs < self.epochs, f"numbers from 0 to under epochs, {self.epochs}"
+        )
+        self._check("opt", self.opt in list_optimizers(), "timm's: timm.optim.list_optimizers()")
+        self._check(
+            "decay_epochs",
+            (self.sched == "step") == (self.decay_epochs is not None),
+            "for sched = step, and needed there",
+        )
+
+    def _check(self, name: str, right: bool, allowed: str) -> None:
+        if not right:
+            raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are {allowed}")
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr * self.batch_size / (self.lr_base_size or self.batch_size)
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more."""
+
+
+def start(settings: FitSettings) -> Accelerator:
+    """The engine; seeds all random numbers alike in every process, for a model to be built."""
+    accelerator = Accelerator(
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
+    )
+    shares = accelerator.num_processes * settings.accumulation
+    if settings.batch_size % shares:
+        raise ValueError(
+            f"batch_size = {settings.batch_size}: allowed are multiples of processes x accumulation, {shares}"
+        )
+    _claim(settings, accelerator)
+    set_seed(settings.seed)
+    return accelerator
+
+
+def _claim(settings: FitSettings, accelerator: Accelerator) -> None:
+    """Makes the run's directory, or refuses one that holds another run."""
+    path = settings.output / "settings.json"
+    given = json.loads(json.dumps(asdict(settings), default=str))
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = {name for name in given.keys() | before.keys() if given.get(name) != before.get(name)} - {*MAY_CHANGE}
+        if changed:
+            name = min(changed)
+            raise ValueError(
+                f"{name} = {given.get(name)!r}: the run in {settings.output} has {before.get(name)!r}; take another output"
+            )
+    elif accelerator.is_main_process:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(given, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+
+
+def optimizer_for(settings: FitSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's; weight decay of matrices alone, and so LARS's adaptation, which timm ties to it."""
+    no_decay = getattr(model, "no_weight_decay", set)()
+    vectors, matrices = param_groups_weight_decay(
+        model, 1.0, no_weight_decay_list=no_decay
+    )  # at 0 timm tells no two kinds
+    matrices |= {"weight_decay": settings.weight_decay, "decayed": True}
+    if "lars" in settings.opt:
+        matrices["always_adapt"] = True
+    has_betas = settings.opt.startswith(("adam", "nadam", "lamb"))
+    own = {"betas": settings.betas} if has_betas else {"momentum": settings.momentum}
+    return create_optimizer_v2([vectors, matrices], opt=settings.opt, lr=settings.peak_lr, **own)
+
+
+def fit(
+    settings: FitSettings,
+    accelerator: Accelerator,
+    model: nn.Module,
+    dataset: Dataset,
+    loss_of: Callable[[nn.Module, list], Tensor],
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    sampler: Sampler | None = None,
+) -> list[dict]:
+    """Trains `model` and returns the rows of the log, one an epoch: those of an earlier, interrupted call too.
+
+    Args:
+        dataset: of which batches are collated; `sampler` picks from it, by default all of it in random order.
+        loss_of: (model, batch) -> the mean loss of the batch.
+        evaluate: model, in eval mode -> metrics; called after each epoch, and with the moving average.
+
+    Raises:
+        Diverged, stable_monitor.EntropyCollapse: after a row that says so.
+        ValueError: there is not one update in an epoch.
+    """
+    per_batch = settings.batch_size // accelerator.num_processes // settings.accumulation
+    loader = DataLoader(
+        dataset,
+        per_batch,
+        shuffle=sampler is None,
+        sampler=sampler,
+        num_workers=settings.workers,
+        drop_last=True,
+        persistent_workers=settings.workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    optimizer = optimizer_for(settings, model)
+    ema = ModelEmaV3(model, decay=settings.ema_decay).to(accelerator.device) if settings.ema_decay else None
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if ema is not None:
+        accelerator.register_for_checkpointing(ema)
+    updates_per_epoch = len(loader) // settings.accumulation
+    if updates_per_epoch == 0:
+        raise ValueError(f"batch_size = {settings.batch_size}: allowed are at most the {len(dataset)} images")
+    schedule, _ = create_scheduler_v2(
+        optimizer.optimizer,
+        settings.sched,
+        settings.epochs,
+        decay_epochs=settings.decay_epochs,
+        decay_rate=settings.decay_rate,
+        min_lr=settings.min_lr,
+        warmup_epochs=settings.warmup_epochs,
+        warmup_lr=settings.peak_lr / 1000,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    rows, log = [], settings.output / "log.jsonl"
+    checkpoint = _last_checkpoint(settings.output)
+    set_seed(settings.seed, device_specific=True)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        done = int(checkpoint.name.partition("-")[2])
+        rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["epoch"] <= done]
+    update = len(rows) * updates_per_epoch
+    monitor = Monitor(
+        wrapped,
+        settings.monitor_every,
+        path=settings.output,
+        optimizer=optimizer.optimizer,
+        step=update,
+        on_alarm=stop_training if settings.stop_on_alarm else None,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process)
+    with monitor, bar:
+        task = bar.add_task("", total=settings.epochs * updates_per_epoch, completed=update, loss="")
+        for epoch in range(len(rows), settings.epochs):
+            bar.update(task, description=f"epoch {epoch + 1}/{settings.epochs}")
+            began, losses, trouble = time.perf_counter(), [], None
+            loader.set_epoch(epoch)
+            wrapped.train()
+            try:
+                for index, batch in enumerate(loader):
+                    if index == updates_per_epoch * settings.accumulation:
+                        break  # fewer batches than an update takes
+                    with accelerator.accumulate(wrapped):
+                        with accelerator.autocast():
+                            loss = loss_of(wrapped, batch)
+                        accelerator.backward(loss)
+                        losses.append(loss.detach().float())
+                        if not accelerator.sync_gradients:
+                            continue
+                        schedule.step_update(update)
+                        _set_weight_decay(settings, optimizer, update / (settings.epochs * updates_per_epoch))
+                        monitor.read_gradients()
+                        if settings.clip_grad is not None:
+                            accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_grad)
+                        optimizer.step()
+                        update += 1
+                        monitor.step(losses[-1])
+                        optimizer.zero_grad()
+                    if ema is not None:
+                        ema.update(accelerator.unwrap_model(wrapped), step=update)
+                    bar.advance(task)
+                    if update % LOSS_EVERY == 0:
+                        now = accelerator.reduce(losses[-1], "mean").item()
+                        bar.update(task, loss=f"loss {now:.3f}")
+                        if not math.isfinite(now):
+                            raise Diverged(f"the loss is {now} after {update} updates")
+            except (Diverged, EntropyCollapse) as error:
+                trouble = error
+            mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            seconds = time.perf_counter() - began
+            row = {
+                "epoch": epoch + 1,
+                "updates": update,
+                "lr": optimizer.param_groups[0]["lr"],
+                "train_loss": mean,
+                "seconds": round(seconds, 2),
+                "images_per_second": round(len(losses) * per_batch * accelerator.num_processes / seconds, 1),
+            }
+            if trouble is None and evaluate is not None:
+                row |= evaluate(accelerator.unwrap_model(wrapped).eval())
+                if ema is not None:
+                    row |= {f"ema_{name}": value for name, value in evaluate(converge(ema.module).eval()).items()}
+            if trouble is not None:
+                row["stopped"] = str(trouble)
+            rows.append(row)
+            if accelerator.is_main_process:
+                log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                curves(rows, settings.output / "curves.png")
+            if trouble is not None:
+                raise trouble
+            bar.console.print(_headline(row))
+            _save(accelerator, settings.output, epoch + 1)
+    if accelerator.is_main_process:
+        final = ema.module if ema is not None else accelerator.unwrap_model(wrapped)
+        export(final, settings.output / "model.safetensors")
+    return rows
+
+
+def export(model: nn.Module, path: Path) -> None:
+    """Writes the weights of the folded model: plain layers, which load without this package."""
+    plain = fold(converge(copy.deepcopy(model)))
+    save_file({name: x.detach().cpu().contiguous() for name, x in plain.state_dict().items()}, path)
+
+
+def _set_weight_decay(settings: FitSettings, optimizer: torch.optim.Optimizer, done: float) -> None:
+    if settings.weight_decay_end is None:
+        return
+    begin, end = settings.weight_decay, settings.weight_decay_end
+    for group in optimizer.param_groups:
+        if group.get("decayed"):
+            group["weight_decay"] = end + (begin - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    whole = (path for path in output.glob("checkpoint-*") if not path.name.endswith(".part"))
+    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+def _save(accelerator: Accelerator, output: Path, epoch: int) -> None:
+    """Keeps the last checkpoint; it gets its name when it is whole."""
+    before, part = _last_checkpoint(output), output / f"checkpoint-{epoch}.part"
+    accelerator.save_state(str(part))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        part.rename(output / f"checkpoint-{epoch}")
+        if before is not None:
+            shutil.rmtree(before)
+    accelerator.wait_for_everyone()
+
+
+def _headline(row: dict) -> str:
+    shown = (f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and name != "seconds")
+    return f"epoch {row['epoch']}: " + ", ".join(shown)
+
+
+def curves(rows: list[dict], path: Path) -> None:
+    """Losses and accuracies by epoch."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for axis, kind in zip(axes, ("loss", "top1"), strict=True):
+        for name in (name for name in rows[0] if name.endswith(kind)):
+            axis.plot(
+                [row["epoch"] for row in rows if name in row], [row[name] for row in rows if name in row], label=name
+            )
+        axis.set(xlabel="epoch", title={"loss": "loss, nats", "top1": "accuracy, %"}[kind])
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
