@@ -125,8 +125,8 @@ class SigmaReparam(nn.Module):
         self._members: tuple[parametrize.ParametrizationList, ...] = ()
         weight, stacked = group.members[0].weight, join([target.matrix for target in group.members])
         fp32 = {"device": weight.device, "dtype": torch.float32}
-        self.register_buffer("u", torch.empty(stacked.shape[0], **fp32))
-        self.register_buffer("v", torch.empty(len(self.rows), stacked.shape[1], **fp32))
+        self.register_buffer("u", torch.zeros(stacked.shape[0], **fp32))
+        self.register_buffer("v", torch.zeros(len(self.rows), stacked.shape[1], **fp32))
         gamma = torch.ones(len(self.rows), **fp32)
         if not weight.is_meta:
             self._converge(stacked)
@@ -187,8 +187,9 @@ class SigmaReparam(nn.Module):
     def _converge(self, stacked: Tensor) -> None:
         for W, u, v in self._blocks(stacked):
             top_u, top_v = top_singular_vectors(W)
-            u.copy_(top_u)
-            v.copy_(top_v)
+            sign = -1 if torch.dot(v, top_v) < 0 else 1  # of the two, the pair at hand: an average goes on with it
+            u.copy_(sign * top_u)
+            v.copy_(sign * top_v)
 
     def _stacked(self) -> Tensor:
         return join([matrix(W.detach(), self.transposed) for W in self.originals()])

@@ -1,7 +1,8 @@
 """The training loop of the vision recipes: timm's optimizers, schedules and moving average, with Accelerate as its engine.
 
-One process trains as it is; `torchrun` or `accelerate launch` make it several. A run is a directory: `settings.json`, `log.jsonl`
-(a line an epoch), `monitor.jsonl`, the last checkpoint, `curves.png`, and at its end `model.safetensors`, plain weights.
+One process trains as it is; `torchrun` or `accelerate launch` make it several. A run is a directory: `settings.json`,
+`log.jsonl` (a line an epoch), `monitor.jsonl`, the last checkpoint, `curves.png`, and at its end `model.safetensors`, which are
+plain weights.
 """
 
 import copy
@@ -11,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -19,12 +21,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stable_core import converge, fold
@@ -68,6 +71,8 @@ class FitSettings:
     """of the step schedule"""
     min_lr: float = 0.0
     warmup_epochs: float = 0.0
+    warmup_prefix: bool = False
+    """the schedule begins after the warm-up, not beside it"""
     clip_grad: float | None = None
     """largest norm of the gradient"""
     ema_decay: float | None = None
@@ -125,12 +130,13 @@ def start(settings: FitSettings) -> Accelerator:
         raise ValueError(
             f"batch_size = {settings.batch_size}: allowed are multiples of processes x accumulation, {shares}"
         )
-    _claim(settings, accelerator)
+    with accelerator.main_process_first():
+        _claim(settings)
     set_seed(settings.seed)
     return accelerator
 
 
-def _claim(settings: FitSettings, accelerator: Accelerator) -> None:
+def _claim(settings: FitSettings) -> None:
     """Makes the run's directory, or refuses one that holds another run."""
     path = settings.output / "settings.json"
     given = json.loads(json.dumps(asdict(settings), default=str))
@@ -142,10 +148,9 @@ def _claim(settings: FitSettings, accelerator: Accelerator) -> None:
             raise ValueError(
                 f"{name} = {given.get(name)!r}: the run in {settings.output} has {before.get(name)!r}; take another output"
             )
-    elif accelerator.is_main_process:
+    else:
         settings.output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(given, indent=1) + "\n")
-    accelerator.wait_for_everyone()
 
 
 def optimizer_for(settings: FitSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -182,142 +187,189 @@ def fit(
         Diverged, stable_monitor.EntropyCollapse: after a row that says so.
         ValueError: there is not one update in an epoch.
     """
-    per_batch = settings.batch_size // accelerator.num_processes // settings.accumulation
-    loader = DataLoader(
-        dataset,
-        per_batch,
-        shuffle=sampler is None,
-        sampler=sampler,
-        num_workers=settings.workers,
-        drop_last=True,
-        persistent_workers=settings.workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    optimizer = optimizer_for(settings, model)
-    ema = ModelEmaV3(model, decay=settings.ema_decay).to(accelerator.device) if settings.ema_decay else None
-    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
-    updates_per_epoch = len(loader) // settings.accumulation
-    if updates_per_epoch == 0:
-        raise ValueError(f"batch_size = {settings.batch_size}: allowed are at most the {len(dataset)} images")
-    schedule, _ = create_scheduler_v2(
-        optimizer.optimizer,
-        settings.sched,
-        settings.epochs,
-        decay_epochs=settings.decay_epochs,
-        decay_rate=settings.decay_rate,
-        min_lr=settings.min_lr,
-        warmup_epochs=settings.warmup_epochs,
-        warmup_lr=settings.peak_lr / 1000,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
-    rows, log = [], settings.output / "log.jsonl"
-    checkpoint = _last_checkpoint(settings.output)
-    set_seed(settings.seed, device_specific=True)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        done = int(checkpoint.name.partition("-")[2])
-        rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["epoch"] <= done]
-    update = len(rows) * updates_per_epoch
-    monitor = Monitor(
-        wrapped,
-        settings.monitor_every,
-        path=settings.output,
-        optimizer=optimizer.optimizer,
-        step=update,
-        on_alarm=stop_training if settings.stop_on_alarm else None,
-    )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process)
-    with monitor, bar:
-        task = bar.add_task("", total=settings.epochs * updates_per_epoch, completed=update, loss="")
+    loop = _Loop(settings, accelerator, model, dataset, sampler)
+    log, rows = settings.output / "log.jsonl", loop.resume()
+    with loop.monitor, loop.bar:
         for epoch in range(len(rows), settings.epochs):
-            bar.update(task, description=f"epoch {epoch + 1}/{settings.epochs}")
-            began, losses, trouble = time.perf_counter(), [], None
-            loader.set_epoch(epoch)
-            wrapped.train()
-            try:
-                for index, batch in enumerate(loader):
-                    if index == updates_per_epoch * settings.accumulation:
-                        break  # fewer batches than an update takes
-                    with accelerator.accumulate(wrapped):
-                        with accelerator.autocast():
-                            loss = loss_of(wrapped, batch)
-                        accelerator.backward(loss)
-                        losses.append(loss.detach().float())
-                        if not accelerator.sync_gradients:
-                            continue
-                        schedule.step_update(update)
-                        _set_weight_decay(settings, optimizer, update / (settings.epochs * updates_per_epoch))
-                        monitor.read_gradients()
-                        if settings.clip_grad is not None:
-                            accelerator.clip_grad_norm_(wrapped.parameters(), settings.clip_grad)
-                        optimizer.step()
-                        update += 1
-                        monitor.step(losses[-1])
-                        optimizer.zero_grad()
-                    if ema is not None:
-                        ema.update(accelerator.unwrap_model(wrapped), step=update)
-                    bar.advance(task)
-                    if update % LOSS_EVERY == 0:
-                        now = accelerator.reduce(losses[-1], "mean").item()
-                        bar.update(task, loss=f"loss {now:.3f}")
-                        if not math.isfinite(now):
-                            raise Diverged(f"the loss is {now} after {update} updates")
-            except (Diverged, EntropyCollapse) as error:
-                trouble = error
-            mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            seconds = time.perf_counter() - began
-            row = {
-                "epoch": epoch + 1,
-                "updates": update,
-                "lr": optimizer.param_groups[0]["lr"],
-                "train_loss": mean,
-                "seconds": round(seconds, 2),
-                "images_per_second": round(len(losses) * per_batch * accelerator.num_processes / seconds, 1),
-            }
-            if trouble is None and evaluate is not None:
-                row |= evaluate(accelerator.unwrap_model(wrapped).eval())
-                if ema is not None:
-                    row |= {f"ema_{name}": value for name, value in evaluate(converge(ema.module).eval()).items()}
+            row, trouble = loop.epoch(epoch, loss_of)
             if trouble is not None:
                 row["stopped"] = str(trouble)
+            elif evaluate is not None:
+                row |= loop.evaluate(evaluate)
             rows.append(row)
             if accelerator.is_main_process:
                 log.write_text("".join(json.dumps(row) + "\n" for row in rows))
                 curves(rows, settings.output / "curves.png")
             if trouble is not None:
                 raise trouble
-            bar.console.print(_headline(row))
+            loop.bar.console.print(_headline(row))
             _save(accelerator, settings.output, epoch + 1)
     if accelerator.is_main_process:
-        final = ema.module if ema is not None else accelerator.unwrap_model(wrapped)
-        export(final, settings.output / "model.safetensors")
+        export(loop.final(), settings.output)
     return rows
 
 
-def export(model: nn.Module, path: Path) -> None:
-    """Writes the weights of the folded model: plain layers, which load without this package."""
-    plain = fold(converge(copy.deepcopy(model)))
-    save_file({name: x.detach().cpu().contiguous() for name, x in plain.state_dict().items()}, path)
+class _Loop:
+    """What an epoch needs: the wrapped model, optimizer and data, the schedule, the moving average, monitor and progress."""
+
+    def __init__(
+        self,
+        settings: FitSettings,
+        accelerator: Accelerator,
+        model: nn.Module,
+        dataset: Dataset,
+        sampler: Sampler | None,
+    ) -> None:
+        self.settings, self.accelerator = settings, accelerator
+        self.per_batch = settings.batch_size // accelerator.num_processes // settings.accumulation
+        loader = DataLoader(
+            dataset,
+            self.per_batch,
+            shuffle=sampler is None,
+            sampler=sampler,
+            num_workers=settings.workers,
+            drop_last=True,
+            persistent_workers=settings.workers > 0,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        optimizer = optimizer_for(settings, model)
+        self.ema = ModelEmaV3(model, decay=settings.ema_decay).to(accelerator.device) if settings.ema_decay else None
+        self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
+        if self.ema is not None:
+            accelerator.register_for_checkpointing(self.ema)
+        self.updates_per_epoch = len(self.loader) // settings.accumulation
+        if self.updates_per_epoch == 0:
+            raise ValueError(f"batch_size = {settings.batch_size}: allowed are at most the {len(dataset)} images")
+        self.schedule, _ = create_scheduler_v2(
+            optimizer,
+            settings.sched,
+            settings.epochs - settings.warmup_epochs * settings.warmup_prefix,
+            decay_epochs=settings.decay_epochs,
+            decay_rate=settings.decay_rate,
+            min_lr=settings.min_lr,
+            warmup_epochs=settings.warmup_epochs,
+            warmup_lr=settings.peak_lr / 1000,
+            warmup_prefix=settings.warmup_prefix,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
+        )
+        columns = (
+            "{task.description}",
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(
+            *columns, "{task.fields[loss]}", console=Console(stderr=True), disable=not accelerator.is_main_process
+        )
+        set_seed(settings.seed, device_specific=True)
+
+    def resume(self) -> list[dict]:
+        """Goes to the last checkpoint, if there is one; the rows of the log until then."""
+        rows, checkpoint = [], _last_checkpoint(self.settings.output)
+        if checkpoint is not None:
+            self.accelerator.load_state(str(checkpoint))
+            done = int(checkpoint.name.partition("-")[2])
+            log = (self.settings.output / "log.jsonl").read_text()
+            rows = [row for row in map(json.loads, log.splitlines()) if row["epoch"] <= done]
+        self.update, self.updates = len(rows) * self.updates_per_epoch, self.settings.epochs * self.updates_per_epoch
+        self.task = self.bar.add_task("", total=self.updates, completed=self.update, loss="")
+        self.monitor = Monitor(
+            self.model,
+            self.settings.monitor_every,
+            path=self.settings.output,
+            optimizer=self.optimizer.optimizer,
+            step=self.update,
+            on_alarm=stop_training if self.settings.stop_on_alarm else None,
+        )
+        return rows
+
+    def epoch(self, epoch: int, loss_of: Callable[[nn.Module, list], Tensor]) -> tuple[dict, Exception | None]:
+        """The epoch's row, and what ended it early."""
+        self.bar.update(self.task, description=f"epoch {epoch + 1}/{self.settings.epochs}")
+        began, losses, trouble = time.perf_counter(), [], None
+        self.loader.set_epoch(epoch)
+        self.model.train()
+        try:
+            for batch in islice(self.loader, self.updates_per_epoch * self.settings.accumulation):
+                with self.accelerator.accumulate(self.model):
+                    with self.accelerator.autocast():
+                        loss = loss_of(self.model, batch)
+                    self.accelerator.backward(loss)
+                    losses.append(loss.detach().float())
+                    if self.accelerator.sync_gradients:
+                        self._step(losses[-1])
+        except (Diverged, EntropyCollapse) as error:
+            trouble = error
+        seconds = time.perf_counter() - began
+        row = {
+            "epoch": epoch + 1,
+            "updates": self.update,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss": self.accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
+            "seconds": round(seconds, 2),
+            "images_per_second": round(len(losses) * self.per_batch * self.accelerator.num_processes / seconds, 1),
+        }
+        return row, trouble
+
+    def _step(self, loss: Tensor) -> None:
+        """One update."""
+        self.schedule.step_update(self.update)
+        self._set_weight_decay()
+        self.monitor.read_gradients()
+        if self.settings.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+        self.optimizer.step()
+        self.update += 1
+        self.monitor.step(loss)
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.accelerator.unwrap_model(self.model), step=self.update)
+        self.bar.advance(self.task)
+        if self.update % LOSS_EVERY == 0:
+            now = self.accelerator.reduce(loss, "mean").item()
+            self.bar.update(self.task, loss=f"loss {now:.3f}")
+            if not math.isfinite(now):
+                raise Diverged(f"the loss is {now} after {self.update} updates")
+
+    def _set_weight_decay(self) -> None:
+        begin, end = self.settings.weight_decay, self.settings.weight_decay_end
+        if end is None:
+            return
+        for group in self.optimizer.param_groups:
+            if group.get("decayed"):
+                group["weight_decay"] = end + (begin - end) * (1 + math.cos(math.pi * self.update / self.updates)) / 2
+
+    def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+        """Of the model, and of its moving average."""
+        row = evaluate(self.accelerator.unwrap_model(self.model).eval())
+        if self.ema is not None:
+            row |= {f"ema_{name}": value for name, value in evaluate(converge(self.ema.module).eval()).items()}
+        return row
+
+    def final(self) -> nn.Module:
+        """What is exported."""
+        return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
 
 
-def _set_weight_decay(settings: FitSettings, optimizer: torch.optim.Optimizer, done: float) -> None:
-    if settings.weight_decay_end is None:
-        return
-    begin, end = settings.weight_decay, settings.weight_decay_end
-    for group in optimizer.param_groups:
-        if group.get("decayed"):
-            group["weight_decay"] = end + (begin - end) * (1 + math.cos(math.pi * done)) / 2
+def export(model: nn.Module, run: Path) -> None:
+    """Writes the weights of the folded model to run/model.safetensors: plain layers, which load without this package."""
+    plain = _folded(converge(copy.deepcopy(model)))
+    save_file(
+        {name: x.detach().cpu().contiguous() for name, x in plain.state_dict().items()}, run / "model.safetensors"
+    )
+
+
+def load_export(model: nn.Module, run: Path) -> nn.Module:
+    """`model`, folded, with the weights that a finished run exported."""
+    model = _folded(model)
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    return model
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    return fold(model) if any(map(parametrize.is_parametrized, model.modules())) else model
 
 
 def _last_checkpoint(output: Path) -> Path | None:

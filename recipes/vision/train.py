@@ -5,12 +5,12 @@ its last whole epoch.
 """
 
 import ast
+import json
 import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import timm
 import torch
@@ -90,6 +90,22 @@ def keyword_arguments(pairs: tuple[str, ...]) -> dict:
     return result
 
 
+def read_settings(run: Path) -> Settings:
+    """Those that a run was trained with.
+
+    Raises:
+        ValueError: `run` is not the directory of a finished run.
+    """
+    if not (run / "model.safetensors").is_file():
+        raise ValueError(f"{run}: allowed are directories of finished runs of recipes.vision.train")
+    values = json.loads((run / "settings.json").read_text())
+    for name in ("output", "data_dir", "weights"):
+        values[name] = values[name] and Path(values[name])
+    for name in ("betas", "model_kwargs"):
+        values[name] = tuple(values[name])
+    return Settings(**values)
+
+
 def build(settings: Settings, data: Data) -> nn.Module:
     """The model, for the classes and images of `data`."""
     kwargs = {"num_classes": data.num_classes, **keyword_arguments(settings.model_kwargs)}
@@ -106,6 +122,11 @@ def build(settings: Settings, data: Data) -> nn.Module:
         raise ValueError(f"model_kwargs = {' '.join(settings.model_kwargs)}: {error}") from None
     model.set_grad_checkpointing(settings.grad_checkpointing)
     return model
+
+
+def image_settings(model: nn.Module) -> dict:
+    """Size, mean, deviation and interpolation of the images that `model` takes."""
+    return {**resolve_data_config(model=model), "input_size": (3, *model.patch_embed.img_size)}
 
 
 def criterion(settings: Settings, num_classes: int) -> Callable[[nn.Module, list], Tensor]:
@@ -150,8 +171,7 @@ def train(settings: Settings) -> list[dict]:
     data = load(settings.data, settings.data_dir, settings.num_classes)
     accelerator = start(settings)
     model = build(settings, data)
-    config = resolve_data_config(model=model)
-    config["input_size"] = (3, *model.patch_embed.img_size)
+    config = image_settings(model)
     data.train.transform = train_transform(
         data, config, auto_augment=settings.auto_augment, re_prob=settings.erasing, re_mode="pixel"
     )

@@ -187,3 +187,15 @@ def test_an_average_of_the_weights_converges():
     converge(average)
     for layer, kept in zip(reparametrised(average), (average[0], average[2]), strict=True):
         assert torch.linalg.svdvals(kept.weight.detach())[0] == pytest.approx(layer.gamma.item(), rel=1e-3)
+
+
+def test_converging_keeps_the_sign_of_the_pair():
+    """An average that turned its pair around would pass through zero on the way to the model's."""
+    model = mlp()
+    for layer in reparametrised(model):
+        layer.u.neg_()
+        layer.v.neg_()
+    before = [(layer.u.clone(), layer.v.clone()) for layer in reparametrised(model)]
+    converge(model)
+    for (u, v), layer in zip(before, reparametrised(model), strict=True):
+        torch.testing.assert_close((layer.u, layer.v), (u, v))

@@ -1,0 +1,48 @@
+# Read by the recipes of this folder: where things are, how a model is trained, and what SMALL=1 changes.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
+SMALL=${SMALL:-0}
+RUNS=${RUNS:-$ROOT/runs}/vision$([ "$SMALL" = 1 ] && echo _small || true)
+DEVICE_BATCH=${DEVICE_BATCH:-128} # images in a GPU's memory at a time
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') ||
+    die "torch is missing: run 'make venv', or pip install '.[timm,recipes]'"
+
+# train NAME BATCH OPTION...: recipes.vision.train on all GPUs, BATCH images an update. Later options win: after these come those of
+# SMALL_OPTIONS where SMALL=1, and the user's last. DRY_RUN=1 shows the command.
+SMALL_OPTIONS=() USER_OPTIONS=()
+train() {
+    local name=$1 batch=$2 launch=(python)
+    shift 2
+    if [ "$SMALL" = 1 ]; then
+        # Width 64 and 8 blocks on CIFAR-10: a minute an epoch on one core.
+        set -- "$@" --data "${DATA:-cifar10}" --data-dir "${DATA_DIR:-$ROOT/runs/data}" --batch-size 128 --accumulation 1 --epochs 2 \
+            --lr-base-size None --repeats 1 --drop-path 0 --monitor-every 50 "${SMALL_OPTIONS[@]}"
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    else
+        if [ -z "${DATA:-}" ] && [ ! -d "${DATA_DIR:-}/train" ]; then
+            die "DATA_DIR=${DATA_DIR:-}: it has to hold train/ and val/, a folder for each class"
+        fi
+        local accumulation=$((batch / ((GPUS > 0 ? GPUS : 1) * DEVICE_BATCH)))
+        set -- --data "${DATA:-}" --data-dir "${DATA_DIR:-$ROOT/runs/data}" --num-classes 1000 --workers 10 --precision bf16 \
+            --batch-size "$batch" --accumulation $((accumulation > 0 ? accumulation : 1)) "$@"
+        if [ "$GPUS" -gt 1 ]; then launch=(torchrun --standalone --nproc-per-node "$GPUS"); fi
+    fi
+    launch+=(-m recipes.vision.train --output "$RUNS/$name" "$@" "${USER_OPTIONS[@]}")
+    if [ "${DRY_RUN:-0}" = 1 ]; then
+        printf '%q ' "${launch[@]}" && echo && return
+    fi
+    echo "$name: log, weights and checkpoint in $RUNS/$name"
+    (cd "$ROOT" && "${launch[@]}")
+}
+
+# The augmentations of both papers [σ, Tables 13 and 14; ST, Table 3b].
+AUGMENTED=(--auto-augment rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --smoothing 0.1)
+SMALL_MODEL=(patch_size=8 embed_dim=64 depth=8 num_heads=4)
+SMALL_SIGMA=(weight_std=0.07 patch_std=0.07) # of width 64: the spectral norm that 0.02 has at 768

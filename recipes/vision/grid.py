@@ -1,0 +1,248 @@
+"""The robustness grid of the σReparam paper [σ, Section 4.1], small, on CIFAR-10, with StableViT beside it.
+
+Plain ViT, σReparam without and with LayerNorm, and StableViT train with the same learning rates, batch sizes and warm-ups, each
+from several seeds. An interrupted grid goes on where it stopped.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stable_monitor.records import read
+
+from .data import ROOT
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+MONITOR_EVERY = 20
+LR_BASE_SIZE = 128
+WIDTH = ("patch_size=8", "embed_dim=64", "depth=8", "num_heads=4")
+STD = ("weight_std=0.07", "patch_std=0.07")  # 0.02 at width 768 has the spectral norm of 0.07 at width 64
+
+
+@dataclass(frozen=True)
+class Model:
+    label: str
+    name: str
+    kwargs: tuple[str, ...]
+    color: str
+
+
+MODELS = {
+    "vit": Model("ViT", "vit_small_patch16_224", WIDTH, "tab:red"),
+    "sigma": Model("σReparam, no LayerNorm", "sigma_vit_small_patch16_224", (*WIDTH, *STD), "tab:blue"),
+    "sigma_preln": Model("σReparam, pre-LN", "sigma_vit_small_patch16_224_preln", (*WIDTH, *STD), "tab:purple"),
+    "stable": Model("StableViT", "stablevit_small", WIDTH, "tab:green"),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Of the grid: lr is for 128 images and grows with the batch, as in the paper."""
+
+    lr: float
+    batch: int
+    warmup: float  # epochs
+
+    def __str__(self) -> str:
+        return f"lr {self.lr:g}, batch {self.batch}, warm-up {self.warmup:g}"
+
+
+GRID = tuple(Point(*point) for point in product((3e-3, 1e-2, 3e-2), (128,), (0.25, 0.0)))
+
+
+@dataclass(frozen=True)
+class Run:
+    model: str
+    point: Point
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.point.lr:g}-{self.point.batch}-{self.point.warmup:g}-{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of the whole grid."""
+
+    output: Path = ROOT / "runs" / "vision_grid"
+    seeds: tuple[int, ...] = (1, 2, 3)
+    models: tuple[Literal["vit", "sigma", "sigma_preln", "stable"], ...] = ("vit", "sigma", "sigma_preln", "stable")
+    epochs: int = 1
+    data: Literal["cifar10", "cifar100"] = "cifar10"
+    data_dir: Path | None = None
+    jobs: int = os.cpu_count() or 1
+    """runs at a time, a thread each"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seeds", 0), ("epochs", 1), ("jobs", 1)):
+            given = getattr(self, name)
+            if min(given if isinstance(given, tuple) else (given,), default=-1) < least:
+                raise ValueError(f"{name} = {given!r}: allowed are whole numbers from {least}")
+
+
+running: list[subprocess.Popen] = []
+
+
+def train(run: Run, settings: Settings) -> dict:
+    """Trains one model in a process of its own; a line of the grid's log."""
+    model, directory = MODELS[run.model], settings.output / run.name
+    arguments = {
+        "output": directory,
+        "model": model.name,
+        "data": settings.data,
+        "epochs": settings.epochs,
+        "batch-size": run.point.batch,
+        "lr": run.point.lr,
+        "lr-base-size": LR_BASE_SIZE,
+        "warmup-epochs": run.point.warmup,
+        "weight-decay": 0.05,
+        "smoothing": 0.1,
+        "monitor-every": MONITOR_EVERY,
+        "seed": run.seed,
+    }
+    if settings.data_dir is not None:
+        arguments["data-dir"] = settings.data_dir
+    flags = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipes.vision.train", *flags, "--model-kwargs", *model.kwargs],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    running.append(process)
+    output, _ = process.communicate()
+    rows = (
+        [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()] if directory.exists() else []
+    )
+    if process.returncode and not (rows and "stopped" in rows[-1]):
+        raise RuntimeError(f"{run.name}: {(output.strip() or 'killed').splitlines()[-1]}")
+    records = read(directory)
+    return {
+        "model": run.model,
+        **asdict(run.point),
+        "seed": run.seed,
+        "top1": rows[-1].get("top1"),
+        "test_loss": rows[-1].get("test_loss"),
+        "stopped": rows[-1].get("stopped"),
+        "steps": [record["step"] for record in records],
+        "losses": [record["loss"] for record in records],
+        # of the layer that attends to least, nats
+        "entropy": [min(statistics.fmean(x["entropy"]) for x in record["layers"].values()) for record in records],
+        "alarms": sum(len(record["alarms"]) for record in records),
+    }
+
+
+def train_all(settings: Settings, console: Console) -> list[dict]:
+    """The log of the grid; trains what it does not hold yet."""
+    path = settings.output / "log.jsonl"
+    settings.output.mkdir(parents=True, exist_ok=True)
+    log = {line["name"]: line for line in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    runs = [Run(model, point, seed) for seed in settings.seeds for point in GRID for model in settings.models]
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar, ThreadPoolExecutor(settings.jobs) as pool:
+        task = bar.add_task("runs", total=len(runs), completed=sum(run.name in log for run in runs))
+        futures = {pool.submit(train, run, settings): run for run in runs if run.name not in log}
+        try:
+            for future in as_completed(futures):
+                line = {"name": futures[future].name, **future.result()}
+                log[line["name"]] = line
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                result = line["stopped"] or f"{line['top1']:.1f} %"
+                console.print(f"{MODELS[line['model']].label}, {futures[future].point}, seed {line['seed']}: {result}")
+                bar.advance(task)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
+    return [log[run.name] for run in runs]
+
+
+def accuracies(log: list[dict], model: str, point: Point) -> list[float]:
+    """By seed, percent; 0 of a run that diverged."""
+    return [
+        line["top1"] or 0.0
+        for line in log
+        if line["model"] == model and Point(line["lr"], line["batch"], line["warmup"]) == point
+    ]
+
+
+def table(log: list[dict]) -> Table:
+    """Test accuracies; the seeds in order."""
+    models = list(dict.fromkeys(line["model"] for line in log))
+    result = Table("", *(MODELS[model].label for model in models), title="test accuracy, %")
+    for point in GRID:
+        cells = (" / ".join(f"{x:.1f}" for x in accuracies(log, model, point)) for model in models)
+        result.add_row(str(point), *cells)
+    every = [[x for point in GRID for x in accuracies(log, model, point)] for model in models]
+    result.add_row("mean, standard deviation", *(f"{np.mean(x):.1f} ± {np.std(x):.1f}" for x in every))
+    result.add_row("least", *(f"{min(x):.1f}" for x in every))
+    return result
+
+
+def picture(log: list[dict], path: Path) -> None:
+    """Left: accuracy at each point of the grid, a mark a seed. Right: the training losses of all runs."""
+    models = list(dict.fromkeys(line["model"] for line in log))
+    figure, axes = plt.subplots(
+        1, 1 + len(models), figsize=(14, 4), layout="constrained", width_ratios=[2, *[1] * len(models)]
+    )
+    for offset, model in zip(np.linspace(-0.2, 0.2, len(models)), models, strict=True):
+        for index, point in enumerate(GRID):
+            values = accuracies(log, model, point)
+            label = MODELS[model].label if index == 0 else None
+            axes[0].plot(
+                [index + offset] * len(values), values, "o", color=MODELS[model].color, markersize=5, label=label
+            )
+    labels = [f"{point.lr:g}\n{point.batch}\n{point.warmup:g}" for point in GRID]
+    axes[0].set_xticks(range(len(GRID)), labels, fontsize=8)
+    axes[0].set(xlabel="learning rate for 128 images, batch, warm-up epochs", title="test accuracy, %", ylim=(0, None))
+    axes[0].axhline(10, color="gray", linestyle=":", label="chance")
+    axes[0].grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    for axis, model in zip(axes[1:], models, strict=True):
+        for line in (line for line in log if line["model"] == model):
+            images = [step * line["batch"] / 1000 for step in line["steps"]]
+            axis.plot(images, line["losses"], color=MODELS[model].color, alpha=0.35, linewidth=0.8)
+        axis.set(ylim=(1.4, 3.2), xlabel="thousand images", title=f"training loss, {MODELS[model].label}")
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    settings = tyro.cli(Settings, args=arguments, prog="python -m recipes.vision.grid", description=__doc__)
+    console = Console()
+    log = train_all(settings, console)
+    picture(log, settings.output / "grid.png")
+    console.print(table(log))
+    console.print(f"log and picture: {settings.output}/log.jsonl, {settings.output}/grid.png")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on where it stopped")
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"grid: {error}")
