@@ -53,14 +53,14 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Point:
-    """Of the grid: lr is for 128 images and grows with the batch, as in the paper."""
+    """Of the grid; lr is for 128 images and grows with the batch, as in the paper."""
 
     lr: float
     batch: int
     warmup: float  # epochs
 
     def __str__(self) -> str:
-        return f"lr {self.lr:g}, batch {self.batch}, warm-up {self.warmup:g}"
+        return f"lr {self.lr:g}, {'warm-up' if self.warmup else 'no warm-up'}"
 
 
 GRID = tuple(Point(*point) for point in product((3e-3, 1e-2, 3e-2), (128,), (0.25, 0.0)))
@@ -178,13 +178,13 @@ def train_all(settings: Settings, console: Console) -> list[dict]:
     return [log[run.name] for run in runs]
 
 
+def point_of(line: dict) -> Point:
+    return Point(line["lr"], line["batch"], line["warmup"])
+
+
 def accuracies(log: list[dict], model: str, point: Point) -> list[float]:
     """By seed, percent; 0 of a run that diverged."""
-    return [
-        line["top1"] or 0.0
-        for line in log
-        if line["model"] == model and Point(line["lr"], line["batch"], line["warmup"]) == point
-    ]
+    return [line["top1"] or 0.0 for line in log if line["model"] == model and point_of(line) == point]
 
 
 def table(log: list[dict]) -> Table:
@@ -201,29 +201,24 @@ def table(log: list[dict]) -> Table:
 
 
 def picture(log: list[dict], path: Path) -> None:
-    """Left: accuracy at each point of the grid, a mark a seed. Right: the training losses of all runs."""
+    """Accuracy at each point of the grid, a mark a seed; training loss and entropy at its last point, a line a seed."""
     models = list(dict.fromkeys(line["model"] for line in log))
-    figure, axes = plt.subplots(
-        1, 1 + len(models), figsize=(14, 4), layout="constrained", width_ratios=[2, *[1] * len(models)]
-    )
-    for offset, model in zip(np.linspace(-0.2, 0.2, len(models)), models, strict=True):
-        for index, point in enumerate(GRID):
-            values = accuracies(log, model, point)
-            label = MODELS[model].label if index == 0 else None
-            axes[0].plot(
-                [index + offset] * len(values), values, "o", color=MODELS[model].color, markersize=5, label=label
-            )
-    labels = [f"{point.lr:g}\n{point.batch}\n{point.warmup:g}" for point in GRID]
-    axes[0].set_xticks(range(len(GRID)), labels, fontsize=8)
-    axes[0].set(xlabel="learning rate for 128 images, batch, warm-up epochs", title="test accuracy, %", ylim=(0, None))
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", width_ratios=[3, 2, 2])
+    for offset, model in zip(np.linspace(-0.25, 0.25, len(models)), models, strict=True):
+        style = {"color": MODELS[model].color, "label": MODELS[model].label}
+        marks = [(index + offset, x) for index, point in enumerate(GRID) for x in accuracies(log, model, point)]
+        axes[0].plot(*zip(*marks, strict=True), "o", markersize=5, **style)
+        for line in (line for line in log if line["model"] == model and point_of(line) == GRID[-1]):
+            axes[1].plot(line["steps"], line["losses"], linewidth=1, **style)
+            axes[2].plot(line["steps"], line["entropy"], linewidth=1, **style)
+    labels = [f"{point.lr:g}\n{'warm-up' if point.warmup else 'none'}" for point in GRID]
+    axes[0].set_xticks(range(len(GRID)), labels)
+    axes[0].set(xlabel="learning rate", title="test accuracy, %", ylim=(0, None))
     axes[0].axhline(10, color="gray", linestyle=":", label="chance")
-    axes[0].grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    for axis, model in zip(axes[1:], models, strict=True):
-        for line in (line for line in log if line["model"] == model):
-            images = [step * line["batch"] / 1000 for step in line["steps"]]
-            axis.plot(images, line["losses"], color=MODELS[model].color, alpha=0.35, linewidth=0.8)
-        axis.set(ylim=(1.4, 3.2), xlabel="thousand images", title=f"training loss, {MODELS[model].label}")
+    axes[1].set(xlabel="update", title=f"training loss, nats, {GRID[-1]}")
+    axes[2].set(xlabel="update", title="entropy of the layer where it is least, nats", ylim=(0, None))
+    for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=80)
     plt.close(figure)
