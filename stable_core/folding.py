@@ -81,7 +81,8 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, match in originals.items():
         if match["weight_norm"]:
             g, W = (state[f"{_prefix(match)}original{i}"] for i in (0, 1))
-            plain = {name: W * (g / W.norm(dim=[d for d in range(W.ndim) if g.shape[d] == 1], keepdim=True))}
+            summed = [d for d in range(W.ndim) if g.shape[d] == 1]
+            plain = {name: W * (g / torch.linalg.vector_norm(W, dim=summed, keepdim=True))}
         elif f"{_prefix(match)}0.gamma" in state:
             plain = _fold_group(state, name, originals)
         else:

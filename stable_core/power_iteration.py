@@ -8,8 +8,8 @@ if distributed_is_available():
     from torch.distributed.tensor import DTensor, Replicate
 
 EXACT_UP_TO = 64  # an exact SVD of a matrix with a side this short takes about a millisecond
-KRYLOV_STEPS, WARM_STEPS = 24, 8  # from a random start, and from nearby
-MAX_RESTARTS = 40
+STEPS, MAX_RESTARTS = 64, 40
+COARSE_STEPS, FINE_STEPS, WARM_STEPS = 32, 2, 16  # and an eighth more until enough
 TOLERANCE = 1e-3
 
 
@@ -33,32 +33,65 @@ def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Te
 
     v, if given, is that of a matrix nearby, such as W some updates before.
 
-    Restarted Lanczos on W^T W: the best pair in the Krylov space of a vector, then again from there, until
-    |W^T u - sigma v| <= 1e-3 sigma. Plain power iteration needs hundreds of products for the small gaps of random matrices,
-    and a full SVD of each layer takes longer than building the model. The start is from a fixed seed: every rank finds
-    the same pair, and the global random state is untouched.
+    Golub-Kahan bidiagonalisation, until |W^T u - sigma v| <= 1e-3 sigma. Plain power iteration needs hundreds of products for
+    the small gaps of random matrices, and a full SVD of each layer takes longer than building the model. A product takes as
+    long as reading W, so from nothing the search is in bfloat16, and fp32 corrects what that rounds off. The start is from a
+    fixed seed: every rank finds the same pair, and the global random state is untouched.
     """
     W = W.detach().float()
     if min(W.shape) <= EXACT_UP_TO:
         u, _, v = torch.linalg.svd(W, full_matrices=False)
         return u[:, 0], v[0]
-    steps = KRYLOV_STEPS if v is None else WARM_STEPS
     start = torch.randn(W.shape[1], generator=torch.Generator().manual_seed(0), dtype=W.dtype).to(W.device)
-    v = start if v is None else v + 0.1 * start / start.norm()  # a pair that is no longer the top one must not hold it
+    steps = WARM_STEPS
+    if v is None:
+        _, v, _, taken = _bidiagonalise(W.bfloat16(), start, COARSE_STEPS)
+        if taken >= COARSE_STEPS:  # else they are few, or too close for bfloat16 to tell them apart
+            steps = FINE_STEPS
+    else:
+        v = v + start / start.norm()  # a pair that is no longer the top one must not hold it
     for _ in range(MAX_RESTARTS):
-        basis, images = [v / v.norm()], []  # orthonormal columns Q and W Q
-        for _ in range(steps):
-            images.append(torch.mv(W, basis[-1]))
-            image, Q = torch.mv(W.T, images[-1]), torch.stack(basis, dim=1)
-            following = image
-            for _ in range(2):  # once leaves rounding errors that grow from step to step
-                following = following - Q @ (Q.T @ following)
-            norm = following.norm()
-            if norm <= 1e-5 * image.norm():  # the space is exhausted: W has few distinct singular values
-                break
-            basis.append(following / norm)
-        U, sigma, Zt = torch.linalg.svd(torch.stack(images, dim=1), full_matrices=False)
-        u, v = U[:, 0], torch.stack(basis[: len(images)], dim=1) @ Zt[0]
-        if (torch.mv(W.T, u) - sigma[0] * v).norm() <= TOLERANCE * sigma[0]:
+        u, v, residual, _ = _bidiagonalise(W, v, steps)
+        if not residual > TOLERANCE:  # it is NaN where W is zero
             break
     return u, v
+
+
+def _bidiagonalise(W: Tensor, v: Tensor, enough: int) -> tuple[Tensor, Tensor, float, int]:
+    """The best pair u (out,) and v (in,) in the Krylov space of v, |W^T u - sigma v| / sigma, and how many steps it took.
+
+    alpha_k u_k = W v_k - beta_(k-1) u_(k-1) and beta_k v_(k+1) = W^T u_k - alpha_k v_k [Golub and Van Loan, Matrix
+    Computations, Section 10.4]. Then W V = U B and W^T U = V B^T + beta_k v_(k+1) e_k^T, where the rows of `U` (k, out) and
+    `V` (k, in) are the columns of U and V, and B (k, k) has the alphas on its diagonal and the betas above it. For the top
+    singular vectors p and q of B, u = U p, v = V q and |W^T u - sigma v| = beta_k |p_k|.
+    """
+    U, V = (torch.empty(STEPS, size, dtype=torch.float32, device=W.device) for size in W.shape)
+    alphas, betas = [], []
+    V[0] = v / _norm(v)
+    for k in range(STEPS):
+        left = torch.mv(W, V[k].to(W.dtype)).float()
+        if k > 0:
+            left.sub_(U[k - 1], alpha=betas[-1])
+            left.sub_(U[:k].T @ (U[:k] @ left))  # rounding errors grow from step to step otherwise
+        alphas.append(_norm(left))
+        torch.div(left, alphas[-1] or 1.0, out=U[k])
+        right = torch.mv(W.T, U[k].to(W.dtype)).float().sub_(V[k], alpha=alphas[-1])
+        right.sub_(V[: k + 1].T @ (V[: k + 1] @ right))
+        betas.append(_norm(right))
+        # W has few distinct singular values: what follows would be rounding errors
+        exhausted = min(alphas[-1], betas[-1]) <= torch.finfo(W.dtype).eps ** 0.75 * max(alphas + betas)
+        if k + 1 == enough or exhausted:
+            alpha, beta = (torch.tensor(x, dtype=torch.float64) for x in (alphas, betas))
+            P, sigma, Qt = torch.linalg.svd(alpha.diag() + beta[:-1].diag(1))
+            residual = (beta[-1] * P[-1, 0].abs() / sigma[0]).item()
+            if k + 1 == STEPS or residual <= TOLERANCE or exhausted:
+                break
+            enough = min(enough + 1 + enough // 8, STEPS)
+        torch.div(right, betas[-1], out=V[k + 1])
+    u, v = (x.to(V) @ vectors[: k + 1] for x, vectors in ((P[:, 0], U), (Qt[0], V)))
+    return u, v, residual, k + 1
+
+
+def _norm(x: Tensor) -> float:
+    """In fp64, as the squares of 1e-20 or 1e20 are out of the range of fp32; not every accelerator has it."""
+    return torch.linalg.vector_norm(x.cpu(), dtype=torch.float64).item()

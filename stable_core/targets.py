@@ -128,13 +128,18 @@ def check_values(group: Group, every_row: bool = False) -> None:
     Weight norm divides by the norm of `every_row`.
     """
     for target in group.members:
-        if not target.weight.is_meta and not target.weight.isfinite().all():
+        if not target.weight.is_meta and not _is_finite(target.weight):
             raise ValueError(f"{target.name}: its weight holds NaN or inf; start from a sound checkpoint")
     stacked = join([target.matrix for target in group.members])
     blocks = stacked.split(1 if every_row else group.rows)
-    if not all(block.is_meta or block.any() for block in blocks):
+    if not all(block.is_meta or block[0].any() or block.any() for block in blocks):
         what = "has a row of zeros" if every_row else "is zero, so sigma = 0"
         raise ValueError(f"{group.members[0].name}: its weight {what}; initialise it, or leave it out with filter_fn")
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """A finite sum says so in a tenth of the time; one that is not may have overflowed."""
+    return bool(weight.sum(dtype=torch.float32).isfinite() or weight.isfinite().all())
 
 
 def _picked(model: nn.Module, filter_fn: FilterFn | None) -> list[Target]:

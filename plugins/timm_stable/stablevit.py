@@ -79,8 +79,7 @@ class StableVisionTransformer(VisionTransformer):
         super().__init__(**timm)
         made = {name: timm.get(name) for name in ("device", "dtype")}
         tokens = self.patch_embed.num_patches + self.num_prefix_tokens
-        for block in self.blocks:
-            attn = block.attn
+        for attn in (module for module in self.blocks.modules() if hasattr(module, "q_norm")):  # whatever block_fn is
             if attention == "stable":
                 attn.q_norm, attn.k_norm = stable_qk_norms(attn.head_dim, tokens, alpha, tau_scale, **made)
             elif attention == "qknorm":
@@ -89,10 +88,19 @@ class StableVisionTransformer(VisionTransformer):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """timm's, and then the chosen one of Linear and Conv layers."""
         super().init_weights(mode, needs_reset)
+        self._draw(self)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's; the new head is drawn like the rest."""
+        super().reset_classifier(num_classes, global_pool)
+        if num_classes > 0:
+            self._draw(self.head)
+
+    def _draw(self, module: nn.Module) -> None:
         if self.init == "stable":
-            stable_init_(self)
+            stable_init_(module)
         elif self.init == "xavier":
-            for target in layers(self):
+            for target in layers(module):
                 nn.init.xavier_normal_(target.weight.flatten(1))  # a view
 
 

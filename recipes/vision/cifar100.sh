@@ -28,5 +28,4 @@ else
     train "$OUT" 512 "${OPTIONS[@]}" --model-kwargs patch_size=4 --epochs 200 --lr 1e-3 "${AUGMENTED[@]}"
 fi
 if [ "${DRY_RUN:-0}" = 1 ]; then exit; fi
-CIFAR_C=${CIFAR_C:+--cifar-c $CIFAR_C}
-(cd "$ROOT" && python -m recipes.vision.corruptions "$RUNS/$OUT" --images $IMAGES $CIFAR_C)
+python -m recipes.vision.corruptions "$RUNS/$OUT" --images $IMAGES ${CIFAR_C:+--cifar-c "$CIFAR_C"}

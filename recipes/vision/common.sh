@@ -2,6 +2,7 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 SMALL=${SMALL:-0}
 RUNS=${RUNS:-$ROOT/runs}/vision$([ "$SMALL" = 1 ] && echo _small || true)
 DEVICE_BATCH=${DEVICE_BATCH:-128} # images in a GPU's memory at a time
@@ -39,7 +40,7 @@ train() {
         printf '%q ' "${launch[@]}" && echo && return
     fi
     echo "$name: log, weights and checkpoint in $RUNS/$name"
-    (cd "$ROOT" && "${launch[@]}")
+    "${launch[@]}"
 }
 
 # The augmentations of both papers [σ, Tables 13 and 14; ST, Table 3b].

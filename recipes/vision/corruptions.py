@@ -22,9 +22,10 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from . import train
 from .data import SMALL, Arrays, Data, load, test_transform
-from .engine import load_export
-from .train import build, evaluator, image_settings, read_settings
+from .engine import load_export, read_settings
+from .train import build, evaluator, image_settings
 
 NAMES = tuple(imagecorruptions.get_corruption_names())  # the fifteen of CIFAR-C; its four others are for validation
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -82,7 +83,7 @@ def variants(settings: Settings, data: Data) -> Iterator[tuple[str, int, Dataset
 
 def evaluate(run: Path, settings: Settings) -> dict[str, float]:
     """{"clean": accuracy, "fog 3": accuracy, ...} of the run's weights, percent."""
-    trained = read_settings(run)
+    trained = read_settings(train.Settings, run)
     if trained.data not in SMALL:
         raise ValueError(f"{run}: trained on {trained.data!r}; allowed are {', '.join(SMALL)}")
     data = load(trained.data, trained.data_dir)

@@ -11,10 +11,10 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, get_type_hints
 
 import matplotlib
 import torch
@@ -114,6 +114,9 @@ class FitSettings:
         return self.lr * self.batch_size / (self.lr_base_size or self.batch_size)
 
 
+Kind = TypeVar("Kind", bound=FitSettings)
+
+
 class Diverged(RuntimeError):
     """The loss is not a number any more."""
 
@@ -130,8 +133,6 @@ def start(settings: FitSettings) -> Accelerator:
         raise ValueError(
             f"batch_size = {settings.batch_size}: allowed are multiples of processes x accumulation, {shares}"
         )
-    with accelerator.main_process_first():
-        _claim(settings)
     set_seed(settings.seed)
     return accelerator
 
@@ -154,16 +155,16 @@ def _claim(settings: FitSettings) -> None:
 
 
 def optimizer_for(settings: FitSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's; weight decay of matrices alone, and so LARS's adaptation, which timm ties to it."""
-    no_decay = getattr(model, "no_weight_decay", set)()
+    """timm's, with weight decay of matrices alone. LARS adapts everything, whatever the weight decay, as You et al.'s does."""
+    # at weight decay 0 timm tells no vectors from matrices
     vectors, matrices = param_groups_weight_decay(
-        model, 1.0, no_weight_decay_list=no_decay
-    )  # at 0 timm tells no two kinds
+        model, 1.0, no_weight_decay_list=getattr(model, "no_weight_decay", set)()
+    )
     matrices |= {"weight_decay": settings.weight_decay, "decayed": True}
-    if "lars" in settings.opt:
-        matrices["always_adapt"] = True
     has_betas = settings.opt.startswith(("adam", "nadam", "lamb"))
     own = {"betas": settings.betas} if has_betas else {"momentum": settings.momentum}
+    if "lars" in settings.opt:
+        own["always_adapt"] = True
     return create_optimizer_v2([vectors, matrices], opt=settings.opt, lr=settings.peak_lr, **own)
 
 
@@ -187,6 +188,8 @@ def fit(
         Diverged, stable_monitor.EntropyCollapse: after a row that says so.
         ValueError: there is not one update in an epoch.
     """
+    with accelerator.main_process_first():
+        _claim(settings)
     loop = _Loop(settings, accelerator, model, dataset, sampler)
     log, rows = settings.output / "log.jsonl", loop.resume()
     with loop.monitor, loop.bar:
@@ -202,7 +205,8 @@ def fit(
                 curves(rows, settings.output / "curves.png")
             if trouble is not None:
                 raise trouble
-            loop.bar.console.print(_headline(row))
+            if accelerator.is_main_process:
+                loop.bar.console.print(_headline(row))
             _save(accelerator, settings.output, epoch + 1)
     if accelerator.is_main_process:
         export(loop.final(), settings.output)
@@ -229,7 +233,6 @@ class _Loop:
             sampler=sampler,
             num_workers=settings.workers,
             drop_last=True,
-            persistent_workers=settings.workers > 0,
             pin_memory=accelerator.device.type == "cuda",
         )
         optimizer = optimizer_for(settings, model)
@@ -351,6 +354,24 @@ class _Loop:
     def final(self) -> nn.Module:
         """What is exported."""
         return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
+
+
+def read_settings(kind: type[Kind], run: Path) -> Kind:
+    """The settings of a finished run of the recipe whose settings are of this kind.
+
+    Raises:
+        ValueError: `run` is not the directory of one.
+    """
+    values = json.loads((run / "settings.json").read_text()) if (run / "model.safetensors").is_file() else {}
+    if values.keys() != {field.name for field in fields(kind)}:
+        raise ValueError(f"run = {run}: allowed are directories of finished runs of {kind.__module__}")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if hints[name] in (Path, Path | None) and value is not None:
+            values[name] = Path(value)
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+    return kind(**values)
 
 
 def export(model: nn.Module, run: Path) -> None:

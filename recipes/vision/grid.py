@@ -123,7 +123,6 @@ def train(run: Run, settings: Settings) -> dict:
     process = subprocess.Popen(
         [sys.executable, "-m", "recipes.vision.train", *flags, "--model-kwargs", *model.kwargs],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,7 +7,7 @@
 #
 # From the paper: LAMB, a step schedule, weight decay 1e-5, no warm-up, no LayerNorm, 90 epochs, 384 pixels. Ours, where it is silent:
 # DeiT3's learning rate and batch (3e-3, 2048), the step at 84 % of the epochs as in Table 13; 3e-4, 512 and 20 epochs to fine-tune.
-# Cost: 90 epochs of 11M images, about 15 hours of 8 A100 at 40 % of their bf16 peak, and one for fine-tuning.
+# Cost: 90 epochs of 11M images, about 29 hours of 8 A100 at 40 % of their bf16 peak, and two for fine-tuning.
 #   DATA_DIR=/data/imagenet21k recipes/vision/imagenet21k.sh pretrain && DATA_DIR=/data/imagenet recipes/vision/imagenet21k.sh finetune
 #   SMALL=1: digits of 16 pixels in place of ImageNet-21k, of 24 in place of ImageNet-1k, in two minutes.
 source "$(dirname "$0")/common.sh"

@@ -2,10 +2,10 @@
 # stablevit.sh SIZE [KIND] [SEED] [OPTION...]: StableViT and the ViTs beside it on ImageNet-1k [ST, Tables 1 and 3b, Figures 1, 8-13].
 #
 #   SIZE     parameters   KIND stable: top-1, %   KIND vit: top-1, %   KIND vit_warmup         8 A100, hours (150 epochs)
-#   large    307M         82.4                    -                    81.3                    10
-#   huge     632M         81.8                    -                    80.5                    27
-#   giant    1011M        trains, no spike        crashes              trains, with spikes     42
-#   200      1439M        trains                  -                    loss spikes, epoch 56   54
+#   large    307M         82.4                    -                    81.3                    20
+#   huge     632M         81.8                    -                    80.5                    53
+#   giant    1011M        trains, no spike        crashes              trains, with spikes     85
+#   200      1439M        trains                  -                    loss spikes, epoch 56   123
 #
 # The paper trains for 60, 150 or 300 epochs; EPOCHS (150). ViT warms up for 60 epochs, StableViT never does.
 #   DATA_DIR=/data/imagenet recipes/vision/stablevit.sh large stable      SMALL=1 recipes/vision/stablevit.sh large vit

@@ -5,7 +5,6 @@ its last whole epoch.
 """
 
 import ast
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from timm.data import Mixup, resolve_data_config
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -88,22 +87,6 @@ def keyword_arguments(pairs: tuple[str, ...]) -> dict:
         except (ValueError, SyntaxError):
             result[name] = value
     return result
-
-
-def read_settings(run: Path) -> Settings:
-    """Those that a run was trained with.
-
-    Raises:
-        ValueError: `run` is not the directory of a finished run.
-    """
-    if not (run / "model.safetensors").is_file():
-        raise ValueError(f"{run}: allowed are directories of finished runs of recipes.vision.train")
-    values = json.loads((run / "settings.json").read_text())
-    for name in ("output", "data_dir", "weights"):
-        values[name] = values[name] and Path(values[name])
-    for name in ("betas", "model_kwargs"):
-        values[name] = tuple(values[name])
-    return Settings(**values)
 
 
 def build(settings: Settings, data: Data) -> nn.Module:
@@ -194,8 +177,9 @@ def train(settings: Settings) -> list[dict]:
 def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="python -m recipes.vision.train", description=__doc__)
     rows = train(settings)
-    print(f"accuracy {rows[-1]['top1']:.2f} %, log and weights in {settings.output}")
-    print(f"next: python -m stable_monitor.report {settings.output} -o {settings.output / 'report.html'}")
+    say = PartialState().print  # in one process
+    say(f"accuracy {rows[-1]['top1']:.2f} %, log and weights in {settings.output}")
+    say(f"next: python -m stable_monitor.report {settings.output} -o {settings.output / 'report.html'}")
     return 0
 
 

@@ -62,6 +62,13 @@ def test_sigma_reparam_refuses_and_changes_nothing(make, config, filter_fn, mess
     assert all(torch.equal(after[key], before[key]) or before[key].isnan().any() for key in before)
 
 
+def test_large_finite_weights_are_not_refused():
+    layer = nn.Linear(70, 80)
+    nn.init.constant_(layer.weight, 1e35)  # their sum is inf
+    sigma_reparam(layer)
+    assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() == pytest.approx(1, rel=1e-3)
+
+
 def test_a_tied_output_projection_is_left_alone():
     left = sigma_reparam(tied())
     assert left[2].weight is left.embedding.weight

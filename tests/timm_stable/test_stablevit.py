@@ -1,16 +1,13 @@
 """StableViT as one of timm's own models, against timm's ViT and the papers' formulas."""
 
-import copy
 import math
 
 import pytest
 import timm
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_stable  # noqa: F401  registers the models
-from stable_core import StableNorm
 from stable_monitor import Monitor
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 3}
@@ -41,23 +38,6 @@ def test_with_stock_settings_it_is_timms_vit():
         small(norm="layernorm", attention="dot", init="timm").parameters(), stock.parameters(), strict=True
     ):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("attention", ["stable", "qknorm", "l2", "l2_tied", "dot"])
-def test_every_parameter_has_a_gradient_and_checkpointing_changes_nothing(attention):
-    model = small(attention=attention)
-    losses, gradients = [], []
-    for checkpointing in (False, True):
-        model.zero_grad()
-        model.set_grad_checkpointing(checkpointing)
-        loss = model(IMAGES).square().sum()
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert losses[0] == losses[1]
-    for (name, _), a, b in zip(model.named_parameters(), *gradients, strict=True):
-        torch.testing.assert_close(a, b)
-        assert a.any(), name
 
 
 def test_logits_are_within_tau_whatever_the_weights():
@@ -91,27 +71,9 @@ def test_initialisations():
     assert small().patch_embed.proj.weight.std().item() == pytest.approx(patch, rel=0.03)
     xavier = math.sqrt(2 / (384 + 1536))
     assert small(init="xavier").blocks[1].mlp.fc1.weight.std().item() == pytest.approx(xavier, rel=0.02)
-
-
-def test_what_timm_does_with_a_model():
     model = small()
-    features = timm.create_model("stablevit_small", features_only=True, **SMALL)
-    features.model.load_state_dict(model.state_dict(), strict=False)
-    last, intermediates = model.forward_intermediates(IMAGES)
-    torch.testing.assert_close(features(IMAGES)[-1], intermediates[-1])
-    assert intermediates[-1].shape == (2, 384, 4, 4) and last.shape == (2, 17, 384)
-    assert {"pos_embed", "cls_token"} <= model.no_weight_decay()
-    ema = ModelEmaV3(model, decay=0.5)
-    torch.testing.assert_close(ema.module.eval()(IMAGES), model.eval()(IMAGES))
-    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
-    model.reset_classifier(3, "avg")
-    assert model(IMAGES).shape == (2, 3)
-    assert all(isinstance(block.norm1, StableNorm) for block in model.blocks)
-    larger = timm.create_model("stablevit_small", **{**SMALL, "img_size": 64})
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
-    larger.load_state_dict(checkpoint_filter_fn(small().state_dict(), larger))  # position embeddings resampled
+    model.reset_classifier(200)
+    assert model.head.weight.std().item() == pytest.approx(1 / (math.sqrt(384) + math.sqrt(200)), rel=0.02)
 
 
 def test_from_the_meta_device_to_the_same_weights():
