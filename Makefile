@@ -9,7 +9,7 @@ help:
 	@echo "make quickstart   install, train an 18L-18L translation model four ways on the CPU, show the result"
 	@echo "make test         install, run the tests (make test-all: the slow ones too)"
 	@echo "make lint         ruff and formatting, as pre-commit runs them"
-	@echo "make bench        step times side by side, and what the monitor adds to them"
+	@echo "make bench        step times side by side, what the monitor adds to them, and build times"
 
 venv: .venv/ready
 
@@ -42,6 +42,7 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.monitor
+	$(BIN)/python -m benchmarks.build
 
 clean:
 	rm -rf .venv build *.egg-info
