@@ -4,8 +4,6 @@ The settings are those of Table 6. One process trains as it is; `torchrun -m rec
 negatives come from all of them. An interrupted command goes on after its last whole epoch.
 """
 
-import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from recipes.vision.data import Data, load
-from recipes.vision.engine import Diverged, EntropyCollapse, FitSettings, fit, start
+from recipes.vision.engine import FitSettings, command, fit, start
 from recipes.vision.train import keyword_arguments
 
 from .encoder import encoder
@@ -117,10 +115,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.getLogger("stable_monitor").setLevel(logging.ERROR)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on after the last whole epoch")
-    except (Diverged, EntropyCollapse, ValueError) as error:
-        sys.exit(f"pretrain: {error}")
+    command(main)

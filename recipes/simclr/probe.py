@@ -4,8 +4,6 @@ The features are the class token's, normalised by a BatchNorm without parameters
 defaults are MoCo v3's.
 """
 
-import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from recipes.vision.data import Data, load, test_transform, train_transform
-from recipes.vision.engine import Diverged, FitSettings, fit, load_export, read_settings, start
+from recipes.vision.engine import FitSettings, command, fit, load_export, read_settings, start
 from recipes.vision.train import evaluator
 
 from . import pretrain
@@ -110,10 +108,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.getLogger("stable_monitor").setLevel(logging.ERROR)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on after the last whole epoch")
-    except (Diverged, ValueError) as error:
-        sys.exit(f"probe: {error}")
+    command(main)

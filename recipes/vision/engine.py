@@ -7,14 +7,16 @@ plain weights.
 
 import copy
 import json
+import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar, get_type_hints
+from typing import Literal, NoReturn, TypeVar, get_type_hints
 
 import matplotlib
 import torch
@@ -115,6 +117,17 @@ class FitSettings:
 
 
 Kind = TypeVar("Kind", bound=FitSettings)
+
+
+def command(main: Callable[[], int]) -> NoReturn:
+    """Runs a recipe's main: one line for what goes wrong, and for an interruption what to do next."""
+    logging.getLogger("stable_monitor").setLevel(logging.ERROR)  # alarms are in the log, and warnings would cut the bar
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on after the last whole epoch")
+    except (Diverged, EntropyCollapse, OSError, ValueError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
 
 
 class Diverged(RuntimeError):

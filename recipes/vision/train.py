@@ -5,8 +5,6 @@ its last whole epoch.
 """
 
 import ast
-import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch.utils.data import DataLoader
 import timm_stable  # noqa: F401  which registers the models
 
 from .data import Data, load, test_transform, train_transform
-from .engine import Diverged, EntropyCollapse, FitSettings, fit, start
+from .engine import FitSettings, command, fit, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +182,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.getLogger("stable_monitor").setLevel(logging.ERROR)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on after the last whole epoch")
-    except (Diverged, EntropyCollapse, ValueError) as error:
-        sys.exit(f"train: {error}")
+    command(main)

@@ -166,6 +166,13 @@ def test_a_run_that_diverges_says_so(tmp_path):
     assert "the loss is nan" in json.loads((tmp_path / "log.jsonl").read_text())["stopped"]
 
 
+def test_a_run_whose_entropy_collapses_is_stopped(tmp_path):
+    with pytest.raises(engine.EntropyCollapse, match=r"entropy collapse in blocks\.\d\.attn"):
+        train.train(settings(tmp_path, "--lr 0.3 --monitor-every 1 --stop-on-alarm"))
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    assert "entropy collapse" in row["stopped"] and row["updates"] < 22 and "top1" not in row
+
+
 def test_fine_tuning_begins_with_the_weights_of_a_run(tmp_path):
     """Other classes and image size: all but head and position embedding are those of the run, and so is the function."""
     first = settings(tmp_path, "--model sigma_vit_small_patch16_224 --epochs 1")
