@@ -30,17 +30,25 @@ class NormalisedKernel(nn.Module):
 class L2Kernel(nn.Module):
     """softmax(-|q_i - k_j|_2^2 / sqrt(d1)) v [ST, App. N; Kim et al., 2021].
 
-    Softmax does not see |q_i|^2, and 2 q.k - |k|^2 is the dot product of (2 q, 1) and (k, -|k|^2). Tied is what a layer makes
-    it, by giving the queries for keys.
+    Tied is what a layer makes it, by giving the queries for keys.
     """
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal=False
     ) -> Tensor:
         scale = q.shape[-1] ** -0.5
-        q = torch.cat([2 * q, torch.ones_like(q[..., :1])], dim=-1)
-        k = torch.cat([k, -k.square().sum(-1, keepdim=True)], dim=-1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+        return F.scaled_dot_product_attention(*l2_features(q, k), v, attn_mask, dropout_p, is_causal, scale=scale)
+
+
+def l2_features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q, k (..., tokens, d1) -> q', k' (..., tokens, d1 + 1) with q'_i . k'_j = |q_i|^2 - |q_i - k_j|^2.
+
+    Softmax over j does not see |q_i|^2, so that any kernel of dot-product attention is one of L2 attention.
+    """
+    return (
+        torch.cat([2 * q, torch.ones_like(q[..., :1])], dim=-1),
+        torch.cat([k, -k.square().sum(-1, keepdim=True)], dim=-1),
+    )
 
 
 def stable_qk_norms(

@@ -175,6 +175,12 @@ class SigmaReparam(nn.Module):
         """Finds u and v of the present weights from nothing."""
         self._converge(self._stacked())
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """u, v and gamma as they start, for weights that were drawn or loaded after `sigma_reparam`."""
+        self.converge()
+        self.gamma.copy_(self.sigma() if self.config.gamma_init == "spectral" else torch.ones_like(self.gamma))
+
     def sigma(self) -> Tensor:
         """The estimate u^T W v of each block's spectral norm, shape (blocks,), without gradient."""
         return self._sigma(self._stacked())

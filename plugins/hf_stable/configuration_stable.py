@@ -1,0 +1,79 @@
+"""Configuration fields that the models share, checked."""
+
+from collections.abc import Iterable
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from stable_core.sigma_reparam import SigmaReparamConfig
+
+
+def check(config: PreTrainedConfig, field: str, allowed: Iterable) -> None:
+    """Raises ValueError naming the field, its value and what is allowed."""
+    if getattr(config, field) not in allowed:
+        raise ValueError(f"{field} = {getattr(config, field)!r}: allowed are {', '.join(map(repr, allowed))}")
+
+
+def check_positive(config: PreTrainedConfig, *fields: str) -> None:
+    """The same for fields that are positive numbers."""
+    for field in fields:
+        if not getattr(config, field) > 0:
+            raise ValueError(f"{field} = {getattr(config, field)!r}: allowed are positive numbers")
+
+
+@strict
+class ReparamConfig(PreTrainedConfig):
+    r"""
+    reparam (`str`): "none"; "sigma", σReparam; its baselines "spectral" (gamma = 1, not learned) and "weight".
+    gamma_init, qkv, n_power_iterations, stop_gradient: as for `stable_core.SigmaReparamConfig`.
+    """
+
+    reparam: str = "none"
+    gamma_init: str = "one"
+    qkv: str = "separate"
+    n_power_iterations: int = 1
+    stop_gradient: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check(self, "reparam", ("none", "sigma", "spectral", "weight"))
+        self.sigma_reparam_config()
+
+    def sigma_reparam_config(self) -> SigmaReparamConfig | None:
+        """The settings for the core's `sigma_reparam`; raises ValueError for those that it refuses."""
+        fields = ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")
+        settings = {field: getattr(self, field) for field in fields}
+        if self.reparam == "none":
+            SigmaReparamConfig(**settings)
+            return None
+        return SigmaReparamConfig(kind=self.reparam, **settings)
+
+
+@strict
+class StableConfig(ReparamConfig):
+    r"""
+    norm (`str`): "stable" (StableNorm), "layernorm", "rmsnorm", or "none", which is for σReparam.
+    alpha (`float`): of StableNorm, in the blocks and in StableAtten, from 0 to 1/2.
+    attention (`str`): "stable" (StableAtten), "dot", "qknorm", "l2" or "l2_tied".
+    tau_scale (`float`): multiple of StableAtten's tau.
+    init (`str`): of Linear and Conv layers: "stable" (StableInit), "normal" (N(0, initializer_range^2)) or "xavier".
+    initializer_range (`float`): standard deviation of embeddings, and of init = "normal".
+    norm_eps (`float`): of every norm.
+    """
+
+    norm: str = "stable"
+    alpha: float | int = 0.475
+    attention: str = "stable"
+    tau_scale: float | int = 1.0
+    init: str = "stable"
+    initializer_range: float = 0.02
+    norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check(self, "norm", ("stable", "layernorm", "rmsnorm", "none"))
+        check(self, "attention", ("stable", "dot", "qknorm", "l2", "l2_tied"))
+        check(self, "init", ("stable", "normal", "xavier"))
+        check_positive(self, "tau_scale", "initializer_range", "norm_eps")
+        if not 0 <= self.alpha <= 0.5:
+            raise ValueError(f"alpha = {self.alpha!r}: allowed are numbers from 0 to 0.5")

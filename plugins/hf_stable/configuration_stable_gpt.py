@@ -1,0 +1,69 @@
+"""StableGPT's configuration."""
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_stable import StableConfig, check_positive
+
+
+@strict
+class StableGPTConfig(StableConfig):
+    r"""
+    nanoGPT's fields and StableGPT's [ST, Table 2]; HF's names for them work as well. Presets: `StableGPTConfig.preset("M")`.
+
+    vocab_size (`int`): by default that of GPT-2's tokenizer.
+    block_size (`int`): longest sequence, and N of StableAtten's tau.
+    n_layer, n_head, n_embd (`int`): by default StableGPT-S.
+    n_inner (`int`, *optional*): width of the MLPs, 4 n_embd if left out.
+    activation_function (`str`): nanoGPT's "gelu"; OpenAI's GPT-2 has "gelu_new".
+    dropout (`float`): of embeddings, attention and residual branches.
+    bias (`bool`): of Linear and LayerNorm layers.
+    """
+
+    model_type = "stable_gpt"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "block_size",
+        "n_positions": "block_size",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+        "intermediate_size": "n_inner",
+    }
+    auto_classes = {
+        "AutoConfig": "configuration_stable_gpt.StableGPTConfig",
+        "AutoModel": "modeling_stable_gpt.StableGPTModel",
+        "AutoModelForCausalLM": "modeling_stable_gpt.StableGPTForCausalLM",
+    }
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None
+    activation_function: str = "gelu"
+    dropout: float | int = 0.0
+    bias: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_positive(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        if self.n_inner is None:
+            self.n_inner = 4 * self.n_embd
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head = {self.n_head!r}: allowed are divisors of n_embd = {self.n_embd}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout!r}: allowed are numbers from 0 to below 1")
+
+    @classmethod
+    def preset(cls, size: str, **fields) -> "StableGPTConfig":
+        """StableGPT-S, -M or -L: 124M, 350M and 774M parameters [ST, Table 2]; `fields` override it."""
+        sizes = {"S": (12, 12, 768), "M": (24, 16, 1024), "L": (36, 20, 1280)}
+        if size not in sizes:
+            raise ValueError(f"size = {size!r}: allowed are {', '.join(map(repr, sizes))}")
+        return cls(**{**dict(zip(("n_layer", "n_head", "n_embd"), sizes[size], strict=True)), **fields})

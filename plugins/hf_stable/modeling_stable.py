@@ -1,0 +1,199 @@
+"""What the models of this plugin share: initialisation, σReparam, norms and attention, saving with their source."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from stable_core.attention import l2_features, stable_qk_norms
+from stable_core.sigma_reparam import SigmaReparam, sigma_reparam
+from stable_core.stable_init import stable_init_
+from stable_core.stable_norm import StableNorm
+
+from .source import write_source
+
+
+class StablePreTrainedModel(PreTrainedModel):
+    """Base class. A subclass's constructor calls `reparametrise` on its own layers, and then `post_init`."""
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        implementation = config._attn_implementation or ""
+        if getattr(config, "attention", "").startswith("l2") and "flash" in implementation:
+            raise ValueError(f"attn_implementation = {implementation!r}: L2 attention runs on 'eager' and 'sdpa'")
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers looks for a text in the model's own file, where `attend` is not
+
+    def reparametrise(self, module: nn.Module, qkv: str | None = None) -> None:
+        """σReparam of every Linear and Conv layer of `module`, if the configuration asks for it; `qkv` in place of its own."""
+        config = self.config.sigma_reparam_config()
+        if config is not None:
+            sigma_reparam(module, replace(config, qkv=qkv or config.qkv))
+
+    def draw_(self, module: nn.Module, weight: Tensor) -> None:
+        """Initialises the weight of a Linear or Conv layer in place, as `config.init` says."""
+        if self.config.init == "stable":
+            stable_init_(weight)
+        elif self.config.init == "xavier":
+            nn.init.xavier_normal_(weight.flatten(1))
+        else:
+            nn.init.normal_(weight, std=self.config.initializer_range)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every parameter and buffer of `module` that no checkpoint filled."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            if parametrize.is_parametrized(module, "weight"):
+                self._init_reparametrised(module)
+            elif _is_fresh(module.weight):
+                self.draw_(module, module.weight)
+            if module.bias is not None and _is_fresh(module.bias):
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding) and _is_fresh(module.weight):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | StableNorm):
+            for parameter, fill_ in ((module.weight, nn.init.ones_), (getattr(module, "bias", None), nn.init.zeros_)):
+                if parameter is not None and _is_fresh(parameter):
+                    fill_(parameter)
+
+    def _init_reparametrised(self, module: nn.Module) -> None:
+        chain = module.parametrizations.weight
+        if not hasattr(chain, "original"):  # weight norm's length and direction
+            if _is_fresh(chain.original0) or _is_fresh(chain.original1):
+                self.draw_(module, weight := torch.empty_like(chain.original1))
+                module.weight = weight
+            return
+        if _is_fresh(chain.original):
+            self.draw_(module, chain.original)
+        state = chain[0]
+        if isinstance(state, SigmaReparam):  # a joint sigma is kept with the last of its weights
+            if any(_is_fresh(tensor) for tensor in (*state.originals(), state.gamma)):
+                state.reset()
+            elif _is_fresh(state.u) or _is_fresh(state.v):
+                state.converge()
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For custom code transformers skips modules without parameters of their own, as reparametrised layers are.
+        super()._initialize_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Self:
+        """transformers'; and raises ValueError where checkpoint or configuration is reparametrised and the other is not."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing, unexpected = ({_plain_name(name) for name in info[f"{which}_keys"]} for which in ("missing", "unexpected"))
+        if both := missing & unexpected:
+            raise ValueError(
+                f"{min(both)}: the checkpoint is {'plain' if model.config.reparam != 'none' else 'reparametrised'}, and "
+                f"reparam = {model.config.reparam!r}: load it with the configuration it was saved with"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs) -> None:
+        """transformers'; and the source of the model, so that `trust_remote_code=True` loads it without this library."""
+        if is_main_process and not Path(save_directory).is_file():
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **self.config.auto_classes}
+            write_source(save_directory, self.config.auto_classes.values())
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+
+def _is_fresh(tensor: Tensor) -> bool:
+    """Whether no checkpoint filled it; transformers' mark."""
+    return not getattr(tensor, "_is_hf_initialized", False)
+
+
+def _plain_name(name: str) -> str:
+    """`fc.parametrizations.weight.original` -> `fc.weight`."""
+    return re.sub(r"parametrizations\.(\w+)\..*", r"\1", name)
+
+
+def build_norm(config, dim: int, bias: bool = True) -> nn.Module:
+    """The norm that `config.norm` names."""
+    if config.norm == "stable":
+        return StableNorm(dim, config.alpha, config.norm_eps)
+    if config.norm == "layernorm":
+        return nn.LayerNorm(dim, config.norm_eps, bias=bias)
+    return nn.RMSNorm(dim, config.norm_eps) if config.norm == "rmsnorm" else nn.Identity()
+
+
+def build_qk_norms(config, head_dim: int, sequence_length: int) -> tuple[nn.Module, nn.Module]:
+    """What `config.attention` does to queries and keys before their dot product."""
+    if config.attention == "stable":
+        return stable_qk_norms(head_dim, sequence_length, config.alpha, config.tau_scale, config.norm_eps)
+    if config.attention == "qknorm":
+        return nn.RMSNorm(head_dim, config.norm_eps), nn.RMSNorm(head_dim, config.norm_eps)
+    return nn.Identity(), nn.Identity()
+
+
+def attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    l2: bool = False,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(logits) v with the implementation that `module.config` names.
+
+    Args:
+        module: an attention module with `config` and `is_causal`.
+        q, k, v: (batch, heads, tokens, head_dim).
+        attention_mask: as transformers' `create_causal_mask` makes it.
+        l2: logits of L2 attention in place of the dot product's.
+
+    Returns:
+        (batch, tokens, heads, head_dim), and the attention matrix (batch, heads, queries, keys) from "eager".
+    """
+    scaling = q.shape[-1] ** -0.5
+    if l2:
+        q, k = l2_features(q, k)
+    interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    dropout = dropout if module.training else 0.0
+    return interface(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def eager_attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float = 1.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """The formula written out, for `output_attentions`."""
+    logits = q @ k.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    A = logits.softmax(-1, dtype=torch.float32).to(q.dtype)
+    A = nn.functional.dropout(A, dropout, module.training)
+    return (A @ v).transpose(1, 2).contiguous(), A
+
+
+def check_indices(name: str, indices: Tensor, field: str, size: int) -> None:
+    """One line for an index past an embedding; on a GPU, where looking would wait for it, the embedding's own error."""
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel():
+        low, high = indices.aminmax()
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"{name} holds {int(low if low < 0 else high)}: {field} = {size} allows whole numbers from 0 to {size - 1}"
+            )

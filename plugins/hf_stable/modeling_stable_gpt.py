@@ -1,0 +1,195 @@
+"""StableGPT: GPT-2 with StableNorm, StableAtten and StableInit, or with the baselines they are held against [ST, Table 2].
+
+The modules have the names they have in nanoGPT and in transformers' GPT-2.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_stable_gpt import StableGPTConfig
+from .modeling_stable import StablePreTrainedModel, attend, build_norm, build_qk_norms, check_indices
+
+
+class StableGPTAttention(nn.Module):
+    """Causal self-attention with a packed projection; what softmax sees is `config.attention`'s [ST, eq. 3]."""
+
+    is_causal = True
+
+    def __init__(self, config: StableGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm, self.k_norm = build_qk_norms(config, config.n_embd // config.n_head, config.block_size)
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        kind = self.config.attention
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.config.n_head, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(q if kind == "l2_tied" else k)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        y, weights = attend(self, q, k, v, attention_mask, self.config.dropout, l2=kind.startswith("l2"), **kwargs)
+        return self.c_proj(y.flatten(2)), weights
+
+
+class StableGPTMLP(nn.Module):
+    def __init__(self, config: StableGPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+class StableGPTBlock(GradientCheckpointingLayer):
+    def __init__(self, config: StableGPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = build_norm(config, config.n_embd, config.bias)
+        self.attn = StableGPTAttention(config, layer_idx)
+        self.ln_2 = build_norm(config, config.n_embd, config.bias)
+        self.mlp = StableGPTMLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), **kwargs)[0])
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class StableGPTPreTrainedModel(StablePreTrainedModel):
+    config: StableGPTConfig
+    base_model_prefix = "transformer"
+    _no_split_modules = ["StableGPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _input_embed_layer = "wte"
+    _can_record_outputs = {"hidden_states": StableGPTBlock, "attentions": StableGPTAttention}
+
+    def draw_(self, module: nn.Module, weight: Tensor) -> None:
+        super().draw_(module, weight)
+        if self.config.init == "normal" and getattr(module, "on_residual", False):
+            weight.div_(math.sqrt(2 * self.config.n_layer))  # GPT-2's
+
+
+class StableGPTModel(StableGPTPreTrainedModel):
+    """Tokens (batch, sequence) to hidden states (batch, sequence, n_embd)."""
+
+    def __init__(self, config: StableGPTConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(StableGPTBlock(config, i) for i in range(config.n_layer))
+        self.ln_f = build_norm(config, config.n_embd, config.bias)
+        self.gradient_checkpointing = False
+        for block in self.h:
+            block.attn.c_proj.on_residual = block.mlp.c_proj.on_residual = True
+        self.reparametrise(self.h)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """transformers' usual arguments.
+
+        Raises:
+            ValueError: not one of input_ids and inputs_embeds; a token past the vocabulary (on a CPU); a sequence, with what
+                the cache holds, longer than block_size; a position past it (on a CPU).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            check_indices("input_ids", input_ids, "vocab_size", self.wte.num_embeddings)
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length, block_size = inputs_embeds.shape[1], self.config.block_size
+        if position_ids is None:
+            if isinstance(past, int) and past + length > block_size:
+                raise ValueError(f"a sequence of {past + length} tokens: block_size = {block_size} is the longest")
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
+        else:
+            check_indices("position_ids", position_ids, "block_size", block_size)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        x = self.drop(inputs_embeds + self.wpe(position_ids))
+        for block in self.h:
+            x = block(x, attention_mask=mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
+    """StableGPT with its language modelling head, tied to the token embedding unless `tie_word_embeddings=False`."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: StableGPTConfig) -> None:
+        super().__init__(config)
+        self.transformer = StableGPTModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """labels (batch, sequence): the tokens themselves, which are shifted here; -100 is left out of the loss."""
+        outputs = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
