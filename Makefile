@@ -21,6 +21,9 @@ venv: .venv/ready
 	$(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-version-check -e '.[all]'
 	@# ve-fairseq brings torchaudio, whose newest release does not import beside the newest torch, and then transformers does not.
 	$(BIN)/python -m pip uninstall --quiet --yes torchaudio
+	@# transformers' own tests for models are in its source distribution only; tests/hf_stable runs them on ours.
+	$(BIN)/python -m pip download --quiet --progress-bar off --disable-pip-version-check --no-deps --no-binary transformers \
+		--dest .venv/upstream "transformers==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')"
 	@touch $@
 	@echo "== installed; next: make quickstart, or make test"
 

@@ -173,7 +173,7 @@ def layers(model: nn.Module) -> Iterator[Target]:
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             if module.weight.is_floating_point():  # not the packed integers of a quantized layer
                 yield Target(module, name)
-        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': y = x W + b
+        elif any(cls.__name__ == "Conv1D" for cls in type(module).__mro__):  # transformers': y = x W + b
             yield Target(module, name, transposed=True)
 
 

@@ -1,5 +1,62 @@
-"""Hugging Face plugin: the monitor as a `TrainerCallback`."""
+"""Hugging Face plugin: StableGPT, StableViT and the translation model for transformers' Auto classes; σReparam for any model.
 
+`import hf_stable` registers the models; folders that they are saved to need this library no longer.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
+
+from .configuration_sigma_transformer import SigmaTransformerConfig
+from .configuration_stable_gpt import StableGPTConfig
+from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
+from .modeling_sigma_transformer import SigmaTransformerForConditionalGeneration, SigmaTransformerModel
+from .exporting import export
+from .modeling_stable_gpt import StableGPTForCausalLM, StableGPTModel
+from .modeling_stable_vit import (
+    SigmaViTForImageClassification,
+    SigmaViTModel,
+    StableViTForImageClassification,
+    StableViTModel,
+)
 from .monitor import MonitorCallback
+from .reparametrised import fold, sigma_reparam
+from .tokenization_sigma_transformer import SigmaTransformerTokenizer
 
-__all__ = ["MonitorCallback"]
+__all__ = [
+    "MonitorCallback",
+    "SigmaTransformerConfig",
+    "SigmaTransformerForConditionalGeneration",
+    "SigmaTransformerModel",
+    "SigmaTransformerTokenizer",
+    "SigmaViTConfig",
+    "SigmaViTForImageClassification",
+    "SigmaViTModel",
+    "StableGPTConfig",
+    "StableGPTForCausalLM",
+    "StableGPTModel",
+    "StableViTConfig",
+    "StableViTForImageClassification",
+    "StableViTModel",
+    "export",
+    "fold",
+    "sigma_reparam",
+]
+
+for config in (StableGPTConfig, StableViTConfig, SigmaViTConfig, SigmaTransformerConfig):
+    AutoConfig.register(config.model_type, config)
+for auto, models in (
+    (AutoModel, (StableGPTModel, StableViTModel, SigmaViTModel, SigmaTransformerModel)),
+    (AutoModelForCausalLM, (StableGPTForCausalLM,)),
+    (AutoModelForSeq2SeqLM, (SigmaTransformerForConditionalGeneration,)),
+    (AutoModelForImageClassification, (StableViTForImageClassification, SigmaViTForImageClassification)),
+):
+    for model in models:
+        auto.register(model.config_class, model)
+
+AutoTokenizer.register(SigmaTransformerConfig, SigmaTransformerTokenizer)

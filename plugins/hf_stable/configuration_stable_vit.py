@@ -62,7 +62,7 @@ class StableViTConfig(StableConfig):
 
     @classmethod
     def preset(cls, size: str, **fields) -> "StableViTConfig":
-        """"small" and "base"; "large", "huge", "giant" and "200" as in [ST, Table 1]; `fields` override it."""
+        """ "small" and "base"; "large", "huge", "giant" and "200" as in [ST, Table 1]; `fields` override it."""
         if size not in SHAPES:
             raise ValueError(f"size = {size!r}: allowed are {', '.join(map(repr, SHAPES))}")
         names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "patch_size")
@@ -71,7 +71,7 @@ class StableViTConfig(StableConfig):
 
 @strict
 class SigmaViTConfig(StableViTConfig):
-    r"""The same with the defaults of the σReparam paper's ViT: dot-product attention, no LayerNorm, gamma = sigma at the start."""
+    r"""The same with the σReparam paper's defaults: dot-product attention, no LayerNorm, gamma = sigma at the start."""
 
     model_type = "sigma_vit"
     auto_classes = {
@@ -89,7 +89,7 @@ class SigmaViTConfig(StableViTConfig):
 
     @classmethod
     def preset(cls, size: str, **fields) -> "SigmaViTConfig":
-        """"small", "base", "large" and "huge"; ViT-L's weights start smaller [σ, App. H]."""
+        """ "small", "base", "large" and "huge"; ViT-L's weights start smaller [σ, App. H]."""
         if size == "large":
             fields = {"initializer_range": 0.01, "patch_initializer_range": 0.0025, **fields}
         return super().preset(size, **fields)

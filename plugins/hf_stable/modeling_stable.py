@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
@@ -30,10 +31,10 @@ class StablePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config) -> None:
-        super().__init__(config)
         implementation = config._attn_implementation or ""
         if getattr(config, "attention", "").startswith("l2") and "flash" in implementation:
             raise ValueError(f"attn_implementation = {implementation!r}: L2 attention runs on 'eager' and 'sdpa'")
+        super().__init__(config)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -96,8 +97,13 @@ class StablePreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Self:
         """transformers'; and raises ValueError where checkpoint or configuration is reparametrised and the other is not."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        missing, unexpected = ({_plain_name(name) for name in info[f"{which}_keys"]} for which in ("missing", "unexpected"))
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{args[0] if args else cls.__name__}: a file of weights is damaged: {error}") from error
+        missing, unexpected = (
+            {_plain_name(name) for name in info[f"{which}_keys"]} for which in ("missing", "unexpected")
+        )
         if both := missing & unexpected:
             raise ValueError(
                 f"{min(both)}: the checkpoint is {'plain' if model.config.reparam != 'none' else 'reparametrised'}, and "

@@ -1,0 +1,46 @@
+"""`python -m hf_stable.convert {fairseq,nanogpt,timm,gpt2,folded} ...`: checkpoints of elsewhere to self-contained folders.
+
+A converted model is compared with the one it came from before anything is written.
+"""
+
+import argparse
+import importlib
+import pickle
+import sys
+
+from transformers.utils import logging
+
+from hf_stable.exporting import check_vacant
+
+SOURCES = {
+    "fairseq": "a checkpoint of fairseq_sigma, or of fairseq's transformer, with its dictionaries",
+    "nanogpt": "ckpt.pt of nanoGPT",
+    "timm": "stablevit_* and sigma_vit_*",
+    "gpt2": "transformers' GPT-2, to StableGPT",
+    "folded": "a saved model with σReparam, to plain weights",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m hf_stable.convert", description=__doc__.split("\n\n")[1])
+    commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    for source, what in SOURCES.items():
+        command = commands.add_parser(source, help=what)
+        if source in given[:1]:  # fairseq and timm are not everybody's
+            module = importlib.import_module(f"hf_stable.convert_{source}")
+            module.add_arguments(command)
+    args = parser.parse_args(given)
+    logging.disable_progress_bar()
+    try:
+        check_vacant(args.out)
+        out = module.run(args)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        print(f"convert: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    print(f"wrote {out}: load it with trust_remote_code=True, which needs transformers alone")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""A nanoGPT checkpoint -> StableGPT."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from .configuration_stable_gpt import StableGPTConfig
+from .conversion import check_equal, load_whole, tokens_like
+from .exporting import export
+from .modeling_stable_gpt import StableGPTForCausalLM
+
+UPSTREAM = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+STOCK = {"norm": "layernorm", "attention": "dot", "init": "gpt2"}  # what nanoGPT's own GPT is
+PATCHED = ("norm", "alpha", "attention", "tau_scale", "init", "reparam")  # of nanogpt_patch
+
+
+def from_nanogpt(checkpoint: dict) -> StableGPTForCausalLM:
+    """What nanoGPT's train.py writes to ckpt.pt -> the same model as a StableGPT, in evaluation mode.
+
+    Raises:
+        ValueError: no checkpoint of nanoGPT; one with a setting that is neither upstream's nor nanogpt_patch's.
+    """
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise ValueError("no checkpoint of nanoGPT: it holds no 'model' and 'model_args'")
+    args = {**STOCK, **checkpoint["model_args"]}
+    for name in args:
+        if name not in (*UPSTREAM, *PATCHED):
+            raise ValueError(f"model_args holds {name}: allowed are {', '.join((*UPSTREAM, *PATCHED))}")
+    if args["init"] == "gpt2":
+        args["init"] = "normal"
+    model = StableGPTForCausalLM(StableGPTConfig(**args)).eval()
+    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
+    # Before torch 2 nanoGPT kept the causal mask as a buffer.
+    load_whole(model, {name: x for name, x in state.items() if not name.endswith(".attn.bias")}, "nanoGPT")
+    return model
+
+
+@torch.no_grad()
+def check_against(model: StableGPTForCausalLM, checkpoint: dict, code: Path) -> float:
+    """The largest difference from the `GPT` of a nanoGPT checkout's model.py; raises ValueError above 1e-4."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", code)
+    if spec is None or not code.is_file():
+        raise ValueError(f"{code}: no model.py of nanoGPT")
+    upstream = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(upstream)
+    gpt = upstream.GPT(upstream.GPTConfig(**checkpoint["model_args"])).eval()
+    gpt.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()})
+    tokens = tokens_like(model.config.vocab_size, min(64, model.config.block_size))
+    theirs, _ = gpt(tokens, targets=tokens)  # without targets it gives the last token's logits alone
+    return check_equal(model(tokens).logits, theirs, "nanoGPT")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="ckpt.pt of nanoGPT's train.py")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument("--code", type=Path, metavar="MODEL_PY", help="nanoGPT's model.py, to compare outputs with")
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer to save along: a folder, or gpt2")
+
+
+def run(args: argparse.Namespace) -> Path:
+    checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    model = from_nanogpt(checkpoint)
+    if args.code is not None:
+        check_against(model, checkpoint, args.code)
+    return export(
+        model, args.out, processors=(AutoTokenizer.from_pretrained(args.tokenizer),) if args.tokenizer else ()
+    )

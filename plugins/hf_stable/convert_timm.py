@@ -1,0 +1,115 @@
+"""timm's `stablevit_*` and `sigma_vit_*`, and its plain Vision Transformers -> StableViT and SigmaViT."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ParseKwargs
+from torch import nn
+from transformers import CLIPImageProcessor
+from transformers.image_utils import PILImageResampling
+
+from stable_core import StableNorm
+from stable_core.attention import stable_tau
+
+from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
+from .conversion import check_equal, load_whole
+from .exporting import export
+from .modeling_stable_vit import SigmaViTForImageClassification, StableViTForImageClassification
+
+
+@torch.no_grad()
+def from_timm(vit: VisionTransformer) -> StableViTForImageClassification:
+    """The same model, outputs equal to 1e-4, in evaluation mode.
+
+    Raises:
+        ValueError: no Vision Transformer of timm; one with an option that StableViT does not have, such as register tokens or
+            another pooling than the class token's.
+    """
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"{type(vit).__name__}: allowed are timm's stablevit_*, sigma_vit_* and vit_*")
+    reparam = getattr(vit, "reparam", None)
+    fields = _fields(vit)
+    if reparam is None:
+        model = StableViTForImageClassification(StableViTConfig(**fields))
+    else:
+        settings = asdict(reparam)
+        settings["reparam"] = settings.pop("kind")
+        model = SigmaViTForImageClassification(SigmaViTConfig(**fields, **settings))
+    state = {
+        f"vit.{name}" if not name.startswith("head.") else name.replace("head", "classifier", 1): tensor
+        for name, tensor in vit.state_dict().items()
+    }
+    load_whole(model, state, type(vit).__name__)
+    size = (2, fields["num_channels"], fields["image_size"], fields["image_size"])
+    images = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    check_equal(model.eval()(images).logits, vit.eval()(images), type(vit).__name__)
+    return model
+
+
+def _fields(vit: VisionTransformer) -> dict:
+    """The configuration, read off the modules."""
+    block, patches = vit.blocks[0], vit.patch_embed
+    attn, norm = block.attn, block.norm1
+    if len({*patches.img_size, *patches.patch_size} - {patches.img_size[0], patches.patch_size[0]}):
+        raise ValueError(f"img_size = {patches.img_size}, patch_size = {patches.patch_size}: allowed are squares")
+    if vit.global_pool != "token":
+        raise ValueError(f"global_pool = {vit.global_pool!r}: allowed is 'token'")
+    fields = {
+        "image_size": patches.img_size[0],
+        "patch_size": patches.patch_size[0],
+        "num_channels": patches.proj.in_channels,
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": attn.num_heads,
+        "intermediate_size": block.mlp.fc1.out_features,
+        "qkv_bias": attn.qkv.bias is not None,
+        "num_labels": vit.num_classes,
+        "norm": _name_of(norm, {StableNorm: "stable", nn.LayerNorm: "layernorm", nn.Identity: "none"}, "rmsnorm"),
+        "attention": _name_of(attn.q_norm, {StableNorm: "stable", nn.Identity: "dot"}, "qknorm"),
+        "init": {"stable": "stable", "xavier": "xavier"}.get(getattr(vit, "init", None), "normal"),
+        "norm_eps": getattr(norm, "eps", 1e-6),
+    }
+    if hasattr(attn, "tied"):
+        fields["attention"] = "l2_tied" if attn.tied else "l2"
+    for stable in (norm, attn.q_norm):
+        if isinstance(stable, StableNorm):
+            fields["alpha"] = stable.alpha
+    if fields["attention"] == "stable":
+        one = stable_tau(patches.num_patches + 1) * attn.head_dim ** (0.5 - 2 * attn.q_norm.alpha)
+        fields["tau_scale"] = attn.q_norm.scale / one
+    return fields
+
+
+def _name_of(module: nn.Module, names: dict[type, str], otherwise: str) -> str:
+    return next((name for cls, name in names.items() if isinstance(module, cls)), otherwise)
+
+
+def image_processor(vit: VisionTransformer) -> CLIPImageProcessor:
+    """timm's evaluation transform: resized by the shorter side, cropped at the centre, normalised."""
+    cfg, side = timm.data.resolve_model_data_config(vit), vit.patch_embed.img_size[0]
+    return CLIPImageProcessor(
+        size={"shortest_edge": int(side / cfg["crop_pct"])},
+        crop_size={"height": side, "width": side},
+        resample=PILImageResampling[cfg["interpolation"].upper()],
+        image_mean=list(cfg["mean"]),
+        image_std=list(cfg["std"]),
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("arch", metavar="ARCH", help="stablevit_large, sigma_vit_base_patch16_224, ...")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument("--checkpoint", default="", metavar="FILE", help="what timm's train.py or the recipes wrote")
+    parser.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE", help="num_classes=10 ..."
+    )
+
+
+def run(args: argparse.Namespace) -> Path:
+    __import__("timm_stable")  # registers the names; a plugin does not import another
+    vit = timm.create_model(args.arch, checkpoint_path=args.checkpoint, **args.model_kwargs)
+    return export(from_timm(vit), args.out, processors=(image_processor(vit),))

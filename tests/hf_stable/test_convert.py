@@ -1,0 +1,209 @@
+"""Converted models against the models they come from, and the command."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import timm_stable  # noqa: F401
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, pipeline
+
+import hf_stable
+from hf_stable import StableGPTForCausalLM, conversion
+from hf_stable.convert import main
+from hf_stable.convert_gpt2 import from_gpt2
+from hf_stable.convert_nanogpt import check_against, from_nanogpt
+from hf_stable.convert_timm import from_timm, image_processor
+from stable_core import SigmaReparamConfig
+
+from .models import disturbed, stable_gpt, tokens
+
+TINY = {"depth": 2, "img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
+
+
+def gpt2(**settings) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=99, n_positions=64, **special, **settings)
+    return disturbed(GPT2LMHeadModel(config).eval())
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation_function": "gelu", "n_inner": 48}])
+def test_gpt2_is_a_stable_gpt_with_stock_options(settings):
+    theirs, ids = gpt2(**settings), tokens(2, 20)
+    ours = from_gpt2(theirs)
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+    generated = [model.generate(ids, max_new_tokens=10, do_sample=False) for model in (ours, theirs)]
+    assert torch.equal(*generated)
+
+
+def test_gpt2_with_another_attention_is_refused():
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx = True: allowed is False"):
+        from_gpt2(gpt2(scale_attn_by_inverse_layer_idx=True))
+
+
+def nanogpt_checkpoint(theirs: GPT2LMHeadModel) -> dict:
+    """What nanoGPT's train.py writes: GPT-2's names, Linear in place of Conv1D, and torch.compile's prefix."""
+    transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    model = {f"_orig_mod.{k}": x.T.clone() if k.endswith(transposed) else x for k, x in theirs.state_dict().items()}
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "bias": True, "vocab_size": 99, "dropout": 0.0}
+    return {"model": model, "model_args": args, "iter_num": 10, "config": {"dataset": "shakespeare"}}
+
+
+CODE = """
+# Stands in for nanoGPT's model.py: GPT(config), and forward(idx, targets) -> (logits, loss).
+import dataclasses, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+@dataclasses.dataclass
+class GPTConfig:
+    n_layer: int; n_head: int; n_embd: int; block_size: int; bias: bool; vocab_size: int; dropout: float
+
+class GPT(torch.nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size,
+                                               n_positions=c.block_size, activation_function="gelu"))
+    def load_state_dict(self, state):
+        own = self.gpt2.state_dict()
+        transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        self.gpt2.load_state_dict({k: x.T if k.endswith(transposed) else x for k, x in state.items()})
+    def forward(self, idx, targets=None):
+        return self.gpt2(idx).logits, None
+"""
+
+
+def test_nanogpt(tmp_path):
+    theirs, ids = gpt2(activation_function="gelu"), tokens(2, 20)
+    checkpoint = nanogpt_checkpoint(theirs)
+    ours = from_nanogpt(checkpoint)
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+
+    (tmp_path / "model.py").write_text(CODE)
+    assert check_against(ours, checkpoint, tmp_path / "model.py") < 1e-4
+    wrong = copy.deepcopy(ours)
+    wrong.transformer.h[1].ln_2.bias.data += 0.1
+    with pytest.raises(ValueError, match="the converted model's outputs differ by"):
+        check_against(wrong, checkpoint, tmp_path / "model.py")
+
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert (
+        main(["nanogpt", str(tmp_path / "ckpt.pt"), str(tmp_path / "out"), "--code", str(tmp_path / "model.py")]) == 0
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("stablevit_small", {}),
+        ("stablevit_small", {"tau_scale": 2.0, "alpha": 0.125, "norm": "layernorm"}),
+        ("stablevit_small", {"norm": "rmsnorm", "attention": "qknorm", "init": "xavier", "qkv_bias": False}),
+        ("stablevit_small", {"attention": "l2"}),
+        ("stablevit_small", {"attention": "l2_tied", "norm": "layernorm"}),
+        ("sigma_vit_small_patch16_224", {}),
+        ("sigma_vit_small_patch16_224", {"qkv": "joint", "gamma_init": "one", "weight_std": 0.05}),
+        ("sigma_vit_small_patch16_224_preln", {"reparam": "weight"}),
+        ("sigma_vit_small_patch16_224_preln", {"reparam": "spectral"}),
+        ("vit_tiny_patch16_224", {"mlp_ratio": 3}),
+    ],
+)
+def test_timm(name, settings, tmp_path):
+    torch.manual_seed(0)
+    theirs = disturbed(timm.create_model(name, **TINY, **settings).eval())
+    images = torch.randn(3, 3, 32, 32)
+    ours = from_timm(theirs)
+    assert (ours(images).logits - theirs(images)).abs().max() < 1e-4
+    ours.save_pretrained(tmp_path)  # and through the configuration alone
+    again = type(ours).from_pretrained(tmp_path)
+    assert (again(images).logits - theirs(images)).abs().max() < 1e-4
+    features = again.vit(images, output_hidden_states=True)
+    torch.testing.assert_close(features.last_hidden_state, theirs.forward_features(images), rtol=1e-3, atol=1e-4)
+    if "sigma" in name:
+        assert (hf_stable.fold(again)(images).logits - theirs(images)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"reg_tokens": 2}, "StableVisionTransformer has vit.reg_token: an option that"),
+        ({"init_values": 0.1}, "StableVisionTransformer has vit.blocks.0.ls1.gamma: an option that"),
+        ({"global_pool": "avg"}, "global_pool = 'avg': allowed is 'token'"),
+        ({"img_size": (32, 64)}, r"img_size = \(32, 64\), patch_size = \(8, 8\): allowed are squares"),
+    ],
+)
+def test_timm_options_that_are_not_there(settings, error):
+    with pytest.raises(ValueError, match=error):
+        from_timm(timm.create_model("stablevit_small", **{**TINY, **settings}))
+
+
+def test_a_converted_image_model_sees_what_timm_sees(tmp_path):
+    torch.manual_seed(0)
+    theirs = timm.create_model("sigma_vit_small_patch16_224", **TINY).eval()
+    torch.save({"state_dict": theirs.state_dict(), "arch": "sigma_vit_small_patch16_224"}, tmp_path / "last.pth.tar")
+    tiny = [f"{name}={value}" for name, value in TINY.items()]
+    command = ["timm", "sigma_vit_small_patch16_224", str(tmp_path / "out"), "--model-kwargs", *tiny]
+    assert main([*command, "--checkpoint", str(tmp_path / "last.pth.tar")]) == 0
+
+    slow = np.linspace(0, 255, 192)  # as smooth as a photograph: the two round the corner of the crop to a pixel apart
+    picture = Image.fromarray(np.stack([np.add.outer(slow, slow) / 2] * 3, axis=-1).astype(np.uint8))
+    cfg = {**timm.data.resolve_model_data_config(theirs), "input_size": (3, 32, 32)}
+    transform = timm.data.create_transform(**cfg)  # to 35 pixels, of which it keeps 32
+    seen = image_processor(theirs)(picture, return_tensors="pt")["pixel_values"]
+    assert (seen[0] - transform(picture)).abs().max() < 0.1
+    best = pipeline("image-classification", str(tmp_path / "out"))(picture, top_k=1)[0]
+    expected = theirs(transform(picture)[None]).softmax(-1).max()
+    assert best["score"] == pytest.approx(expected.item(), abs=2e-3)
+
+
+def test_folding_by_command(tmp_path):
+    model, ids = stable_gpt(reparam="sigma", gamma_init="spectral"), tokens(2, 8)
+    theirs = hf_stable.sigma_reparam(gpt2(), SigmaReparamConfig(gamma_init="spectral"))
+    for name, source in (("ours", model), ("theirs", theirs)):
+        source.save_pretrained(tmp_path / name)
+        assert main(["folded", str(tmp_path / name), str(tmp_path / f"{name}-plain")]) == 0
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-plain")
+        assert not any("parametrizations" in key for key in plain.state_dict())
+        torch.testing.assert_close(plain(ids).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    torch.save({**nanogpt_checkpoint(gpt2()), "model_args": {"n_layer": 3}}, tmp_path / "deep.pt")
+    torch.save({**nanogpt_checkpoint(gpt2()), "model_args": {"rope": True}}, tmp_path / "rope.pt")
+    stable_gpt().save_pretrained(tmp_path / "plain")
+    out = str(tmp_path / "out")
+    for command, error in (
+        (
+            ["nanogpt", str(tmp_path / "other.pt"), out],
+            "no checkpoint of nanoGPT: it holds no 'model' and 'model_args'",
+        ),
+        (["nanogpt", str(tmp_path / "rope.pt"), out], "model_args holds rope: allowed are vocab_size, block_size"),
+        (["nanogpt", str(tmp_path / "deep.pt"), out], "nanoGPT"),
+        (["nanogpt", str(tmp_path / "gone.pt"), out], "No such file"),
+        (["nanogpt", str(tmp_path / "other.pt"), str(tmp_path / "full")], "is there and not empty"),
+        (["timm", "resnet18", out], "ResNet: allowed are timm's stablevit_*, sigma_vit_* and vit_*"),
+        (["timm", "stablevit_tiny", out], "stablevit_tiny"),
+        (["folded", str(tmp_path / "plain"), out], "nothing to fold"),
+        (["folded", str(tmp_path / "full"), out], "no config.json, so no folder of save_pretrained"),
+    ):
+        assert main(command) == 1
+        printed = capsys.readouterr().err
+        assert error in printed and printed.startswith("convert: ") and printed.count("\n") == 1, printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_conversion_is_noticed():
+    with pytest.raises(ValueError, match=r"GPT-2: the converted model's outputs differ by 0\.1, allowed is 0\.0001"):
+        conversion.check_equal(torch.zeros(3), torch.full((3,), 0.1), "GPT-2")
+    with pytest.raises(ValueError, match="differ by nan"):
+        conversion.check_equal(torch.zeros(3), torch.full((3,), torch.nan), "GPT-2")
+    model = stable_gpt()
+    state = {name: x for name, x in model.state_dict().items() if "ln_f" not in name}
+    with pytest.raises(ValueError, match=r"it lacks transformer\.ln_f\.weight: an option that StableGPTForCausalLM"):
+        conversion.load_whole(StableGPTForCausalLM(model.config), state, "it")
