@@ -15,8 +15,8 @@ from transformers import (
 from .configuration_sigma_transformer import SigmaTransformerConfig
 from .configuration_stable_gpt import StableGPTConfig
 from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
-from .modeling_sigma_transformer import SigmaTransformerForConditionalGeneration, SigmaTransformerModel
 from .exporting import export
+from .modeling_sigma_transformer import SigmaTransformerForConditionalGeneration, SigmaTransformerModel
 from .modeling_stable_gpt import StableGPTForCausalLM, StableGPTModel
 from .modeling_stable_vit import (
     SigmaViTForImageClassification,

@@ -223,8 +223,10 @@ class Sequences(torch.utils.data.Dataset):
 
 def test_trainer_resumes_bitwise(tmp_path):
     def train(folder: str, steps: int, resume: bool = False) -> dict:
-        args = TrainingArguments(str(tmp_path / folder), max_steps=steps, per_device_train_batch_size=4, save_steps=3,
-                                 learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True)  # fmt: skip
+        args = TrainingArguments(
+            str(tmp_path / folder), max_steps=steps, per_device_train_batch_size=4, save_steps=3, learning_rate=1e-2,
+            lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
         model = stable_gpt(**VARIANTS["sigma"], dropout=0.1)
         trainer = Trainer(model, args, train_dataset=Sequences())
         trainer.train(resume_from_checkpoint=resume)
