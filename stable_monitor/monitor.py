@@ -92,13 +92,18 @@ class Monitor:
         self._file = self._open(path, step) if path is not None and self._is_main else None
         self._prepare()
 
-    def step(self, loss: Tensor | float | None = None, lr: float | None = None) -> dict | None:
+    def step(
+        self, loss: Tensor | float | None = None, lr: float | None = None, output_loss_scale: float = 1.0
+    ) -> dict | None:
         """Counts one update; call it after backward, before the gradients are cleared. Returns the record, if it made one.
 
         Args:
             loss: this update's loss. Left out, it is the `loss` of the model's output, where that has one.
             lr: the learning rate, if the monitor has no optimizer to ask.
+            output_loss_scale: what the output's loss is multiplied by, if it is one batch's share of the update's.
         """
+        if loss is None and self._loss is not None:
+            loss = self._loss * output_loss_scale
         record = self._record(loss, lr) if self.is_recording else None
         self._armed.close()
         self.updates += 1
@@ -182,7 +187,6 @@ class Monitor:
             self._warn(f"{UNSEEN}. The monitor must be given what the loop calls, in training mode")
         if not self._gradients:
             self.read_gradients()
-        loss = self._loss if loss is None else loss
         if lr is None and self._optimizer is not None:
             lr = self._optimizer.param_groups[0]["lr"]
         record = {

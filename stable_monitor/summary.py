@@ -62,12 +62,21 @@ def gradient_norms(modules: dict[str, nn.Module], scale: float = 1.0) -> dict[st
         parameters = [p for p in module.parameters() if p.grad is not None]
         for p in parameters:
             if p not in norms:
-                kinds = [torch.linalg.vector_norm(p.grad, kind, dtype=torch.float32) for kind in (2, math.inf)]
+                grad = p.grad.full_tensor() if _has_empty_shard(p.grad) else p.grad
+                kinds = [torch.linalg.vector_norm(grad, kind, dtype=torch.float32) for kind in (2, math.inf)]
                 norms[p] = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in kinds]) / scale
         own = [norms[p] for p in parameters]
         l2, linf = torch.stack(own).unbind(1) if own else (torch.full((1,), math.nan),) * 2
         totals[name] = torch.stack([torch.linalg.vector_norm(l2), linf.max()])
     return totals
+
+
+def _has_empty_shard(x: Tensor) -> bool:
+    """Whether some rank holds nothing of x: its l-inf norm raises there, and the other ranks would wait for it."""
+    if not isinstance(x, DTensor):
+        return False
+    rows, ranks = x.shape[0], x.device_mesh.size()
+    return -(-rows // -(-rows // ranks)) < ranks  # in parts as torch.chunk makes them
 
 
 def plain(value):

@@ -1,8 +1,11 @@
 """The monitor under transformers' Trainer."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stable_monitor import Alarm, AlarmConfig, Monitor, headline
@@ -13,7 +16,9 @@ class MonitorCallback(TrainerCallback):
 
     Records go to `monitor.jsonl` in the output directory, and `attention_entropy`, `attention_entropy_min` (nats) and
     `attention_logit_max` into the Trainer's log history (TensorBoard and W&B do not hear of them there: give `writers`). The
-    loss is the model's own, of the update's first batch; gradients are those that the optimizer steps with, after clipping.
+    loss is that of the update's first batch (of which transformers, with accumulation or several processes, makes a share of
+    the whole update's; it is scaled back as if all batches had as many items); gradients are those that the optimizer steps
+    with, after clipping.
     A resumed run goes on in the same file.
 
     Args:
@@ -44,6 +49,7 @@ class MonitorCallback(TrainerCallback):
                 "torch_compile = True hides the model from the monitor: leave it out, and call model.compile()"
             )
         self._collapsed = False
+        self._shares = _shares(kwargs["model"], args)
         self.monitor = Monitor(
             kwargs["model"],
             self.every,
@@ -60,7 +66,7 @@ class MonitorCallback(TrainerCallback):
         self._lr = kwargs["optimizer"].param_groups[0]["lr"]
 
     def on_step_end(self, args, state, control, **kwargs):
-        record = self.monitor.step(lr=self._lr)
+        record = self.monitor.step(lr=self._lr, output_loss_scale=self._shares)
         if record is not None:
             numbers = {f"attention_{name}": value for name, value in headline(record).items()}
             state.log_history.append({**numbers, "step": state.global_step})
@@ -75,3 +81,11 @@ class MonitorCallback(TrainerCallback):
         self._collapsed = True
         if self.on_alarm is not None:
             self.on_alarm(alarm)
+
+
+def _shares(model: nn.Module, args: TrainingArguments) -> int:
+    """Into how many shares Trainer has the model divide an update's loss: it tells models whose forward takes **kwargs."""
+    parameters = inspect.signature(extract_model_from_parallel(model).forward).parameters.values()
+    if not getattr(model, "accepts_loss_kwargs", any(p.kind is p.VAR_KEYWORD for p in parameters)):
+        return 1
+    return args.gradient_accumulation_steps * (args.world_size if args.average_tokens_across_devices else 1)

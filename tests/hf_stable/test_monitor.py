@@ -58,7 +58,8 @@ def test_records_and_the_same_losses(tmp_path, accumulation):
         entry = log[record["step"] + 1]
         assert record["lr"] == pytest.approx(entry["learning_rate"], rel=1e-4)
         assert record["grad_l2"] == pytest.approx(min(1.0, entry["grad_norm"]), rel=1e-3)  # clipped at 1
-        assert accumulation > 1 or record["loss"] == pytest.approx(entry["loss"], abs=1e-3)
+        of_all = 1e-3 if accumulation == 1 else 0.3  # the record has the first batch only
+        assert record["loss"] == pytest.approx(entry["loss"], abs=of_all)
     shown = [entry for entry in watched.state.log_history if "attention_entropy" in entry]
     means = [sum(sum(layer["entropy"]) / 8 for layer in record["layers"].values()) for record in records]
     assert [entry["attention_entropy"] for entry in shown] == pytest.approx(means, rel=1e-4)

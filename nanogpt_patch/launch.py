@@ -1,0 +1,182 @@
+"""Runs a script of a nanoGPT checkout, unmodified, with `nanogpt_patch.model` in the place of its `model` module.
+
+Upstream's scripts are configured by their global variables. The new settings become such variables before the script runs,
+so its configurator sets them, from the command line or a config file, like its own; `GPTConfig(...)` then reads them. They
+are written into `model_args`, which upstream puts in its checkpoints, and a resumed run takes them from there.
+"""
+
+import ast
+import os
+import runpy
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.optim import Optimizer
+
+from stable_monitor import Monitor
+
+from .model import GPT, SETTINGS, STOCK, GPTConfig
+
+CONFIGS = Path(__file__).parent / "config"
+LAUNCHER = {  # settings of the launcher itself
+    "monitor_every": 0,  # updates from one record of the attention entropy to the next, in out_dir; 0 for none
+    "extra_seed": 0,  # added to every seed that the script sets: train.py's is always 1337
+}
+USAGE = "usage: python -m nanogpt_patch PATH/TO/nanoGPT/{train,sample,bench}.py [CONFIG] [--name=value ...]"
+
+
+def main(argv: list[str]) -> int:
+    """Checks the arguments, and hands over to the script; 2 for arguments that are wrong."""
+    try:
+        script, arguments = check(argv)
+    except (OSError, ValueError) as error:
+        print(f"nanogpt_patch: {error}", file=sys.stderr)
+        return 2
+    run(script, arguments)
+    return 0
+
+
+def check(argv: list[str]) -> tuple[Path, list[str]]:
+    """The script, and its arguments with config files where they are found: from here, the checkout, or this package.
+
+    Raises:
+        ValueError: no script of a nanoGPT checkout; a setting that does not exist or is of another type, with those that do.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise ValueError(USAGE)
+    script = Path(argv[0]).resolve()
+    for needed in (script, script.with_name("model.py"), script.with_name("configurator.py")):
+        if not needed.is_file():
+            raise ValueError(f"{needed} is not there: give a script of a nanoGPT checkout")
+    known = {**_globals_of(script), **SETTINGS, **LAUNCHER}
+    arguments, chosen = [], {}
+    for argument in argv[1:]:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if equals and argument.startswith("--"):
+            _check_setting(name, _value(text), known, "--")
+            chosen[name] = _value(text)
+            arguments.append(argument)
+        elif argument.startswith("--"):
+            raise ValueError(f"{argument}: settings are --name=value")
+        else:
+            path = _find_config(argument, script.parent)
+            for name, value in _assigned(path.read_text()).items():
+                _check_setting(name, value, known, f"{path}: ")
+                chosen[name] = value
+            arguments.append(str(path))
+    GPTConfig(**{name: value for name, value in chosen.items() if name in SETTINGS and value is not UNKNOWN})
+    return script, arguments
+
+
+def run(script: Path, arguments: list[str]) -> None:
+    """The script as `python script arguments` runs it, in its own directory, with our model."""
+    stand_in = types.ModuleType("model")
+    stand_in.GPT, stand_in.GPTConfig = _MonitoredGPT, _config_of_script
+    sys.modules["model"] = stand_in
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    os.chdir(script.parent)  # it opens configurator.py, data and out_dir from there
+    torch.manual_seed = _shifted(torch.manual_seed)
+    runpy.run_path(str(script), init_globals={**SETTINGS, **LAUNCHER}, run_name="__main__")
+
+
+def _shifted(manual_seed: Callable) -> Callable:
+    return lambda seed: manual_seed(seed + _variables()["extra_seed"])
+
+
+def _variables() -> dict:
+    """The script's global variables."""
+    return vars(sys.modules["__main__"])
+
+
+def _config_of_script(**model_args) -> GPTConfig:
+    """What the script calls GPTConfig: settings from model_args, else the checkpoint it resumes, else its variables."""
+    variables = _variables()
+    saved = (variables.get("checkpoint") or {}).get("model_args", {})
+    chosen = {name: variables[name] for name in SETTINGS}
+    if saved:  # one of stock nanoGPT says nothing about them
+        saved = {name: saved.get(name, stock) for name, stock in {**SETTINGS, **STOCK}.items()}
+        for name in SETTINGS:
+            if saved[name] != chosen[name]:
+                print(f"From the checkpoint: {name} = {saved[name]}")
+        chosen = saved
+    settings = {**chosen, **model_args}
+    if "model_args" in variables:
+        variables["model_args"].update({name: settings[name] for name in SETTINGS})
+    return GPTConfig(**settings)
+
+
+class _MonitoredGPT(GPT):
+    """The model, watched from its optimizer's steps where `monitor_every` asks for it."""
+
+    def configure_optimizers(self, *args, **kwargs) -> Optimizer:
+        optimizer, variables = super().configure_optimizers(*args, **kwargs), _variables()
+        every, watching = variables["monitor_every"], []
+        if every:
+
+            def before(*_) -> None:
+                for monitor in watching:
+                    monitor.read_gradients()
+
+            def after(*_) -> None:
+                if watching:
+                    watching[0].step(lr=optimizer.param_groups[0]["lr"])
+                else:  # only now is the variable `model` what the loop calls, compiled and wrapped for DDP
+                    done = variables["iter_num"] + 1
+                    watching.append(
+                        Monitor(variables["model"], every, path=variables["out_dir"], optimizer=optimizer, step=done)
+                    )
+
+            optimizer.register_step_pre_hook(before)
+            optimizer.register_step_post_hook(after)
+        return optimizer
+
+
+UNKNOWN = object()  # a value that is computed
+
+
+def _globals_of(script: Path) -> dict[str, object]:
+    """The variables that the script assigns before its configurator runs, which are its settings, and their defaults."""
+    head = script.read_text().partition("exec(open('configurator.py')")[0]
+    return {name: default for name, default in _assigned(head).items() if name != "config_keys"}
+
+
+def _assigned(code: str) -> dict[str, object]:
+    values = {}
+    for statement in ast.parse(code).body:
+        for target in statement.targets if isinstance(statement, ast.Assign) else ():
+            if isinstance(target, ast.Name) and not target.id.startswith("_"):
+                try:
+                    values[target.id] = ast.literal_eval(statement.value)
+                except ValueError:
+                    values[target.id] = UNKNOWN
+    return values
+
+
+def _value(text: str) -> object:
+    """As upstream's configurator reads it."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _check_setting(name: str, value: object, known: dict[str, object], where: str) -> None:
+    if name not in known:
+        raise ValueError(f"{where}{name} is no setting; there are {', '.join(sorted(known))}")
+    default = known[name]
+    if UNKNOWN not in (value, default) and type(value) is not type(default):
+        kinds = type(value).__name__, type(default).__name__
+        raise ValueError(f"{where}{name} = {value!r} is of type {kinds[0]}: allowed is {kinds[1]}, as in {default!r}")
+
+
+def _find_config(name: str, checkout: Path) -> Path:
+    places = [Path(name), checkout / name, CONFIGS / Path(name).name]
+    for path in places:
+        if path.is_file():
+            return path.resolve()
+    ours = ", ".join(sorted(f"config/{path.name}" for path in CONFIGS.glob("*.py")))
+    raise ValueError(f"{name} is no config file, here or in the checkout; this package has {ours}")

@@ -1,0 +1,262 @@
+"""nanoGPT's GPT with StableNorm, StableAtten, StableInit and σReparam, or the baselines they are held against [ST, Table 2].
+
+The same constructor, methods and names in the state dict as upstream's model.py, for which it stands in. With
+`norm="layernorm", attention="dot", init="gpt2"` it is upstream's model: the same numbers from the same seed.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stable_core import SigmaReparamConfig, StableNorm, sigma_reparam, stable_init_
+from stable_core.attention import L2Kernel, stable_qk_norms
+
+CHOICES = {
+    "norm": ("stable", "layernorm", "rmsnorm", "none"),
+    "attention": ("stable", "dot", "qknorm", "l2", "l2_tied"),
+    "init": ("stable", "gpt2", "xavier"),
+    "reparam": ("none", "sigma", "spectral", "weight"),
+}
+STOCK = {"norm": "layernorm", "attention": "dot", "init": "gpt2", "reparam": "none"}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Upstream's fields, and StableGPT's.
+
+    Attributes:
+        norm: "stable", "layernorm", "rmsnorm", or "none", which is for σReparam.
+        alpha: of StableNorm, in the blocks and in StableAtten; the paper's example for GPT is 0.475.
+        attention: "stable", "dot", "qknorm", "l2" or "l2_tied".
+        tau_scale: multiple of StableAtten's tau = 1.618 log2(block_size).
+        init: of the Linear layers, "stable", "gpt2" (N(0, 0.02^2), smaller into the residual stream) or "xavier".
+        reparam: "none", "sigma", or its baselines "spectral" and "weight"; of every Linear layer of the blocks.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, up to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    norm: str = "stable"
+    alpha: float = 0.475
+    attention: str = "stable"
+    tau_scale: float = 1.0
+    init: str = "stable"
+    reparam: str = "none"
+
+    def __post_init__(self) -> None:
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(map(repr, allowed))}")
+        for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
+                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are whole numbers from 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head = {self.n_head}: allowed are divisors of n_embd = {self.n_embd}")
+        if not 0 <= self.alpha <= 0.5:
+            raise ValueError(f"alpha = {self.alpha!r}: allowed are numbers from 0 to 0.5")
+        if not self.tau_scale > 0:
+            raise ValueError(f"tau_scale = {self.tau_scale!r}: allowed are positive numbers")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout!r}: allowed are numbers from 0 to below 1")
+
+
+SETTINGS = {field.name: field.default for field in fields(GPTConfig)[7:]}  # those that upstream does not have
+
+
+def build_norm(config: GPTConfig) -> nn.Module:
+    made = {
+        "stable": partial(StableNorm, alpha=config.alpha),
+        "layernorm": partial(nn.LayerNorm, bias=config.bias),
+        "rmsnorm": partial(nn.RMSNorm, eps=1e-5),
+        "none": nn.Identity,
+    }
+    return made[config.norm](config.n_embd)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config, head_dim = config, config.n_embd // config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.q_norm = self.k_norm = None
+        if config.attention == "stable":
+            norms = stable_qk_norms(head_dim, config.block_size, config.alpha, config.tau_scale)
+            self.q_norm, self.k_norm = norms
+        elif config.attention == "qknorm":
+            self.q_norm, self.k_norm = nn.RMSNorm(head_dim, eps=1e-5), nn.RMSNorm(head_dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.config.n_head, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.config.dropout if self.training else 0.0
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.attention.startswith("l2"):
+            y = L2Kernel()(q, q if self.config.attention == "l2_tied" else k, v, None, dropout, is_causal=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = build_norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = build_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Tokens (batch, sequence) to logits (batch, sequence, vocab_size), the head tied to the token embedding."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": build_norm(config),
+        })  # fmt: skip
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        self._init_weights()
+        if config.reparam != "none":
+            sigma_reparam(self.transformer.h, SigmaReparamConfig(kind=config.reparam))
+        print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
+
+    def _init_weights(self) -> None:
+        """Draws in upstream's order, for the same numbers from the same seed."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        for name, weight in self.transformer.h.named_parameters():
+            if self.config.init == "gpt2" and name.endswith("c_proj.weight"):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif self.config.init == "xavier" and weight.ndim == 2:
+                nn.init.xavier_normal_(weight)
+        if self.config.init == "stable":
+            stable_init_(self.transformer.h)
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Parameters, by default without the position embedding's; the token embedding's are the head's too."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The logits and, with targets (-1 is left out), their mean loss in nats; without, the last position's logits only.
+
+        Raises:
+            ValueError: a sequence longer than block_size.
+        """
+        length = idx.shape[1]
+        if length > self.config.block_size:
+            raise ValueError(f"a sequence of {length} tokens: block_size = {self.config.block_size} is the longest")
+        positions = torch.arange(length, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None
+        logits = self.lm_head(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Keeps the first `block_size` positions. tau stays that of the length the model was built for.
+
+        Raises:
+            ValueError: a block_size above the present one.
+        """
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size = {block_size}: allowed are sizes up to {self.config.block_size}")
+        self.config = replace(self.config, block_size=block_size)
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> Self:
+        """OpenAI's weights, from transformers; the model has stock settings.
+
+        Raises:
+            ValueError: another model than gpt2, gpt2-medium, gpt2-large and gpt2-xl; another override than dropout.
+        """
+        sizes = {
+            "gpt2": (12, 12, 768),
+            "gpt2-medium": (24, 16, 1024),
+            "gpt2-large": (36, 20, 1280),
+            "gpt2-xl": (48, 25, 1600),
+        }
+        if model_type not in sizes:
+            raise ValueError(f"model_type = {model_type!r}: allowed are {', '.join(map(repr, sizes))}")
+        override_args = override_args or {}
+        if override_args.keys() - {"dropout"}:
+            raise ValueError(f"override_args = {override_args}: allowed is dropout")
+        from transformers import GPT2LMHeadModel  # only here is it needed
+
+        theirs = GPT2LMHeadModel.from_pretrained(model_type)
+        size = dict(zip(("n_layer", "n_head", "n_embd"), sizes[model_type], strict=True))
+        model = cls(GPTConfig(**size, vocab_size=50257, **STOCK, **override_args))
+        transposed = ("c_attn.weight", "attn.c_proj.weight", "c_fc.weight", "mlp.c_proj.weight")  # theirs are (in, out)
+        model.load_state_dict({k: x.T if k.endswith(transposed) else x for k, x in theirs.state_dict().items()})
+        return model
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        """AdamW that decays matrices and embeddings, not biases, norms or gammas."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        for group, what in zip(groups, ("decayed", "non-decayed"), strict=True):
+            n = sum(p.numel() for p in group["params"])
+            print(f"num {what} parameter tensors: {len(group['params'])}, with {n:,} parameters")
+        fused = {"fused": True} if device_type == "cuda" else {}
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **fused)
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
+        """Sequences per iteration and seconds to a share of an A100's 312 TFLOPS in bfloat16 (PaLM, App. B)."""
+        c = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        return flops_per_token * c.block_size * fwdbwd_per_iter / dt / 312e12
+
+    @torch.no_grad()
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """Samples `max_new_tokens` after idx (batch, sequence), of which the model sees the last block_size."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])[0][:, -1] / temperature
+            if top_k is not None:
+                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < least, -torch.inf)
+            idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+        return idx

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# stablegpt.sh SIZE [KIND] [SEED] [OPTION...]: StableGPT and GPT-2 on OpenWebText [ST, Tables 2 and 3a, Figures 1-4, 6, 7, 11].
+#
+#   SIZE   parameters   peak LR   KIND stable: validation loss   KIND gpt: validation loss   8 A100, hours (600k updates)
+#   S      124M         6e-4      2.827 (LR=1.2e-3: 2.819)       2.848                       70
+#   M      350M         3e-4      2.569                          2.579                       199
+#   L      774M         2.5e-4    a curve (STEPS=100000)         a curve                     427
+#
+#   recipes/hf_clm/stablegpt.sh S stable     WARMUP=0 recipes/hf_clm/stablegpt.sh S gpt     SMALL=1 recipes/hf_clm/stablegpt.sh S gpt
+# LR, WARMUP (2000; 0 for the paper's stability tests) and STEPS (600000) can be given; OPTIONs are those of recipes.hf_clm.train.
+# ENGINE=fsdp2 shards the model (ddp: it does not). DATA_DIR: tokens that are prepared already. DRY_RUN=1 shows the commands.
+# SMALL=1: the same for 4 blocks of width 128, on the speeches of $STABLE_DATA/lm, two minutes on one core.
+# Interrupted? The same command goes on after the last checkpoint.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+SMALL=${SMALL:-0} ENGINE=${ENGINE:-ddp} DEVICE_BATCH=${DEVICE_BATCH:-12}
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
+case "$ENGINE" in ddp | fsdp2) ;; *) die "ENGINE=$ENGINE: allowed are ddp and fsdp2" ;; esac
+SIZE=${1:-} KIND=${2:-stable} SEED=${3:-1}
+shift $(($# > 3 ? 3 : $#))
+case $SIZE in
+S) PEAK=6e-4 ;;
+M) PEAK=3e-4 ;;
+L) PEAK=2.5e-4 ;;
+*) die "SIZE = $SIZE: allowed are S, M and L" ;;
+esac
+case $KIND in
+stable) MODEL=() ;;
+gpt) MODEL=(--norm layernorm --attention dot --init normal) ;; # nanoGPT's
+*) die "KIND = $KIND: allowed are stable and gpt" ;;
+esac
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') ||
+    die "torch is missing: run 'make venv', or pip install '.[hf,recipes]'"
+
+PREPARE=() LAUNCH=(python -m recipes.hf_clm.train)
+if [ "$SMALL" = 1 ]; then
+    RUNS=${RUNS:-$ROOT/runs}/hf_clm_small SIZE=small LR=${LR:-3e-2} WARMUP=${WARMUP:-0} STEPS=${STEPS:-300}
+    DATA=${DATA_DIR:-$RUNS/data}
+    TEXT=${STABLE_DATA:-$ROOT/../shared/data}/lm
+    if [ ! -f "$DATA/val.bin" ]; then
+        [ -f "$TEXT/train.txt" ] || die "$TEXT/train.txt is missing: set STABLE_DATA to a folder that has lm/{train,valid}.txt"
+        PREPARE=(--train "$TEXT/train.txt" --val "$TEXT/valid.txt")
+    fi
+    OPTIONS=(--batch-tokens 2048 --device-batch 16 --eval-every 100 --save-every 100 --monitor-every 10)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+else
+    RUNS=${RUNS:-$ROOT/runs}/hf_clm LR=${LR:-$PEAK} WARMUP=${WARMUP:-2000} STEPS=${STEPS:-600000}
+    DATA=${DATA_DIR:-$RUNS/data}
+    OPTIONS=(--batch-tokens $((480 * 1024)) --device-batch "$DEVICE_BATCH" --workers 4 --compile)
+    if [ "$GPUS" -gt 1 ]; then
+        LAUNCH=(accelerate launch --config_file "$ROOT/recipes/hf_clm/configs/$ENGINE.yaml" --num_processes "$GPUS" "${LAUNCH[@]:1}")
+    fi
+fi
+
+run() {
+    if [ "${DRY_RUN:-0}" = 1 ]; then
+        printf '%q ' "$@" && echo && return
+    fi
+    "$@"
+}
+if [ ! -f "$DATA/val.bin" ]; then run python -m recipes.hf_clm.prepare --output "$DATA" "${PREPARE[@]}"; fi
+run "${LAUNCH[@]}" --output "$RUNS/$SIZE-$KIND-$LR-$WARMUP-$SEED" --data "$DATA" --size "$SIZE" "${MODEL[@]}" \
+    --lr "$LR" --warmup "$WARMUP" --steps "$STEPS" "${OPTIONS[@]}" --seed "$SEED" "$@"

@@ -1,0 +1,270 @@
+"""The launcher: upstream's scripts with our model, or, without NANOGPT_DIR, scripts that ask of it what upstream's do."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt_patch.model import STOCK
+from stable_monitor.records import read
+
+CHECKOUT = os.environ.get("NANOGPT_DIR")
+
+# What upstream's files do with the model and the settings, in as few lines.
+STAND_INS = {
+    "model.py": "raise ImportError('the checkout\\'s own model')\n",
+    "configurator.py": """
+import sys
+from ast import literal_eval
+for arg in sys.argv[1:]:
+    if "=" not in arg:
+        exec(open(arg).read())
+    else:
+        key, val = arg[2:].split("=")
+        try:
+            val = literal_eval(val)
+        except (SyntaxError, ValueError):
+            pass
+        assert type(val) == type(globals()[key])
+        globals()[key] = val
+""",
+    "train.py": """
+import os, pickle
+import numpy as np
+import torch
+from model import GPTConfig, GPT
+out_dir = 'out'
+eval_interval = 100
+eval_iters = 2
+log_interval = 1
+always_save_checkpoint = True
+init_from = 'scratch'
+dataset = 'openwebtext'
+gradient_accumulation_steps = 1
+batch_size = 4
+block_size = 1024
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0
+bias = False
+learning_rate = 6e-4
+max_iters = 600000
+warmup_iters = 0
+wandb_run_name = 'gpt2'
+weight_decay = 1e-1
+grad_clip = 1.0
+lr_decay_iters = 600000
+min_lr = 6e-5
+dtype = 'bfloat16' if torch.cuda.is_available() else 'float16'
+device = 'cuda'
+compile = True
+config_keys = [k for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, bool, str))]
+exec(open('configurator.py').read())
+config = {k: globals()[k] for k in config_keys}
+master_process = True
+os.makedirs(out_dir, exist_ok=True)
+torch.manual_seed(1337)
+data = np.memmap(os.path.join('data', dataset, 'train.bin'), dtype=np.uint16, mode='r')
+def get_batch():
+    ix = torch.randint(len(data) - block_size, (batch_size,))
+    x = torch.stack([torch.from_numpy(data[i:i + block_size].astype(np.int64)) for i in ix])
+    y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + block_size].astype(np.int64)) for i in ix])
+    return x, y
+iter_num = 0
+model_args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
+                  bias=bias, vocab_size=None, dropout=dropout)
+if init_from == 'scratch':
+    with open(os.path.join('data', dataset, 'meta.pkl'), 'rb') as f:
+        model_args['vocab_size'] = pickle.load(f)['vocab_size']
+    model = GPT(GPTConfig(**model_args))
+else:
+    checkpoint = torch.load(os.path.join(out_dir, 'ckpt.pt'), map_location=device)
+    for k in ['n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size']:
+        model_args[k] = checkpoint['model_args'][k]
+    model = GPT(GPTConfig(**model_args))
+    model.load_state_dict(checkpoint['model'])
+    iter_num = checkpoint['iter_num']
+model.to(device)
+optimizer = model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), 'cpu')
+if init_from == 'resume':
+    optimizer.load_state_dict(checkpoint['optimizer'])
+checkpoint = None
+while True:
+    if iter_num % eval_interval == 0 and iter_num > 0:
+        checkpoint = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': model_args,
+                      'iter_num': iter_num, 'config': config}
+        torch.save(checkpoint, os.path.join(out_dir, 'ckpt.pt'))
+    X, Y = get_batch()
+    logits, loss = model(X, Y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    print(f"iter {iter_num}: loss {loss.item():.4f}, mfu {model.estimate_mfu(batch_size, 1.0)}")
+    iter_num += 1
+    if iter_num > max_iters:
+        break
+""",
+    "sample.py": """
+import os
+import torch
+from model import GPTConfig, GPT
+init_from = 'resume'
+out_dir = 'out'
+start = "x"
+num_samples = 10
+max_new_tokens = 500
+top_k = 200
+device = 'cuda'
+dtype = 'bfloat16'
+exec(open('configurator.py').read())
+checkpoint = torch.load(os.path.join(out_dir, 'ckpt.pt'), map_location=device)
+model = GPT(GPTConfig(**checkpoint['model_args']))
+model.load_state_dict(checkpoint['model'])
+model.eval()
+print(model.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens, temperature=0.8, top_k=top_k)[0].tolist())
+""",
+}
+TINY = [
+    "--dataset=tiny", "--device=cpu", "--dtype=float32", "--compile=False", "--n_layer=2", "--n_head=2", "--n_embd=32",
+    "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=1", "--max_iters=6", "--eval_interval=6",
+    "--eval_iters=2", "--log_interval=1", "--warmup_iters=0", "--learning_rate=0.01",
+]  # fmt: skip
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of NANOGPT_DIR's scripts, or the stand-ins, with data of 40 symbols."""
+    folder = tmp_path / "nanoGPT"
+    (folder / "data" / "tiny").mkdir(parents=True)
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(Path(CHECKOUT, name).read_text() if CHECKOUT else text)
+    ids = np.random.default_rng(0).integers(0, 40, 2000, dtype=np.uint16)
+    for split in ("train", "val"):
+        ids.tofile(folder / "data" / "tiny" / f"{split}.bin")
+    symbols = "".join(map(chr, range(65, 105)))
+    meta = {"vocab_size": 40, "itos": dict(enumerate(symbols)), "stoi": {c: i for i, c in enumerate(symbols)}}
+    (folder / "data" / "tiny" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def launch(checkout: Path, script: str, *arguments: str, module: str = "nanogpt_patch") -> subprocess.CompletedProcess:
+    command = [sys.executable, *(["-m", module] if module else []), str(checkout / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=checkout if not module else checkout.parent)
+
+
+def losses(done: subprocess.CompletedProcess) -> list[str]:
+    assert done.returncode == 0, done.stderr[-2000:]
+    return re.findall(r"iter \d+: loss ([\d.]+)", done.stdout)
+
+
+def test_trains_resumes_and_samples(checkout):
+    settings = ["--alpha=0.25", "--reparam=sigma", "--norm=rmsnorm", "--out_dir=a", "--monitor_every=2"]
+    first = launch(checkout, "train.py", *TINY, *settings)
+    assert len(losses(first)) == 7 and float(losses(first)[-1]) < 5
+    checkpoint = torch.load(checkout / "a" / "ckpt.pt", weights_only=False)
+    chosen = {
+        "alpha": 0.25,
+        "reparam": "sigma",
+        "norm": "rmsnorm",
+        "attention": "stable",
+        "init": "stable",
+        "tau_scale": 1.0,
+    }
+    assert {name: checkpoint["model_args"][name] for name in chosen} == chosen
+    assert checkpoint["config"]["alpha"] == 0.25  # what upstream logs to wandb
+    assert "transformer.h.0.attn.c_attn.parametrizations.weight.0.gamma" in checkpoint["model"]
+    assert [record["step"] for record in read(checkout / "a" / "monitor.jsonl")] == [2, 4, 6]
+
+    again = launch(
+        checkout, "train.py", *TINY, "--out_dir=a", "--init_from=resume", "--max_iters=8", "--monitor_every=2"
+    )
+    assert re.findall(r"iter (\d+): loss", again.stdout) == ["6", "7", "8"], again.stderr[-2000:]
+    assert "From the checkpoint: alpha = 0.25" in again.stdout
+    assert "From the checkpoint: tau_scale" not in again.stdout
+    steps = [record["step"] for record in read(checkout / "a" / "monitor.jsonl")]
+    assert steps[:3] == [2, 4, 6] and steps[-1] == 8
+
+    if CHECKOUT is None or importable("tiktoken"):
+        sample = [
+            "--out_dir=a",
+            "--device=cpu",
+            "--dtype=float32",
+            "--num_samples=1",
+            "--max_new_tokens=30",
+            "--start=A",
+        ]
+        sampled = launch(checkout, "sample.py", *sample)
+        assert sampled.returncode == 0, sampled.stderr[-2000:]
+        assert sampled.stdout
+
+
+def importable(name: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode == 0
+
+
+def test_extra_seed(checkout):
+    runs = [
+        losses(launch(checkout, "train.py", *TINY, f"--out_dir=seed{seed}", f"--extra_seed={seed}"))
+        for seed in (0, 0, 1)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.skipif(CHECKOUT is None, reason="NANOGPT_DIR does not name a checkout of karpathy/nanoGPT")
+def test_stock_settings_have_upstreams_loss_curve(checkout):
+    stock = [f"--{name}={value}" for name, value in STOCK.items()]
+    theirs = losses(launch(checkout, "train.py", *TINY, "--dropout=0.1", "--out_dir=theirs", module=""))
+    ours = losses(launch(checkout, "train.py", *TINY, "--dropout=0.1", "--out_dir=ours", *stock))
+    assert theirs == ours and len(ours) == 7
+    states = [torch.load(checkout / out / "ckpt.pt", weights_only=False)["model"] for out in ("theirs", "ours")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_config_files_are_found_here_in_the_checkout_and_in_the_package(checkout):
+    (checkout / "config").mkdir()
+    (checkout / "config" / "theirs.py").write_text("out_dir = 'b'\nlearning_rate = 2 * 1e-3\ntau_scale = 0.5\n")
+    (checkout.parent / "mine.py").write_text("alpha = 0.125\n")
+    run = ["config/train_gpt2_small.py", "config/theirs.py", "mine.py", *TINY]
+    assert losses(launch(checkout, "train.py", *run))
+    args = torch.load(checkout / "b" / "ckpt.pt", weights_only=False)["model_args"]
+    assert {k: args[k] for k in ("norm", "tau_scale", "alpha")} == {
+        "norm": "layernorm",
+        "tau_scale": 0.5,
+        "alpha": 0.125,
+    }
+
+
+def test_wrong_arguments_are_one_line(checkout):
+    (checkout / "typo.py").write_text("alhpa = 0.3\n")
+    (checkout / "value.py").write_text("norm = 'batch'\n")
+    for arguments, error in (
+        (
+            ["train.py", "--alhpa=0.3"],
+            "--alhpa is no setting; there are alpha, always_save_checkpoint, attention, ",
+        ),
+        (["train.py", "typo.py"], "typo.py: alhpa is no setting; there are alpha,"),
+        (["train.py", "--alpha=0"], "--alpha = 0 is of type int: allowed is float, as in 0.475"),
+        (["train.py", "--norm=batch"], "norm = 'batch': allowed are 'stable', 'layernorm', 'rmsnorm', 'none'"),
+        (["train.py", "value.py"], "norm = 'batch': allowed are"),
+        (["train.py", "--alpha"], "--alpha: settings are --name=value"),
+        (
+            ["train.py", "config/train_gpt5.py"],
+            "is no config file, here or in the checkout; this package has config/train_gpt2_200.py",
+        ),
+        (["gone.py"], "gone.py is not there: give a script of a nanoGPT checkout"),
+        (["--alpha=0.3"], "gone"),
+    ):
+        if arguments[0].startswith("--"):
+            done = subprocess.run([sys.executable, "-m", "nanogpt_patch", *arguments], capture_output=True, text=True)
+            error = "usage: python -m nanogpt_patch PATH/TO/nanoGPT/{train,sample,bench}.py"
+        else:
+            done = launch(checkout, *arguments)
+        assert done.returncode == 2 and error in done.stderr, done.stderr
+        assert done.stderr.startswith("nanogpt_patch: ") and done.stderr.count("\n") == 1
