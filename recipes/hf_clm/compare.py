@@ -36,22 +36,39 @@ class Settings:
 
 
 def summary(run: Path) -> dict:
-    """Settings, losses, and of the layer where it is worst the mean attention entropy (nats) and the largest logit."""
-    log, records = json.loads((run / "trainer_state.json").read_text())["log_history"], read(run)
-    worst = {
-        "entropy": [min(sum(x["entropy"]) / len(x["entropy"]) for x in r["layers"].values()) for r in records],
-        "max_logit": [max(max(x["max_logit"]) for x in r["layers"].values()) for r in records],
-    }
+    """Settings and losses, and what the monitor saw."""
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
     settings = json.loads((run / "settings.json").read_text())
     return {
         "run": run.name,
         "settings": {name: value for name, value in settings.items() if name not in ("output", "data")},
         "loss": series(log, "loss"),
         "eval_loss": series(log, "eval_loss"),
+        **worst(run),
+    }
+
+
+def worst(run: Path) -> dict:
+    """Of the layer where it is worst, the mean attention entropy (nats) and the largest logit, by update; and the alarms."""
+    records = read(run)
+    seen = {
+        "entropy": [min(sum(x["entropy"]) / len(x["entropy"]) for x in r["layers"].values()) for r in records],
+        "max_logit": [max(max(x["max_logit"]) for x in r["layers"].values()) for r in records],
+    }
+    return {
         "monitored": [r["step"] for r in records],
-        **{name: [round(value, 4) for value in values] for name, values in worst.items()},
+        **{name: [round(value, 4) for value in values] for name, values in seen.items()},
         "alarms": [{"step": r["step"], "layer": alarm["layer"]} for r in records for alarm in r["alarms"]],
     }
+
+
+def write(rows: list[dict], output: Path) -> None:
+    """NAME.jsonl, NAME.png and the table on the screen."""
+    rows = sorted(rows, key=lambda row: (group_of(row), row["run"]))
+    output.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot(rows, output.with_suffix(".png"))
+    Console().print(table(rows))
+    print(f"log and plot: {output}.jsonl, {output}.png")
 
 
 def group_of(row: dict) -> str:
@@ -92,12 +109,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="python -m recipes.hf_clm.compare", description=__doc__)
-    rows = sorted(map(summary, settings.runs), key=lambda row: (group_of(row), row["run"]))
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    settings.output.with_suffix(".jsonl").write_text(text)
-    plot(rows, settings.output.with_suffix(".png"))
-    Console().print(table(rows))
-    print(f"log and plot: {settings.output}.jsonl, {settings.output}.png")
+    write(list(map(summary, settings.runs)), settings.output)
     return 0
 
 

@@ -32,6 +32,7 @@ for arg in sys.argv[1:]:
         except (SyntaxError, ValueError):
             pass
         assert type(val) == type(globals()[key])
+        print(f"Overriding: {key} = {val}")
         globals()[key] = val
 """,
     "train.py": """
@@ -98,6 +99,9 @@ if init_from == 'resume':
 checkpoint = None
 while True:
     if iter_num % eval_interval == 0 and iter_num > 0:
+        X, Y = get_batch()
+        loss = model(X, Y)[1].item()
+        print(f"step {iter_num}: train loss {loss:.4f}, val loss {loss:.4f}")
         checkpoint = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': model_args,
                       'iter_num': iter_num, 'config': config}
         torch.save(checkpoint, os.path.join(out_dir, 'ckpt.pt'))
@@ -138,13 +142,19 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def checkout(tmp_path) -> Path:
-    """A copy of NANOGPT_DIR's scripts, or the stand-ins, with data of 40 symbols."""
-    folder = tmp_path / "nanoGPT"
-    (folder / "data" / "tiny").mkdir(parents=True)
+def write_scripts(folder: Path) -> None:
+    """A copy of NANOGPT_DIR's, or the stand-ins."""
+    folder.mkdir()
     for name, text in STAND_INS.items():
         (folder / name).write_text(Path(CHECKOUT, name).read_text() if CHECKOUT else text)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """Scripts, and data of 40 symbols."""
+    folder = tmp_path / "nanoGPT"
+    write_scripts(folder)
+    (folder / "data" / "tiny").mkdir(parents=True)
     ids = np.random.default_rng(0).integers(0, 40, 2000, dtype=np.uint16)
     for split in ("train", "val"):
         ids.tofile(folder / "data" / "tiny" / f"{split}.bin")

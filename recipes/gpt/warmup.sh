@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# warmup.sh: no warm-up, at 1, 2 and 4 times the learning rate: the stability test of [ST, Section 4], GPT-2 and StableGPT.
+# Small, the learning rate is nanoGPT's for its character model, 1e-3; SCALES="1 2 4 16 32" goes on to where something breaks.
+#
+#   NANOGPT_DIR=~/nanoGPT SMALL=1 SEEDS="1 2 3" recipes/gpt/warmup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+BASE=$([ "$SMALL" = 1 ] && echo 1e-3 || echo 6e-4)
+for scale in ${SCALES:-1 2 4}; do
+    for kind in gpt2 stablegpt; do
+        train "warmup_$kind-x$scale" "train_${kind}_small" $(rate "$(python -c "print($scale * $BASE)")") --warmup_iters=0
+    done
+done
+compare warmup

@@ -1,0 +1,142 @@
+"""recipes/gpt: its commands against the paper's tables, and a small run from data to comparison."""
+
+import json
+import os
+import pickle
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanogpt_patch.launch import _assigned, check
+from recipes.gpt import compare, prepare
+from tests.nanogpt_patch.test_launch import write_scripts
+
+RECIPES = Path(prepare.__file__).parent
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    write_scripts(tmp_path / "nanoGPT")
+    return tmp_path / "nanoGPT"
+
+
+def recipe(checkout: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {"NANOGPT_DIR": str(checkout), "RUNS": str(checkout.parent / "runs"), **environment}
+    command = ["bash", str(RECIPES / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def settings_of(checkout: Path, line: str) -> dict:
+    """What a command sets, the config file's settings with those of the command line over them."""
+    words = shlex.split(line)
+    script, arguments = check(words[words.index("nanogpt_patch") + 1 :])
+    assert script == checkout / "train.py"
+    settings = _assigned(Path(arguments[0]).read_text())
+    return settings | {a[2:].partition("=")[0]: a.partition("=")[2] for a in arguments[1:]}
+
+
+@pytest.mark.parametrize(
+    ("script", "varied", "values"),
+    [
+        ("learning_rate.sh", "learning_rate", ["6e-4", "1.2e-3", "1.8e-3", "2.4e-3"]),  # Figure 6
+        (
+            "alpha.sh",
+            "alpha",
+            ["0.0", "0.125", "0.25", "0.375", "0.5", 0.475, 0.475],
+        ),  # Figure 3, and its two baselines
+        ("init.sh", "init", ["xavier", "stable", "gpt2"]),  # Figure 2
+        ("tau.sh", "tau_scale", ["0.5", "1.0", "2.0"]),  # Figure 7
+        ("l2.sh", "attention", ["stable", "l2", "l2_tied", "qknorm"]),  # Figure 14
+    ],
+)
+def test_figures(checkout, script, varied, values):
+    done = recipe(checkout, script, DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    settings = [settings_of(checkout, line) for line in done.stdout.splitlines()]
+    assert [s[varied] for s in settings] == values
+    warmup = "0" if script in ("alpha.sh", "init.sh") else 2000
+    for s in settings:
+        assert (s["warmup_iters"], s["max_iters"], s["weight_decay"]) == (warmup, 600_000, 0.1)
+        assert s["batch_size"] * s["gradient_accumulation_steps"] * s["block_size"] == 491_520
+        assert float(s["min_lr"]) == pytest.approx(float(s["learning_rate"]) / 10)
+        assert s.get("n_layer", 12) == (36 if script == "l2.sh" else 12)
+
+
+def test_table_2_and_the_stability_test(checkout):
+    for size, rate in (("small", 6e-4), ("medium", 3e-4), ("large", 2.5e-4)):
+        for kind, norm in (("stable", "stable"), ("gpt2", "layernorm")):
+            done = recipe(checkout, "table2.sh", size, kind, DRY_RUN="1")
+            settings = settings_of(checkout, done.stdout)
+            assert (settings["learning_rate"], settings["norm"]) == (rate, norm)
+    lines = recipe(checkout, "warmup.sh", DRY_RUN="1", SEEDS="1 2 3").stdout.splitlines()
+    settings = [settings_of(checkout, line) for line in lines]
+    assert len(settings) == 18 and {s["warmup_iters"] for s in settings} == {"0"}
+    assert sorted({float(s["learning_rate"]) for s in settings}) == pytest.approx([6e-4, 1.2e-3, 2.4e-3])
+    assert {(s["norm"], s["extra_seed"]) for s in settings} == {(n, e) for n in ("stable", "layernorm") for e in "123"}
+
+
+def test_prepared_characters_are_the_text(tmp_path):
+    text = "To be, or not to be: that is the question. " * 40
+    (tmp_path / "text.txt").write_text(text)
+    assert prepare.main(["--output", str(tmp_path / "data"), "--text", str(tmp_path / "text.txt")]) == 0
+    meta = pickle.loads((tmp_path / "data" / "meta.pkl").read_bytes())
+    parts = [np.fromfile(tmp_path / "data" / f"{name}.bin", np.uint16) for name in ("train", "val")]
+    assert "".join(meta["itos"][i] for part in parts for i in part) == text
+    assert len(parts[0]) == len(text) * 9 // 10
+    assert meta["vocab_size"] == len(set(text)) == len(meta["stoi"])
+    assert all(meta["itos"][i] == symbol for symbol, i in meta["stoi"].items())
+
+
+def test_small_from_data_to_comparison(checkout, tmp_path):
+    (tmp_path / "text.txt").write_text("A plague on both your houses! " * 200)
+    prepare.main(["--output", str(tmp_path / "data"), "--text", str(tmp_path / "text.txt")])
+    small = {"SMALL": "1", "SCALES": "1", "SEEDS": "1", "ITERS": "4", "DATA_DIR": str(tmp_path / "data")}
+    tiny = ["--n_layer=1", "--n_embd=32", "--eval_interval=2", "--log_interval=1", "--monitor_every=2"]
+
+    def run() -> subprocess.CompletedProcess:
+        return recipe(checkout, "warmup.sh", *tiny, **small)
+
+    done = run()
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = tmp_path / "runs" / "gpt_small"
+    rows = [json.loads(line) for line in (runs / "warmup.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == ["warmup_gpt2-x1-1", "warmup_stablegpt-x1-1"]
+    for row in rows:
+        log = (runs / row["run"] / "train.log").read_text()
+        assert (
+            row["loss"][1] == [float(x) for x in re.findall(r"iter \d+: loss (\S+),", log)] and len(row["loss"][0]) == 5
+        )
+        assert row["eval_loss"][0][-1] == 4 and row["monitored"] == [2, 4]
+        assert row["settings"]["learning_rate"] == "0.001"
+    assert (runs / "warmup.png").stat().st_size > 10_000
+
+    before = (runs / "warmup_gpt2-x1-1" / "train.log").read_text()
+    (runs / "warmup_stablegpt-x1-1" / "done").unlink()  # as if it had been interrupted
+    assert run().returncode == 0
+    assert (runs / "warmup_gpt2-x1-1" / "train.log").read_text() == before
+    assert "From the checkpoint" not in (runs / "warmup_stablegpt-x1-1" / "train.log").read_text()
+    assert (runs / "warmup_stablegpt-x1-1" / "train.log").read_text().count("iter 4: loss") == 2
+
+
+def test_what_a_resumed_run_did_again_is_what_counts():
+    log = "iter 0: loss 3.0, x\niter 1: loss 2.0, x\niter 1: loss 1.5, x\niter 2: loss 1.0, x\n"
+    assert compare.series(compare.TRAINED, log) == [[0, 1, 2], [3.0, 1.5, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "error"),
+    [
+        (["table2.sh", "tiny"], {}, "SIZE = tiny: allowed are small, medium, large and 200"),
+        (["table2.sh", "small", "llama"], {}, "KIND = llama: allowed are stable and gpt2"),
+        (["warmup.sh"], {"SMALL": "yes"}, "SMALL=yes: allowed are 0 and 1"),
+        (["warmup.sh"], {"NANOGPT_DIR": "/nowhere"}, "NANOGPT_DIR=/nowhere: a checkout of github.com/karpathy/nanoGPT"),
+        (["warmup.sh"], {}, "data/openwebtext/train.bin is missing: run data/openwebtext/prepare.py"),
+    ],
+)
+def test_errors_are_one_line(checkout, script, environment, error):
+    done = recipe(checkout, *script, **environment)
+    assert done.returncode == 1 and error in done.stderr and done.stderr.count("\n") == 1, done.stderr
