@@ -96,9 +96,11 @@ def load(path: Path, data: Path, source_lang: str | None, target_lang: str | Non
     from fairseq.models import ARCH_MODEL_REGISTRY
     from fairseq.models.transformer import TransformerModel
 
-    # It registers its archs, and lets torch read fairseq's checkpoints safely.
+    # It registers its archs.
+    from fairseq_sigma.mend import allow_checkpoint_classes
     from fairseq_sigma.transformer import SigmaTransformerModel
 
+    allow_checkpoint_classes()  # again: timm, once it has loaded a checkpoint, takes argparse.Namespace off torch's list
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:

@@ -1,7 +1,6 @@
 """SimCLR: the loss against its formula, the four variants against Table 6, and the commands on a few digits."""
 
 import json
-import logging
 import math
 import os
 import runpy
@@ -41,15 +40,6 @@ TINY = (
     "--model-kwargs patch_size=2 embed_dim=32 depth=2 num_heads=2"
 ).split()
 PROBE = "--epochs 3 --batch-size 64 --no-augment".split()
-
-
-@pytest.fixture(autouse=True)
-def log_level():
-    """A command quiets the monitor's warnings; here other tests come after it."""
-    log = logging.getLogger("stable_monitor")
-    before = log.level
-    yield
-    log.setLevel(before)
 
 
 def few_digits(*args):
