@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch.optim import Optimizer
@@ -55,6 +56,8 @@ def check(argv: list[str]) -> tuple[Path, list[str]]:
     arguments, chosen = [], {}
     for argument in argv[1:]:
         name, equals, text = argument.removeprefix("--").partition("=")
+        if "=" in text or (equals and not argument.startswith("--")):
+            raise ValueError(f"{argument}: settings are --name=value, with one =")
         if equals and argument.startswith("--"):
             _check_setting(name, _value(text), known, "--")
             chosen[name] = _value(text)
@@ -63,11 +66,24 @@ def check(argv: list[str]) -> tuple[Path, list[str]]:
             raise ValueError(f"{argument}: settings are --name=value")
         else:
             path = _find_config(argument, script.parent)
-            for name, value in _assigned(path.read_text()).items():
+            try:
+                assigned = _assigned(path.read_text())
+            except SyntaxError as error:
+                raise ValueError(f"{path}: line {error.lineno}: {error.msg}") from error
+            for name, value in assigned.items():
+                if type(value) is int and type(known.get(name)) is float:
+                    value = float(value)  # of a file upstream asks no more
                 _check_setting(name, value, known, f"{path}: ")
                 chosen[name] = value
             arguments.append(str(path))
-    GPTConfig(**{name: value for name, value in chosen.items() if name in SETTINGS and value is not UNKNOWN})
+    ours = {name: value for name, value in chosen.items() if name in SETTINGS and value is not UNKNOWN}
+    GPTConfig(**ours)
+    if str(chosen.get("init_from")).startswith("gpt2"):
+        for name, stock in STOCK.items():
+            if ours.get(name, stock) != stock:
+                raise ValueError(
+                    f"{name} = {ours[name]!r}: with init_from = {chosen['init_from']!r} allowed is {stock!r}"
+                )
     return script, arguments
 
 
@@ -79,7 +95,7 @@ def run(script: Path, arguments: list[str]) -> None:
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
     os.chdir(script.parent)  # it opens configurator.py, data and out_dir from there
-    torch.manual_seed = _shifted(torch.manual_seed)
+    torch.manual_seed, torch.cuda.manual_seed = _shifted(torch.manual_seed), _shifted(torch.cuda.manual_seed)
     runpy.run_path(str(script), init_globals={**SETTINGS, **LAUNCHER}, run_name="__main__")
 
 
@@ -110,7 +126,17 @@ def _config_of_script(**model_args) -> GPTConfig:
 
 
 class _MonitoredGPT(GPT):
-    """The model, watched from its optimizer's steps where `monitor_every` asks for it."""
+    """The model: changes of its settings go into checkpoints, and where `monitor_every` asks for it, it is watched."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> Self:
+        model = super().from_pretrained(*args, **kwargs)
+        _variables().setdefault("model_args", {}).update(STOCK)
+        return model
+
+    def crop_block_size(self, block_size: int) -> None:
+        super().crop_block_size(block_size)
+        _variables().setdefault("model_args", {})["tau_scale"] = self.config.tau_scale
 
     def configure_optimizers(self, *args, **kwargs) -> Optimizer:
         optimizer, variables = super().configure_optimizers(*args, **kwargs), _variables()
@@ -123,7 +149,10 @@ class _MonitoredGPT(GPT):
 
             def after(*_) -> None:
                 if watching:
-                    watching[0].step(lr=optimizer.param_groups[0]["lr"])
+                    loss = (
+                        variables["loss"].detach() * variables["gradient_accumulation_steps"]
+                    )  # as upstream prints it
+                    watching[0].step(loss, optimizer.param_groups[0]["lr"])
                 else:  # only now is the variable `model` what the loop calls, compiled and wrapped for DDP
                     done = variables["iter_num"] + 1
                     watching.append(
@@ -147,13 +176,21 @@ def _globals_of(script: Path) -> dict[str, object]:
 def _assigned(code: str) -> dict[str, object]:
     values = {}
     for statement in ast.parse(code).body:
-        for target in statement.targets if isinstance(statement, ast.Assign) else ():
-            if isinstance(target, ast.Name) and not target.id.startswith("_"):
-                try:
-                    values[target.id] = ast.literal_eval(statement.value)
-                except ValueError:
-                    values[target.id] = UNKNOWN
+        if not isinstance(statement, ast.Assign | ast.AnnAssign):
+            continue
+        for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
+            several = isinstance(target, ast.Tuple | ast.List)
+            for name in target.elts if several else [target]:
+                if isinstance(name, ast.Name) and not name.id.startswith("_"):
+                    values[name.id] = UNKNOWN if several or statement.value is None else _literal(statement.value)
     return values
+
+
+def _literal(node: ast.expr) -> object:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return UNKNOWN
 
 
 def _value(text: str) -> object:
@@ -166,7 +203,9 @@ def _value(text: str) -> object:
 
 def _check_setting(name: str, value: object, known: dict[str, object], where: str) -> None:
     if name not in known:
-        raise ValueError(f"{where}{name} is no setting; there are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{where}{name} is no setting; there are {', '.join(sorted(known))} (helpers' names start with _)"
+        )
     default = known[name]
     if UNKNOWN not in (value, default) and type(value) is not type(default):
         kinds = type(value).__name__, type(default).__name__

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_core import SigmaReparamConfig, StableNorm, sigma_reparam, stable_init_
-from stable_core.attention import L2Kernel, stable_qk_norms
+from stable_core.attention import L2Kernel, stable_qk_norms, stable_tau
 
 CHOICES = {
     "norm": ("stable", "layernorm", "rmsnorm", "none"),
@@ -192,14 +192,15 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def crop_block_size(self, block_size: int) -> None:
-        """Keeps the first `block_size` positions. tau stays that of the length the model was built for.
+        """Keeps the first `block_size` positions. tau stays what it was: tau_scale grows by what log2(block_size) loses.
 
         Raises:
             ValueError: a block_size above the present one.
         """
         if block_size > self.config.block_size:
             raise ValueError(f"block_size = {block_size}: allowed are sizes up to {self.config.block_size}")
-        self.config = replace(self.config, block_size=block_size)
+        kept = stable_tau(self.config.block_size) / stable_tau(block_size) if block_size > 1 else 1.0
+        self.config = replace(self.config, block_size=block_size, tau_scale=self.config.tau_scale * kept)
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
 
     @classmethod

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .sigma_reparam import JointMember, SigmaReparam, SigmaReparamConfig, refuse_plain_weight
+from .sigma_reparam import SigmaReparam, SigmaReparamConfig, refuse_plain_weight
 from .targets import QKV_NAMES, Group, Target
 
 _ORIGINAL = re.compile(r"(?P<layer>.*?)parametrizations\.(?P<tensor>[^.]+)\.original(?P<weight_norm>0?)")
@@ -36,7 +36,7 @@ def fold(model: nn.Module) -> nn.Module:
         chain = module.parametrizations[tensor]
         if len(chain) > 1:
             raise ValueError(f"{name}: another parametrization lies on top of σReparam; remove that one first")
-        if isinstance(chain[0], SigmaReparam | JointMember) and any(id(m) not in inside for m in chain[0].members()):
+        if hasattr(chain[0], "members") and any(id(m) not in inside for m in chain[0].members()):
             raise ValueError(
                 f"{name}: it shares its sigma with a layer outside of what is folded; fold the whole attention"
             )
@@ -52,7 +52,12 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return any(hook.hook is refuse_plain_weight for hook in module._load_state_dict_pre_hooks.values())
+    return any(_is_our_hook(hook) for hook in module._load_state_dict_pre_hooks.values())
+
+
+def _is_our_hook(hook) -> bool:
+    """By name: a model that brings its own copy of this library (Hugging Face's remote code) folds as well."""
+    return getattr(hook.hook, "__name__", "") == refuse_plain_weight.__name__
 
 
 def _remove(module: nn.Module, tensor: str) -> None:
@@ -64,7 +69,7 @@ def _remove(module: nn.Module, tensor: str) -> None:
     with torch.enable_grad():  # else torch leaves a weight of several originals as a buffer
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=weight_norm)
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
-        if hook.hook is refuse_plain_weight:
+        if _is_our_hook(hook):
             del module._load_state_dict_pre_hooks[key]
 
 

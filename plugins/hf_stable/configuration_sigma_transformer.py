@@ -72,11 +72,16 @@ class SigmaTransformerConfig(ReparamConfig):
     decoder_start_token_id: int | None = 2
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
         if self.init_std is None and self.reparam in ("sigma", "spectral"):
             self.init_std = 0.1
         if self.initializer_range is None:
-            self.initializer_range = self.d_model**-0.5
+            self.initializer_range = max(self.d_model, 1) ** -0.5
+        if self.share_all_embeddings:
+            self.tie_word_embeddings = True
+        super().__post_init__(**kwargs)
+
+    def check_settings(self) -> None:
+        super().check_settings()
         check(self, "residual", ("deepnorm", "post-ln", "pre-ln", "none"))
         check(self, "activation_function", ACT2FN)
         sides = ("encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
@@ -93,13 +98,11 @@ class SigmaTransformerConfig(ReparamConfig):
         for field in ("dropout", "attention_dropout", "activation_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are numbers from 0 to below 1")
-        if self.share_all_embeddings:
-            if self.source_vocab_size != self.vocab_size:
-                raise ValueError(
-                    f"share_all_embeddings = True: src_vocab_size = {self.src_vocab_size}, allowed is vocab_size = "
-                    f"{self.vocab_size}"
-                )
-            self.tie_word_embeddings = True
+        if self.share_all_embeddings and self.source_vocab_size != self.vocab_size:
+            raise ValueError(
+                f"share_all_embeddings = True: src_vocab_size = {self.src_vocab_size}, allowed is vocab_size = "
+                f"{self.vocab_size}"
+            )
 
     @property
     def source_vocab_size(self) -> int:

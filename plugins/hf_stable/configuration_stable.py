@@ -36,6 +36,10 @@ class ReparamConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.check_settings()
+
+    def check_settings(self) -> None:
+        """Raises ValueError for the first field with a wrong value."""
         check(self, "reparam", ("none", "sigma", "spectral", "weight"))
         self.sigma_reparam_config()
 
@@ -69,8 +73,8 @@ class StableConfig(ReparamConfig):
     initializer_range: float = 0.02
     norm_eps: float = 1e-5
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+    def check_settings(self) -> None:
+        super().check_settings()
         check(self, "norm", ("stable", "layernorm", "rmsnorm", "none"))
         check(self, "attention", ("stable", "dot", "qknorm", "l2", "l2_tied"))
         check(self, "init", ("stable", "normal", "xavier"))

@@ -50,11 +50,14 @@ class StableGPTConfig(StableConfig):
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        check_positive(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-        if self.n_inner is None:
-            self.n_inner = 4 * self.n_embd
+    @property
+    def mlp_width(self) -> int:
+        """Not filled in at the start: who sets n_embd later means both."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_positive(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_width")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head = {self.n_head!r}: allowed are divisors of n_embd = {self.n_embd}")
         if not 0 <= self.dropout < 1:

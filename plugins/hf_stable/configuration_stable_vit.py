@@ -47,8 +47,8 @@ class StableViTConfig(StableConfig):
     qkv_bias: bool = True
     patch_initializer_range: float | None = None
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+    def check_settings(self) -> None:
+        super().check_settings()
         check_positive(self, "image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size")
         check_positive(self, "num_hidden_layers", "num_attention_heads")
         if self.hidden_size % self.num_attention_heads:

@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoConfig
 
 import hf_stable
 
 from .exporting import export
 
-PROCESSORS = {"tokenizer_config.json": AutoTokenizer, "preprocessor_config.json": AutoImageProcessor}
+# Weights and the state of training; all else goes along: tokenizers and processors, whatever their kind.
+LEFT_OUT = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", "trainer_state.json", ".jsonl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,5 +26,5 @@ def run(args: argparse.Namespace) -> Path:
     cls = getattr(hf_stable, name, None) or getattr(transformers, name, None)
     if cls is None:
         raise ValueError(f"{args.model} holds a {name}: allowed are the models of hf_stable and of transformers")
-    processors = [auto.from_pretrained(args.model) for file, auto in PROCESSORS.items() if (args.model / file).exists()]
-    return export(cls.from_pretrained(args.model), args.out, folded=True, processors=tuple(processors))
+    files = [path for path in args.model.iterdir() if path.is_file() and not path.name.endswith(LEFT_OUT)]
+    return export(cls.from_pretrained(args.model), args.out, folded=True, files=files)

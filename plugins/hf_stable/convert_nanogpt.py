@@ -2,9 +2,12 @@
 
 import argparse
 import importlib.util
+import inspect
+import pickle
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
 from .configuration_stable_gpt import StableGPTConfig
@@ -23,7 +26,8 @@ def from_nanogpt(checkpoint: dict) -> StableGPTForCausalLM:
     Raises:
         ValueError: no checkpoint of nanoGPT; one with a setting that is neither upstream's nor nanogpt_patch's.
     """
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+    whole = isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()
+    if not whole or not isinstance(checkpoint["model_args"], dict):
         raise ValueError("no checkpoint of nanoGPT: it holds no 'model' and 'model_args'")
     args = {**STOCK, **checkpoint["model_args"]}
     for name in args:
@@ -31,7 +35,11 @@ def from_nanogpt(checkpoint: dict) -> StableGPTForCausalLM:
             raise ValueError(f"model_args holds {name}: allowed are {', '.join((*UPSTREAM, *PATCHED))}")
     if args["init"] == "gpt2":
         args["init"] = "normal"
-    model = StableGPTForCausalLM(StableGPTConfig(**args)).eval()
+    try:
+        config = StableGPTConfig(**args)
+    except StrictDataclassError as error:
+        raise ValueError(f"model_args: {' '.join(str(error).split())}") from error
+    model = StableGPTForCausalLM(config).eval()
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
     # Before torch 2 nanoGPT kept the causal mask as a buffer.
     load_whole(model, {name: x for name, x in state.items() if not name.endswith(".attn.bias")}, "nanoGPT")
@@ -46,6 +54,8 @@ def check_against(model: StableGPTForCausalLM, checkpoint: dict, code: Path) -> 
         raise ValueError(f"{code}: no model.py of nanoGPT")
     upstream = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(upstream)
+    if strange := checkpoint["model_args"].keys() - inspect.signature(upstream.GPTConfig).parameters.keys():
+        raise ValueError(f"{code}: its GPT has no {min(strange)}: for a checkpoint of nanogpt_patch give its model.py")
     gpt = upstream.GPT(upstream.GPTConfig(**checkpoint["model_args"])).eval()
     gpt.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()})
     tokens = tokens_like(model.config.vocab_size, min(64, model.config.block_size))
@@ -61,7 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Path:
-    checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    except (EOFError, IndexError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{args.checkpoint}: no checkpoint of nanoGPT: {type(error).__name__}") from error
     model = from_nanogpt(checkpoint)
     if args.code is not None:
         check_against(model, checkpoint, args.code)

@@ -45,7 +45,8 @@ def from_timm(vit: VisionTransformer) -> StableViTForImageClassification:
     }
     load_whole(model, state, type(vit).__name__)
     size = (2, fields["num_channels"], fields["image_size"], fields["image_size"])
-    images = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(vit.pos_embed.device)
+    model.to(images.device)
     check_equal(model.eval()(images).logits, vit.eval()(images), type(vit).__name__)
     return model
 

@@ -18,7 +18,7 @@ from stable_core.sigma_reparam import SigmaReparam, sigma_reparam
 from stable_core.stable_init import stable_init_
 from stable_core.stable_norm import StableNorm
 
-from .source import write_source
+from .source import without_source, write_source
 
 
 class StablePreTrainedModel(PreTrainedModel):
@@ -31,9 +31,9 @@ class StablePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config) -> None:
-        implementation = config._attn_implementation or ""
-        if getattr(config, "attention", "").startswith("l2") and "flash" in implementation:
-            raise ValueError(f"attn_implementation = {implementation!r}: L2 attention runs on 'eager' and 'sdpa'")
+        config.check_settings()  # again: transformers sets what is given beside a folder's name afterwards
+        if getattr(config, "attention", "").startswith("l2"):
+            refuse_flash(config._attn_implementation)
         super().__init__(config)
 
     @classmethod
@@ -111,12 +111,15 @@ class StablePreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, *args, **kwargs) -> None:
         """transformers'; and the source of the model, so that `trust_remote_code=True` loads it without this library."""
         if is_main_process and not Path(save_directory).is_file():
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **self.config.auto_classes}
             write_source(save_directory, self.config.auto_classes.values())
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
+        return without_source(super()._get_files_timestamps(working_dir))
 
 
 def _is_fresh(tensor: Tensor) -> bool:
@@ -170,10 +173,17 @@ def attend(
     """
     scaling = q.shape[-1] ** -0.5
     if l2:
+        refuse_flash(module.config._attn_implementation)
         q, k = l2_features(q, k)
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
     dropout = dropout if module.training else 0.0
     return interface(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def refuse_flash(implementation: str | None) -> None:
+    """Raises ValueError where L2 attention, whose keys are longer than its values, does not run."""
+    if "flash" in (implementation or ""):
+        raise ValueError(f"attn_implementation = {implementation!r}: L2 attention runs on 'eager' and 'sdpa'")
 
 
 def eager_attention(

@@ -48,9 +48,9 @@ class StableGPTAttention(nn.Module):
 class StableGPTMLP(nn.Module):
     def __init__(self, config: StableGPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
         self.act = ACT2FN[config.activation_function]
-        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.act(self.c_fc(x)))

@@ -49,7 +49,7 @@ class MonitorCallback(TrainerCallback):
                 "torch_compile = True hides the model from the monitor: leave it out, and call model.compile()"
             )
         self._collapsed = False
-        self._shares = _shares(kwargs["model"], args)
+        self._processes, self._batches = _sharing_processes(kwargs["model"], args), 1
         self.monitor = Monitor(
             kwargs["model"],
             self.every,
@@ -65,8 +65,12 @@ class MonitorCallback(TrainerCallback):
         self.monitor.read_gradients()
         self._lr = kwargs["optimizer"].param_groups[0]["lr"]
 
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._batches += 1
+
     def on_step_end(self, args, state, control, **kwargs):
-        record = self.monitor.step(lr=self._lr, output_loss_scale=self._shares)
+        shares = self._processes * self._batches if self._processes else 1
+        record, self._batches = self.monitor.step(lr=self._lr, output_loss_scale=shares), 1
         if record is not None:
             numbers = {f"attention_{name}": value for name, value in headline(record).items()}
             state.log_history.append({**numbers, "step": state.global_step})
@@ -83,9 +87,12 @@ class MonitorCallback(TrainerCallback):
             self.on_alarm(alarm)
 
 
-def _shares(model: nn.Module, args: TrainingArguments) -> int:
-    """Into how many shares Trainer has the model divide an update's loss: it tells models whose forward takes **kwargs."""
+def _sharing_processes(model: nn.Module, args: TrainingArguments) -> int:
+    """In how many processes Trainer has the model give its share of an update's loss: 0 where it gives its batch's own.
+
+    It tells models whose forward takes **kwargs how many items the update has.
+    """
     parameters = inspect.signature(extract_model_from_parallel(model).forward).parameters.values()
     if not getattr(model, "accepts_loss_kwargs", any(p.kind is p.VAR_KEYWORD for p in parameters)):
-        return 1
-    return args.gradient_accumulation_steps * (args.world_size if args.average_tokens_across_devices else 1)
+        return 0
+    return args.world_size if args.average_tokens_across_devices else 1

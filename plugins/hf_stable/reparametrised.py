@@ -55,10 +55,7 @@ def sigma_reparam(
     before = _parametrized(model)
     stable_core.sigma_reparam(model, config, filter_fn)
     picked = [name for name in _parametrized(model) if name not in before]
-    shared, model.config = model.config, copy.copy(model.config)
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = model.config
+    _give_own_config(model)
     _record(model, SigmaReparamRecord(picked, config))
     return model
 
@@ -66,10 +63,13 @@ def sigma_reparam(
 def fold(model: PreTrainedModel) -> PreTrainedModel:
     """`stable_core.fold`: plain layers with the same outputs, in place; what is saved then needs transformers alone.
 
+    It takes the whole model, not a part: the config says whether it is reparametrised. That becomes a copy.
+
     Raises:
         ValueError: as `stable_core.fold`.
     """
     stable_core.fold(model)
+    _give_own_config(model)
     _record(model, None)
     if hasattr(model.config, "reparam"):  # this plugin's models say it there
         model.config.reparam = "none"
@@ -168,6 +168,14 @@ def _names_in(model: PreTrainedModel, recorded: list[str]) -> list[str]:
 
 def _parametrized(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if parametrize.is_parametrized(module)]
+
+
+def _give_own_config(model: PreTrainedModel) -> None:
+    """A copy, for the model and the parts that have the same: another model may have it too."""
+    shared, model.config = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = model.config
 
 
 def _record(model: PreTrainedModel, record: SigmaReparamRecord | None) -> None:

@@ -14,6 +14,12 @@ HEADER = "# Written by stable-transformer (MIT) when the model was saved.\n"
 IMPORT = re.compile(r"^(?P<indent>\s*)from (?P<package>stable_core)?\.(?P<name>\w+) import", re.MULTILINE)
 
 
+def without_source(timestamps: dict[str, float]) -> dict[str, float]:
+    """Of the files that were there before a model is saved, from which transformers uploads what has changed since, those that
+    were not written for it just before."""
+    return {name: time for name, time in timestamps.items() if not name.endswith(".py")}
+
+
 def write_source(folder: str | Path, classes: Iterable[str]) -> None:
     """Writes the modules of `classes` ("module.Class", beside this file), and all that they import from this library.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizer
 
-from .source import write_source
+from .source import without_source, write_source
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # which fairseq puts before what a dictionary lists
 END_OF_WORD = "</w>"
@@ -125,6 +125,8 @@ class SigmaTransformerTokenizer(PreTrainedTokenizer):
         texts = {names["source_dict"]: self.source.text, names["target_dict"]: self.target.text}
         if self.bpe is not None:
             texts[names["bpe_codes"]] = self.bpe.text
+        else:  # of a tokenizer that was saved here before
+            (Path(save_directory) / f"{prefix}{names['bpe_codes']}").unlink(missing_ok=True)
         paths = [Path(save_directory) / f"{prefix}{name}" for name in texts]
         for path, text in zip(paths, texts.values(), strict=True):
             path.write_bytes(text.encode("utf-8"))
@@ -135,6 +137,9 @@ class SigmaTransformerTokenizer(PreTrainedTokenizer):
         if not Path(save_directory).is_file():
             write_source(save_directory, [self._auto_map["AutoTokenizer"][0]])
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
+        return without_source(super()._get_files_timestamps(working_dir))
 
 
 class FairseqDictionary:

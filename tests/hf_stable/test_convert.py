@@ -170,7 +170,9 @@ def test_folding_by_command(tmp_path):
     theirs = hf_stable.sigma_reparam(gpt2(), SigmaReparamConfig(gamma_init="spectral"))
     for name, source in (("ours", model), ("theirs", theirs)):
         source.save_pretrained(tmp_path / name)
+        (tmp_path / name / "processor_config.json").write_text("{}")  # of whatever kind
         assert main(["folded", str(tmp_path / name), str(tmp_path / f"{name}-plain")]) == 0
+        assert (tmp_path / f"{name}-plain" / "processor_config.json").exists()
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-plain")
         assert not any("parametrizations" in key for key in plain.state_dict())
         torch.testing.assert_close(plain(ids).logits, source(ids).logits, rtol=1e-4, atol=1e-5)
@@ -183,6 +185,11 @@ def test_errors_are_one_line(tmp_path, capsys):
     torch.save({**nanogpt_checkpoint(gpt2()), "model_args": {"n_layer": 3}}, tmp_path / "deep.pt")
     torch.save({**nanogpt_checkpoint(gpt2()), "model_args": {"rope": True}}, tmp_path / "rope.pt")
     stable_gpt().save_pretrained(tmp_path / "plain")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"model": {}, "model_args": {"n_layer": "2"}}, tmp_path / "type.pt")
+    torch.save({**nanogpt_checkpoint(gpt2()), "model_args": {**nanogpt_checkpoint(gpt2())["model_args"], "norm": "layernorm"}},
+               tmp_path / "patched.pt")  # fmt: skip
+    (tmp_path / "model.py").write_text(CODE)
     out = str(tmp_path / "out")
     for command, error in (
         (
@@ -191,6 +198,9 @@ def test_errors_are_one_line(tmp_path, capsys):
         ),
         (["nanogpt", str(tmp_path / "rope.pt"), out], "model_args holds rope: allowed are vocab_size, block_size"),
         (["nanogpt", str(tmp_path / "deep.pt"), out], "nanoGPT"),
+        (["nanogpt", str(tmp_path / "empty.pt"), out], "empty.pt: no checkpoint of nanoGPT: EOFError"),
+        (["nanogpt", str(tmp_path / "type.pt"), out], "Field 'n_layer' expected int, got str (value: '2')"),
+        (["nanogpt", str(tmp_path / "patched.pt"), out, "--code", str(tmp_path / "model.py")], "its GPT has no norm"),
         (["nanogpt", str(tmp_path / "gone.pt"), out], "No such file"),
         (["nanogpt", str(tmp_path / "other.pt"), str(tmp_path / "full")], "is there and not empty"),
         (["timm", "resnet18", out], "ResNet: allowed are timm's stablevit_*, sigma_vit_* and vit_*"),

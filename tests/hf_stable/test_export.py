@@ -1,7 +1,11 @@
 """Saved folders in a process that has never heard of this project, and what export refuses."""
 
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -121,13 +125,47 @@ def test_export_of_another_librarys_model(tmp_path):
     model, ids = transformers.GPT2LMHeadModel(config).eval(), tokens(2, 8)
     before = model(ids).logits
     hf_stable.sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))
-    with pytest.raises(ValueError, match="GPT2LMHeadModel: only folded does it load without this library"):
+    with pytest.raises(
+        ValueError, match=r"GPT2LMHeadModel with σReparam .*: only folded does it load without this library"
+    ):
         export(model, tmp_path / "out")
     export(model, tmp_path / "out", folded=True)
     plain = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(plain.eval()(ids).logits, before, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="nothing to fold"):
         export(plain, tmp_path / "out2", folded=True)
+
+
+@pytest.mark.parametrize("step", ["first", "again"])
+def test_push_to_hub_takes_the_source_along(tmp_path, monkeypatch, step):
+    committed = []
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id)
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", lambda self, **commit: committed.append(commit))
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_branch", lambda self, **_: None)
+    if step == "again":
+        stable_gpt().save_pretrained(tmp_path / "gpt")
+    stable_gpt().save_pretrained(tmp_path / "gpt", push_to_hub=True, repo_id="somebody/gpt")
+    files = {operation.path_in_repo for commit in committed for operation in commit["operations"]}
+    assert {"config.json", "model.safetensors", "modeling_stable_gpt.py", "stable_core_sigma_reparam.py"} <= files
+
+
+def test_a_model_that_brings_its_own_code_folds(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, ids = stable_gpt(reparam="sigma"), tokens(2, 6)
+    model.save_pretrained(tmp_path / "gpt")
+    script = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "gpt")!r}, trust_remote_code=True)
+import hf_stable
+assert "transformers_modules" in type(model).__module__
+hf_stable.export(model, {str(tmp_path / "plain")!r}, folded=True)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    plain = StableGPTForCausalLM.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_truncated_file_is_an_error(tmp_path):

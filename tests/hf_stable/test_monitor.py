@@ -65,6 +65,13 @@ def test_records_and_the_same_losses(tmp_path, accumulation):
     assert [entry["attention_entropy"] for entry in shown] == pytest.approx(means, rel=1e-4)
 
 
+def test_the_loss_of_an_update_with_fewer_batches(tmp_path):
+    """16 batches, 5 to an update: every fourth has 1."""
+    trainer = train(tmp_path, MonitorCallback(1), steps=8, gradient_accumulation_steps=5)
+    for record, loss in zip(read(tmp_path), losses(trainer), strict=True):
+        assert record["loss"] == pytest.approx(loss, abs=0.3)
+
+
 def test_resume_goes_on_in_the_same_file(tmp_path):
     train(tmp_path, MonitorCallback(1), steps=6, save_strategy="steps", save_steps=2)
     whole = read(tmp_path)

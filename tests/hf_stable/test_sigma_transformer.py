@@ -509,6 +509,14 @@ def test_wrong_tokenizer_files_are_refused(files, arguments, message, tmp_path):
         SigmaTransformerTokenizer(tmp_path / "dict", bpe_codes=codes, **arguments)
 
 
+def test_codes_of_a_tokenizer_that_was_there_before_are_gone(tmp_path):
+    (tmp_path / "dict").write_text("ab 1\n")
+    (tmp_path / "codes").write_text("a b\n")
+    SigmaTransformerTokenizer(tmp_path / "dict", bpe_codes=tmp_path / "codes").save_pretrained(tmp_path / "saved")
+    SigmaTransformerTokenizer(tmp_path / "dict").save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").bpe is None
+
+
 def test_moses_without_sacremoses_is_refused(corpus, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacremoses", None)
     with pytest.raises(ValueError, match="moses = True: sacremoses is missing: pip install sacremoses"):

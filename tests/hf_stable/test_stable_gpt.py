@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from transformers import Trainer, TrainingArguments, pipeline
+from transformers import AutoConfig, Trainer, TrainingArguments, pipeline
 
 import hf_stable
 from hf_stable import StableGPTConfig, StableGPTForCausalLM
@@ -251,9 +251,10 @@ def test_resized_embeddings_keep_the_old_tokens():
 
 def test_fold_gives_a_plain_model_with_the_same_outputs(tmp_path):
     for settings in (VARIANTS["sigma, joint"], VARIANTS["weight"]):
-        model, ids = stable_gpt(**settings), tokens(2, 8)
-        before = model(ids).logits
+        model, twin, ids = stable_gpt(**settings), None, tokens(2, 8)
+        before, twin = model(ids).logits, StableGPTForCausalLM(model.config)
         folded = hf_stable.fold(copy.deepcopy(model))
+        assert hf_stable.fold(twin).config.reparam == "none"  # but not of the model that had the same configuration
         folded.save_pretrained(tmp_path)
         plain, report = StableGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report.values())
@@ -280,6 +281,14 @@ def test_wrong_settings(settings, error):
     with pytest.raises(ValueError) as raised:
         StableGPTConfig(**{**GPT, **settings})
     assert str(raised.value) == error
+
+
+def test_settings_given_beside_a_folder_are_checked_and_go_together(tmp_path):
+    stable_gpt().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="norm = 'bogus': allowed are 'stable'"):
+        StableGPTForCausalLM.from_pretrained(tmp_path, norm="bogus")
+    config = AutoConfig.from_pretrained(tmp_path, n_embd=64)  # and the width of the MLPs with it
+    assert StableGPTForCausalLM(config).transformer.h[0].mlp.c_fc.out_features == 256
 
 
 def test_wrong_inputs(tmp_path):

@@ -190,7 +190,9 @@ def test_trains_resumes_and_samples(checkout):
     assert {name: checkpoint["model_args"][name] for name in chosen} == chosen
     assert checkpoint["config"]["alpha"] == 0.25  # what upstream logs to wandb
     assert "transformer.h.0.attn.c_attn.parametrizations.weight.0.gamma" in checkpoint["model"]
-    assert [record["step"] for record in read(checkout / "a" / "monitor.jsonl")] == [2, 4, 6]
+    records = read(checkout / "a" / "monitor.jsonl")
+    assert [record["step"] for record in records] == [2, 4, 6]
+    assert [f"{record['loss']:.4f}" for record in records] == [losses(first)[step] for step in (2, 4, 6)]
 
     again = launch(
         checkout, "train.py", *TINY, "--out_dir=a", "--init_from=resume", "--max_iters=8", "--monitor_every=2"
@@ -239,7 +241,9 @@ def test_stock_settings_have_upstreams_loss_curve(checkout):
 
 def test_config_files_are_found_here_in_the_checkout_and_in_the_package(checkout):
     (checkout / "config").mkdir()
-    (checkout / "config" / "theirs.py").write_text("out_dir = 'b'\nlearning_rate = 2 * 1e-3\ntau_scale = 0.5\n")
+    (checkout / "config" / "theirs.py").write_text(
+        "out_dir = 'b'\nlearning_rate = 2 * 1e-3\ngrad_clip: float = 1\ntau_scale = 0.5\n"
+    )
     (checkout.parent / "mine.py").write_text("alpha = 0.125\n")
     run = ["config/train_gpt2_small.py", "config/theirs.py", "mine.py", *TINY]
     assert losses(launch(checkout, "train.py", *run))
@@ -254,6 +258,8 @@ def test_config_files_are_found_here_in_the_checkout_and_in_the_package(checkout
 def test_wrong_arguments_are_one_line(checkout):
     (checkout / "typo.py").write_text("alhpa = 0.3\n")
     (checkout / "value.py").write_text("norm = 'batch'\n")
+    (checkout / "syntax.py").write_text("norm = \n")
+    (checkout / "annotated.py").write_text("n_layer, leraning_rate = 2, 3.0\n")
     for arguments, error in (
         (
             ["train.py", "--alhpa=0.3"],
@@ -263,6 +269,13 @@ def test_wrong_arguments_are_one_line(checkout):
         (["train.py", "--alpha=0"], "--alpha = 0 is of type int: allowed is float, as in 0.475"),
         (["train.py", "--norm=batch"], "norm = 'batch': allowed are 'stable', 'layernorm', 'rmsnorm', 'none'"),
         (["train.py", "value.py"], "norm = 'batch': allowed are"),
+        (["train.py", "syntax.py"], "syntax.py: line 1: invalid syntax"),
+        (["train.py", "annotated.py"], "annotated.py: leraning_rate is no setting"),
+        (["train.py", "--wandb_run_name=lr=3"], "--wandb_run_name=lr=3: settings are --name=value, with one ="),
+        (
+            ["train.py", "--init_from=gpt2", "--norm=none"],
+            "norm = 'none': with init_from = 'gpt2' allowed is 'layernorm'",
+        ),
         (["train.py", "--alpha"], "--alpha: settings are --name=value"),
         (
             ["train.py", "config/train_gpt5.py"],

@@ -109,6 +109,9 @@ def test_crop_block_size_keeps_the_function():
     before = model(TOKENS)[0]
     model.crop_block_size(20)
     assert torch.equal(model(TOKENS)[0], before)
+    rebuilt = GPT(model.config).eval()  # as a checkpoint's is
+    rebuilt.load_state_dict(model.state_dict())
+    torch.testing.assert_close(rebuilt(TOKENS)[0], before, rtol=1e-5, atol=1e-6)
     assert model.config.block_size == 20 and model.transformer.wpe.weight.shape == (20, 32)
     with pytest.raises(ValueError, match="a sequence of 21 tokens: block_size = 20 is the longest"):
         model(torch.zeros(1, 21, dtype=torch.long))
