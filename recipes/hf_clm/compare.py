@@ -102,7 +102,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.set(xlabel="update", title=title)
         axis.grid(alpha=0.3)
     legend = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))  # one line of each group
-    axes[0].legend(legend.values(), legend.keys(), fontsize=8)
+    figure.legend(legend.values(), legend.keys(), fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
