@@ -4,7 +4,15 @@ from . import mend
 
 mend.apply()
 
-from . import half_precision, monitor, transformer  # noqa: E402, F401  on a mended fairseq; the last registers archs
+from . import (  # noqa: E402  on a mended fairseq; models and tasks register themselves
+    half_precision,
+    language_model,  # noqa: F401
+    monitor,
+    optim,
+    speech_task,  # noqa: F401
+    transformer,  # noqa: F401
+)
 
 half_precision.advance_after_write_back()
 monitor.install()
+optim.scale_learning_rates()

@@ -1,5 +1,6 @@
 """Transformer layers, encoder and decoder with a choice of residual connection and weight reparametrisation."""
 
+import re
 from dataclasses import dataclass
 
 from fairseq.distributed import fsdp_wrap
@@ -39,6 +40,39 @@ class BlockConfig:
             fields = ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")
             reparam = SigmaReparamConfig(kind=args.reparam, **{field: getattr(args, field) for field in fields})
         return cls(args.residual, reparam, args.init_std)
+
+
+def add_flags(parser, init_std: str) -> None:
+    """The command-line flags of BlockConfig, and of init_std's default in words. Defaults are left to the archs."""
+    parser.add_argument(
+        "--residual", choices=RESIDUALS, help="residual connection and place of LayerNorm; none: no LayerNorm"
+    )
+    parser.add_argument("--reparam", choices=REPARAMS, help="reparametrisation of every linear layer of the blocks")
+    parser.add_argument("--gamma-init", choices=("one", "spectral"), help="initial gamma: 1, or the spectral norm")
+    parser.add_argument("--qkv", choices=("separate", "joint", "qk_joint"), help="which of q, k, v share a sigma")
+    parser.add_argument("--n-power-iterations", type=int, metavar="N", help="power iterations per update")
+    parser.add_argument("--stop-gradient", action="store_true", help="no gradient through sigma")
+    parser.add_argument("--init-std", type=float, metavar="STD",
+                        help=f"truncated normal for the blocks' weights; default: {init_std}")  # fmt: skip
+
+
+def set_defaults(args, residual: str, reparam: str, init_std: float | None) -> None:
+    """Fills in the flags that were not given; init_std is for sigma and spectral, whose weights have no size of their own."""
+    defaults = {"residual": residual, "reparam": reparam, "gamma_init": "one", "qkv": "separate",
+                "n_power_iterations": 1, "stop_gradient": False, "init_std": None}  # fmt: skip
+    for name, value in defaults.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.init_std is None and args.reparam in ("sigma", "spectral"):
+        args.init_std = init_std
+
+
+def set_normalize_before(args, side: str) -> None:
+    """fairseq's flag of the encoder or decoder as --residual says. Raises ValueError where it was given and says otherwise."""
+    name, before = f"{side}_normalize_before", args.residual == "pre-ln"
+    if getattr(args, name, before) and not before:
+        raise ValueError(f"--{name.replace('_', '-')} contradicts --residual {args.residual}; use --residual pre-ln")
+    setattr(args, name, before)
 
 
 class _Block:
@@ -97,3 +131,29 @@ class Encoder(TransformerEncoderBase):
 class Decoder(TransformerDecoderBase):
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         return _finish(DecoderLayer(cfg, no_encoder_attn), cfg, "decoder")
+
+
+def check_fits(own: dict, loaded: dict) -> None:
+    """One line for a checkpoint of another arch, where torch would list every key of every layer."""
+    loaded_sigma = any("parametrizations." in key for key in loaded)
+    own_sigma = any("parametrizations." in key for key in own)
+    if own_sigma and not loaded_sigma:
+        raise ValueError("the checkpoint holds plain weights and the model is reparametrised: use --reparam none")
+    if loaded_sigma and not own_sigma:
+        raise ValueError(
+            "the checkpoint is reparametrised and the model is not: use the --reparam it was trained with, "
+            "or fold it with python -m fairseq_sigma.export"
+        )
+    for side in ("encoder", "decoder"):
+        mine, theirs = (
+            {m[1] for key in keys if (m := re.match(rf"{side}\.layers\.(\d+)\.", key))} for keys in (own, loaded)
+        )
+        if len(mine) != len(theirs):
+            raise ValueError(
+                f"the checkpoint has {len(theirs)} {side} layers and the model {len(mine)}: use --{side}-layers {len(theirs)}"
+            )
+    for key in own.keys() & loaded.keys():
+        if own[key].shape != loaded[key].shape:
+            raise ValueError(
+                f"{key}: the checkpoint has shape {tuple(loaded[key].shape)}, the model {tuple(own[key].shape)}"
+            )

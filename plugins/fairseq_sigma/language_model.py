@@ -1,0 +1,105 @@
+"""The language model and its archs: fairseq's adaptive-input transformer with σReparam instead of LayerNorm [σ, App. G]."""
+
+from argparse import Namespace
+
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture, transformer_lm_baevski_wiki103
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
+from omegaconf import OmegaConf
+
+from stable_core import deepnorm_scales
+
+from .blocks import BlockConfig, DecoderLayer, add_flags, check_fits, set_defaults, set_normalize_before
+
+FAMILIES = {  # arch name: residual, reparam
+    "sigma_transformer_lm_wiki103": ("none", "sigma"),
+    "postln_transformer_lm_wiki103": ("post-ln", "none"),
+    "preln_transformer_lm_wiki103": ("pre-ln", "none"),
+}
+
+
+@register_model("sigma_transformer_lm")
+class SigmaTransformerLanguageModel(TransformerLanguageModel):
+    """fairseq's transformer_lm whose blocks have a chosen residual connection and reparametrised linear layers.
+
+    Reparametrised is "all linear layers of the Transformer" [σ, App. G.2], read as those of the blocks, as in translation.
+    The projections of adaptive input and softmax stay plain: those of the rarer words are one weight, used transposed at
+    the output, which a parametrization of the input's would untie; and scaling the remaining one, of the frequent words,
+    would set their embeddings apart from the others'.
+    """
+
+    @staticmethod
+    def add_args(parser):
+        TransformerLanguageModel.add_args(parser)
+        add_flags(parser, init_std="fairseq's own")
+
+    @classmethod
+    def build_model(cls, args, task):
+        if OmegaConf.is_config(args):  # from fairseq-hydra-train, which leaves the task's settings in the task
+            args = Namespace(**{"tokens_per_sample": task.args.tokens_per_sample, **OmegaConf.to_container(args)})
+        sigma_transformer_lm(args)
+        config = BlockConfig.from_args(args)
+        if config.residual == "none" and args.layernorm_embedding:
+            raise ValueError("--layernorm-embedding contradicts --residual none; use another --residual")
+        for name in ("adaptive_input_cutoff", "adaptive_softmax_cutoff"):
+            _check_cutoffs(name, getattr(args, name), len(task.target_dictionary))
+        model = super().build_model(args, task)
+        alpha = beta = 1.0
+        if config.residual == "deepnorm":
+            alpha, beta = deepnorm_scales(0, args.decoder_layers).decoder
+        # Not by iterating over layers, which --decoder-layerdrop does at random.
+        for name, layer in model.decoder.layers.named_children():
+            if type(layer) is not TransformerDecoderLayerBase:
+                raise ValueError(
+                    f"decoder.layers.{name} is a {type(layer).__name__}: allowed are plain decoder layers, "
+                    "without --base-layers and --ddp-backend fully_sharded"
+                )
+            # fairseq's build_model names its decoder's class. Ours adds methods only: the weights stay the ones it drew.
+            layer.__class__ = DecoderLayer
+            layer.stabilise(config, alpha, beta)
+        return model
+
+    def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
+        if model_cfg is None or not getattr(model_cfg, "decoder_layers_to_keep", None):
+            check_fits(self.state_dict(), state_dict)
+        return super().load_state_dict(state_dict, strict, model_cfg, args)
+
+
+def _check_cutoffs(name: str, text: str | None, words: int) -> None:
+    """The bands of adaptive input and softmax end within the vocabulary; fairseq's assertion does not name the values."""
+    if text is None:
+        return
+    parts = text.split(",")
+    ends = [int(part) for part in parts if part.isdecimal()]
+    if len(ends) < len(parts) or [0, *ends] != sorted({0, *ends}) or ends[-1] > words:
+        raise ValueError(
+            f"--{name.replace('_', '-')} {text}: allowed are increasing whole numbers, as in 20000,60000, from 1 to {words}, "
+            "the size of the vocabulary"
+        )
+
+
+def _complete(args, residual: str, reparam: str, fairseq_arch) -> None:
+    """Our flags' defaults, then fairseq's; the initialisation is "the default" of "the Transformer baseline" [σ, App. I]."""
+    set_defaults(args, residual, reparam, init_std=None)
+    set_normalize_before(args, "decoder")
+    before = args.decoder_normalize_before
+    fairseq_arch(args)  # makes every language model pre-LN
+    args.decoder_normalize_before = before
+
+
+@register_model_architecture("sigma_transformer_lm", "sigma_transformer_lm")
+def sigma_transformer_lm(args):
+    """Defaults of the family: σReparam, no LayerNorm, and the sizes of fairseq's transformer_lm."""
+    _complete(args, "none", "sigma", base_lm_architecture)
+
+
+def _register(name: str, layers: int, residual: str, reparam: str) -> None:
+    @register_model_architecture("sigma_transformer_lm", name)
+    def arch(args):
+        args.decoder_layers = getattr(args, "decoder_layers", layers)
+        _complete(args, residual, reparam, transformer_lm_baevski_wiki103)
+
+
+for family, (residual, reparam) in FAMILIES.items():
+    _register(family, 16, residual, reparam)  # fairseq's recipe, which the paper names
+    _register(f"{family}_32l", 32, residual, reparam)  # the paper's text

@@ -1,0 +1,49 @@
+# Read by prepare.sh, train.sh and evaluate.sh: where things are, which run is meant, and what SMALL=1 changes.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
+SMALL=${SMALL:-0}
+if [ "$SMALL" = 1 ]; then NAME=wikitext103_small AGAIN="SMALL=1 "; else NAME=wikitext103 AGAIN=; fi
+HERE=$AGAIN$(dirname "$0") # how the user calls these scripts
+RUNS=${RUNS:-$ROOT/runs}/$NAME
+TEXT=$RUNS/text # as downloaded
+DATA=$RUNS/data # binarised
+PLUGIN=$ROOT/plugins/fairseq_sigma
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+command -v fairseq-train >/dev/null || die "fairseq-train is not on the path: run 'make venv', or pip install '.[fairseq,recipes]'"
+case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
+
+# Blocks of 512, of which the last 256 are scored [σ, App. G.1].
+TOKENS=512 CONTEXT=256
+if [ "$SMALL" = 1 ]; then
+    TOKENS=128 CONTEXT=64
+    export OMP_NUM_THREADS=1 # a second thread only slows matrices this small down, and busy cores much more
+fi
+
+# run_of MODEL [SEED]: sets ARCH and OUT from these and from LR, DECAY and DEPTH.
+run_of() {
+    MODEL=${1:-} SEED=${2:-1} DEPTH=${DEPTH:-16}
+    # Gradients are clipped to one norm whatever the size of the model: the small one's learning rate is smaller too.
+    if [ "$SMALL" = 1 ]; then LR=${LR:-0.1}; else LR=${LR:-1}; fi
+    case $MODEL in
+    sigma) DECAY=${DECAY:-1e-4} ;;
+    preln | postln) DECAY=${DECAY:-0} ;; # fairseq's recipe has none
+    *) die "MODEL = $MODEL: allowed are sigma, preln and postln" ;;
+    esac
+    [[ $SEED =~ ^[0-9]+$ ]] || die "SEED = $SEED: allowed are whole numbers"
+    local number='^([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?$' zero='^[0.]+(e-?[0-9]+)?$'
+    [[ $LR =~ $number && ! $LR =~ $zero ]] || die "LR = $LR: allowed are positive numbers; the paper's are 1, 1.5, 2 and 2.5"
+    [[ $DECAY =~ $number ]] || die "DECAY = $DECAY: allowed are numbers from 0; the paper's are 1e-3, 1e-4 and 0"
+    ARCH=${MODEL}_transformer_lm_wiki103
+    case $DEPTH in 16) ;; 32) ARCH+=_32l ;; *) die "DEPTH = $DEPTH: allowed are 16 and 32 layers" ;; esac
+    OUT=$RUNS/$MODEL-$DEPTH-lr$LR-decay$DECAY-$SEED
+}
+
+# show_or_run COMMAND...: DRY_RUN=1 shows the command.
+show_or_run() {
+    if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "$@" && echo; else "$@"; fi
+}

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# [LR=1] [DECAY=1e-4] [DEPTH=16] train.sh MODEL [SEED] [fairseq-train options]: one run of the paper's grid [σ, Table 12].
+# MODEL: sigma (σReparam, no LayerNorm), preln (fairseq's own model) or postln. SMALL=1: narrow, on the small data.
+# Interrupted? The same command goes on from the last checkpoint. DRY_RUN=1 shows the command.
+source "$(dirname "$0")/common.sh"
+run_of "${@:1:2}"
+shift $(($# > 1 ? 2 : $#))
+[ -s "$DATA/dict.txt" ] || [ "${DRY_RUN:-0}" = 1 ] || die "no data in $DATA: run $HERE/prepare.sh first"
+
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+FLAGS=(
+    --arch "$ARCH" --seed "$SEED"
+    --optimizer nag --lr "$LR" --weight-decay "$DECAY" --clip-norm 0.1
+    --lr-scheduler cosine --max-update 286000 --lr-period-updates 270000 --t-mult 2 --lr-shrink 0.75 --min-lr 0.0001
+    --warmup-updates 16000 --warmup-init-lr 1e-7 --stop-min-lr 1e-9
+    --criterion adaptive_loss --ddp-backend legacy_ddp # the only backend that adaptive_loss allows
+    --tokens-per-sample $TOKENS --sample-break-mode none --skip-invalid-size-inputs-valid-test
+    # 3072 tokens x 8 GPUs x 3 accumulation = 73,728 tokens an update, on however many GPUs there are.
+    --max-tokens 3072 --update-freq $((24 / (GPUS > 0 ? GPUS : 1)))
+    --no-epoch-checkpoints # 205 epochs of 2 GB
+)
+if [ "$GPUS" = 0 ]; then FLAGS+=(--cpu); fi
+if [ "$SMALL" = 1 ]; then
+    FLAGS+=(
+        --decoder-layers $((DEPTH / 4)) --decoder-embed-dim 64 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4
+        --adaptive-input-cutoff 2000,5000 --adaptive-softmax-cutoff 2000,5000 --dropout 0
+        --max-update 800 --lr-period-updates 700 --warmup-updates 100 --max-tokens 1024 --update-freq 1
+        --validate-interval-updates 250 --save-interval-updates 250 --keep-interval-updates 1
+    )
+    # Two processes with a thread each are nearly twice as fast as one with two on matrices this small.
+    if [ "$GPUS" = 0 ]; then FLAGS+=(--distributed-world-size 2); fi
+fi
+
+if [ "${DRY_RUN:-0}" != 1 ]; then
+    mkdir -p "$OUT"
+    echo "$ARCH, seed $SEED, learning rate $LR, weight decay $DECAY, $GPUS GPU(s); log and checkpoints in $OUT"
+fi
+show_or_run fairseq-train "$DATA" --task language_modeling --user-dir "$PLUGIN" "${FLAGS[@]}" --num-workers 0 --save-dir "$OUT" \
+    --log-format simple --log-interval 20 --log-file "$OUT/train.log" "$@"
+if [ "${DRY_RUN:-0}" != 1 ]; then echo "next, with LR, DECAY and DEPTH as here: $HERE/evaluate.sh $MODEL $SEED"; fi

@@ -1,0 +1,163 @@
+"""The speech recipe: its preparation on a made-up archive, its settings as fairseq reads them, and its scripts end to end."""
+
+import hashlib
+import io
+import os
+import re
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from recipes.librispeech import prepare
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "librispeech"
+DATA = Path(os.environ.get("STABLE_DATA", ROOT.parent / "shared" / "data")) / "asr"
+real = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs {DATA}; set STABLE_DATA to the folder above asr/")
+
+
+def script(name: str, *args, **env) -> subprocess.CompletedProcess:
+    command = [str(RECIPE / name), *map(str, args)]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+@pytest.fixture
+def archives(tmp_path, monkeypatch) -> Path:
+    """The archives of HOURS=100, each with two utterances of one speaker, and their checksums."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    for part in ("train-clean-100", "dev-clean", "dev-other", "test-clean", "test-other"):
+        files = {"7-8.trans.txt": b"7-8-0000 IT'S A TEST\n7-8-0001 SECOND\n"}
+        for name in ("7-8-0000", "7-8-0001"):
+            sound = io.BytesIO()
+            soundfile.write(sound, np.zeros(16000), 16000, format="FLAC")
+            files[f"{name}.flac"] = sound.getvalue()
+        with tarfile.open(folder / f"{part}.tar.gz", "w:gz") as tar:
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"LibriSpeech/{part}/7/8/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        digest = hashlib.md5((folder / f"{part}.tar.gz").read_bytes()).hexdigest()
+        monkeypatch.setitem(prepare.MD5, part, digest)
+    return folder
+
+
+def test_prepare_checks_unpacks_and_lists(archives, tmp_path, capsys):
+    manifest = tmp_path / "runs" / "manifest.tsv"
+    for _ in range(2):
+        assert prepare.main("100", archives, manifest) == 0
+    assert capsys.readouterr().out.count("unpacking") == 5  # once each
+    header, *lines = [line.split("\t") for line in manifest.read_text().splitlines()]
+    assert header == ["split", "path", "seconds", "text"] and len(lines) == 10
+    split, path, seconds, text = lines[0]
+    assert (split, seconds, text) == ("train", "1.000", "it's a test") and Path(path).is_file()
+    assert {line[0] for line in lines} == {"train", "dev-clean", "dev-other", "test-clean", "test-other"}
+
+
+def test_prepare_refuses_a_damaged_archive(archives, tmp_path, capsys):
+    with (archives / "dev-other.tar.gz").open("ab") as archive:
+        archive.write(b"x")
+    assert prepare.main("100", archives, tmp_path / "manifest.tsv") == 1
+    assert re.fullmatch(r"prepare: .*dev-other.tar.gz: md5 \w+, but openslr's is \w+; .*\n", capsys.readouterr().err)
+    assert not (tmp_path / "manifest.tsv").exists()
+
+
+def test_prepare_refuses_a_missing_recording(archives, tmp_path, capsys):
+    assert prepare.main("100", archives, tmp_path / "manifest.tsv") == 0
+    (archives / "LibriSpeech/dev-clean/7/8/7-8-0001.flac").unlink()
+    assert prepare.main("100", archives, tmp_path / "manifest.tsv") == 1
+    assert "7-8-0001.flac" in capsys.readouterr().err
+
+
+def settings(tmp_path, *args, **env):
+    """What train.sh would hand to fairseq-train, as fairseq's parser reads it."""
+    from fairseq import options
+
+    import fairseq_sigma  # noqa: F401
+
+    hours = env.get("HOURS", "100")
+    (tmp_path / f"librispeech_{hours}").mkdir(exist_ok=True)
+    (tmp_path / f"librispeech_{hours}" / "manifest.tsv").write_text("split\tpath\ttext\n")
+    shown = {"BASH_FUNC_fairseq-train%%": '() { printf "%s\\n" "$@"; }'}
+    done = script("train.sh", *args, RUNS=str(tmp_path), GPUS="4", **env, **shown)
+    assert done.returncode == 0, done.stderr
+    _, *argv, _ = done.stdout.splitlines()
+    return options.parse_args_and_arch(options.get_training_parser(), argv)
+
+
+@pytest.mark.parametrize(
+    "model, optimizer, residual, reparam, qkv, lr",
+    [  # Tables 7 and 8
+        ("postln", "adagrad", "post-ln", "none", "separate", 0.03),
+        ("preln", "adagrad", "pre-ln", "none", "separate", 0.5),
+        ("sigma", "adagrad", "none", "sigma", "qk_joint", 1),
+        ("sigma_postln", "adagrad", "post-ln", "sigma", "qk_joint", 1),
+        ("sn_postln", "adagrad", "post-ln", "spectral", "qk_joint", 1),
+        ("wn", "adagrad", "none", "weight", "separate", 0.5),
+        ("postln", "lars", "post-ln", "none", "separate", 0.1),
+        ("preln", "lars", "pre-ln", "none", "separate", 0.5),
+        ("sigma", "lars", "none", "sigma", "joint", 1),
+        ("sigma_postln", "lars", "post-ln", "sigma", "joint", 0.3),
+    ],
+)
+def test_settings_of_the_paper(tmp_path, model, optimizer, residual, reparam, qkv, lr):
+    args = settings(tmp_path, model, 3, OPTIMIZER=optimizer)
+    assert (args.residual, args.reparam, args.qkv, args.lr, args.seed) == (residual, reparam, qkv, [lr], 3)
+    assert (args.encoder_layers, args.dropout, args.layer_drop, args.clip_norm) == (36, 0.3, 0.3, 1)
+    assert (args.freq_masks, args.freq_mask_width, args.time_masks, args.time_mask_width) == (2, 30, 10, 50)
+    assert (args.sample_rate, args.mel_bins, args.max_update, args.gamma_lr_scale) == (16000, 80, 500000, 1)
+    assert args.max_tokens * args.update_freq[0] * 4 == 240 * 100 * 8  # the test has four GPUs
+    assert args.warmup_updates + args.lr_deacy_period == (330000 if optimizer == "adagrad" else 300000)
+    assert args.warmup_updates == (64000 if optimizer == "adagrad" else 0)
+
+
+def test_settings_of_960_hours_and_of_72_layers(tmp_path):
+    args = settings(tmp_path, "sigma_postln", HOURS="960", SCHEDULE="cosine")
+    assert (args.dropout, args.layer_drop, args.gamma_lr_scale, args.qkv) == (0.1, 0.1, 2, "qk_joint")
+    assert (args.lr_scheduler, args.lr_period_updates) == ("cosine", 436000)
+    args = settings(tmp_path, "preln", DEPTH="72")
+    assert (args.encoder_layers, args.max_tokens) == (72, 12000)
+
+
+@pytest.mark.parametrize(
+    "args, env, message",
+    [
+        ((), {}, "give a MODEL"),
+        (("ln",), {}, "MODEL = ln: allowed are postln"),
+        (("sigma", "x"), {}, "SEED = x: allowed are whole numbers"),
+        (("sigma",), {"OPTIMIZER": "adam"}, "OPTIMIZER=adam: allowed are adagrad and lars"),
+        (("sigma",), {"DEPTH": "18"}, "DEPTH=18: allowed are 36 and 72"),
+        (("sigma",), {"HOURS": "10"}, "HOURS=10: allowed are 100 and 960"),
+        (("sigma",), {"RUNS": "nowhere"}, "prepare.sh first"),
+    ],
+)
+def test_wrong_calls_are_named(tmp_path, args, env, message):
+    (tmp_path / "librispeech_100").mkdir()
+    (tmp_path / "librispeech_100" / "manifest.tsv").write_text("split\tpath\ttext\n")
+    done = script("train.sh", *args, **{"RUNS": str(tmp_path), **env})
+    assert done.returncode == 1 and message in done.stderr
+
+
+@real
+def test_prepare_train_evaluate(tmp_path):
+    """The small recipe on every seventh recording, for a few updates."""
+    (tmp_path / "data" / "asr").mkdir(parents=True)
+    header, *lines = (DATA / "manifest.tsv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "data" / "asr" / "wav").symlink_to(DATA / "wav")
+    (tmp_path / "data" / "asr" / "manifest.tsv").write_text("".join(f"{line}\n" for line in [header, *lines[::7]]))
+    env = {"STABLE_DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs"), "SMALL": "1"}
+    done = script("prepare.sh", **env)
+    assert done.returncode == 0 and re.search(r"ready: \d\d training utterances", done.stdout), done.stderr
+    for updates in (2, 3):  # the second goes on from the checkpoint of the first
+        done = script("train.sh", "sigma_postln", 1, "--max-update", updates, "--encoder-layers", 1, **env)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"Loaded checkpoint .*@ 2 updates", done.stdout + done.stderr)
+    run = tmp_path / "runs" / "librispeech_small" / "sigma_postln-adagrad-step-36-1"
+    done = script("evaluate.sh", run, **env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for split in ("train", "valid", "test"):
+        assert re.search(rf"{split}: WER [\d.]+ %, CER [\d.]+ %, \d+ utterances, 0 of them unusable", done.stdout)

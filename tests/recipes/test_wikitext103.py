@@ -1,0 +1,139 @@
+"""The scripts of the language modelling recipe: small for real, the full one's commands against the paper's numbers."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "wikitext103"
+DATA = Path(os.environ.get("STABLE_DATA", ROOT.parent / "shared" / "data")) / "lm"
+
+
+def script(name: str, *args, env: dict) -> subprocess.CompletedProcess:
+    command = [str(RECIPE / name), *map(str, args)]
+    return subprocess.run(command, env={**os.environ, "SMALL": "1", **env}, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs real text in {DATA}; set STABLE_DATA to the folder above lm/")
+def test_prepare_train_evaluate(tmp_path):
+    (tmp_path / "data" / "lm").mkdir(parents=True)
+    for split, size in (("train", 10000), ("valid", 30), ("test", 40)):
+        lines = (DATA / f"{split}.txt").read_text(encoding="utf-8").split("\n")[:size]
+        (tmp_path / "data" / "lm" / f"{split}.txt").write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
+    env = {"STABLE_DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs")}
+    # The smaller vocabulary of these lines, and one process: they start one after the other here.
+    tiny = ("--adaptive-input-cutoff", "500,1000", "--adaptive-softmax-cutoff", "500,1000", "--max-tokens", 256)
+    tiny += ("--distributed-world-size", 1, "--save-interval-updates", 1)
+
+    early = script("train.sh", "sigma", env=env)
+    assert early.returncode == 1 and "prepare.sh first" in early.stderr
+
+    for _ in range(2):  # the second finds everything done
+        done = script("prepare.sh", env=env)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"ready: \d{6} training words and a vocabulary of \d{4} ", done.stdout)
+
+    done = script("train.sh", "sigma", 1, *tiny, "--max-update", 2, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    done = script("evaluate.sh", "sigma", 1, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for split in ("valid", "test"):
+        assert re.search(rf"^sigma-16-lr0\.1-decay1e-4-1 {split}: perplexity \d+\.\d+$", done.stdout, re.MULTILINE)
+
+
+@pytest.fixture
+def full(tmp_path):
+    """full(script, *args, **env): the full recipe beside no .venv, with a curl that has no network."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "curl").write_text("#!/bin/sh\nexit 6\n")
+    (tmp_path / "bin" / "curl").chmod(0o755)
+    (tmp_path / "home" / "recipes").mkdir(parents=True)
+    (tmp_path / "home" / "recipes" / "wikitext103").symlink_to(RECIPE)
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def run(name: str, *args, **env) -> subprocess.CompletedProcess:
+        command = ["bash", str(tmp_path / "home" / "recipes" / "wikitext103" / name), *map(str, args)]
+        env = {**os.environ, "SMALL": "0", "RUNS": str(tmp_path / "runs"), "PATH": path, **env}
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    return run
+
+
+def test_full_preparation(full, tmp_path):
+    text = tmp_path / "runs" / "wikitext103" / "text"
+    done = full("prepare.sh")
+    assert done.returncode == 1
+    assert "wikitext-103-v1.zip could not be downloaded; if you have wikitext-103-v1.zip, put it into" in done.stderr
+    (text / "wikitext-103-v1.zip").write_text("a page that says the archive has moved\n")
+    done = full("prepare.sh")
+    assert done.returncode == 1
+    assert re.search(r"has SHA-256 [0-9a-f]{64}, the official archive [0-9a-f]{64}: remove it", done.stderr)
+    for split in ("train", "valid", "test"):
+        (text / f"wiki.{split}.tokens").write_text(" \n = Robert <unk> = \n \n Robert <unk> is an English actor . \n")
+    done = full("prepare.sh")
+    assert done.returncode == 0, done.stderr
+    # Every word is kept, however rare: = Robert is an English actor and the full stop; 4 special symbols, one of them <unk>;
+    # filled up to a multiple of 8.
+    assert "ready: 11 training words and a vocabulary of 16" in done.stdout
+    assert (text.parent / "data" / "test.idx").exists()
+
+
+def flags(line: str) -> dict[str, str]:
+    words = line.replace("\\", "").split()
+    return {word: words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
+
+
+def test_the_papers_settings(full):
+    """The command lines of DRY_RUN=1 beside App. G and the recipe of fairseq that it names."""
+    fairseq = {
+        "--max-update": "286000", "--lr-scheduler": "cosine", "--t-mult": "2", "--lr-period-updates": "270000",
+        "--lr-shrink": "0.75", "--warmup-updates": "16000", "--stop-min-lr": "1e-9", "--min-lr": "0.0001",
+        "--optimizer": "nag", "--clip-norm": "0.1", "--criterion": "adaptive_loss", "--sample-break-mode": "none",
+        "--ddp-backend": "legacy_ddp", "--tokens-per-sample": "512", "--task": "language_modeling",
+    }  # fmt: skip
+    expected = {  # environment, model: arch, learning rate, weight decay
+        ((), "preln"): ("preln_transformer_lm_wiki103", 1.0, 0.0),
+        ((), "sigma"): ("sigma_transformer_lm_wiki103", 1.0, 1e-4),
+        ((("LR", "2.5"), ("DECAY", "1e-3"), ("DEPTH", "32")), "sigma"): ("sigma_transformer_lm_wiki103_32l", 2.5, 1e-3),
+    }
+    for (env, model), (arch, lr, decay) in expected.items():
+        done = full("train.sh", model, 3, "--log-interval", 7, DRY_RUN="1", **dict(env))
+        assert done.returncode == 0, done.stderr
+        got = flags(done.stdout)
+        assert fairseq.items() <= got.items()
+        assert (got["--arch"], float(got["--lr"]), float(got["--weight-decay"])) == (arch, lr, decay)
+        assert (got["--seed"], got["--log-interval"]) == ("3", "7")
+        processes = max(1, torch.cuda.device_count())
+        assert int(got["--max-tokens"]) * int(got["--update-freq"]) * processes == 3072 * 8 * 3
+        assert not {"--fp16", "--bf16", "--amp"} & got.keys()  # "in full precision"
+    done = full("evaluate.sh", "sigma", DRY_RUN="1")
+    for split, line in zip(("valid", "test"), done.stdout.splitlines(), strict=True):
+        got = flags(line)
+        assert (got["--gen-subset"], got["--tokens-per-sample"], got["--context-window"]) == (split, "512", "256")
+
+
+@pytest.mark.parametrize(
+    "name, args, env, message",
+    [
+        ("train.sh", [], {}, "MODEL = : allowed are sigma, preln and postln"),
+        ("train.sh", ["gpt"], {}, "MODEL = gpt: allowed are sigma, preln and postln"),
+        ("train.sh", ["sigma", "one"], {}, "SEED = one: allowed are whole numbers"),
+        ("train.sh", ["sigma"], {"LR": "0"}, "LR = 0: allowed are positive numbers"),
+        ("train.sh", ["sigma"], {"LR": "fast"}, "LR = fast: allowed are positive numbers"),
+        ("train.sh", ["sigma"], {"DECAY": "-1e-4"}, "DECAY = -1e-4: allowed are numbers from 0"),
+        ("evaluate.sh", ["sigma"], {"DEPTH": "24"}, "DEPTH = 24: allowed are 16 and 32 layers"),
+        ("prepare.sh", [], {"STABLE_DATA": "nowhere"}, "train.txt is missing: set STABLE_DATA"),
+        ("prepare.sh", [], {"SMALL": "yes"}, "SMALL=yes: allowed are 0 and 1"),
+        ("evaluate.sh", ["preln"], {}, "checkpoint_best.pt is missing: run"),
+    ],
+)
+def test_mistakes_get_one_line(name, args, env, message, tmp_path):
+    done = script(name, *args, env={"RUNS": str(tmp_path), **env})
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
