@@ -11,6 +11,7 @@ from pathlib import Path
 import jiwer
 import torch
 from fairseq import checkpoint_utils
+from torch.nn.utils.parametrize import is_parametrized
 
 import fairseq_sigma  # noqa: F401  registers task and model, and mends torch.load
 from fairseq_sigma import speech_features
@@ -28,7 +29,9 @@ def load(checkpoint: Path):
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
     if not isinstance(model, SigmaTransformerCtc):
         raise ValueError(f"holds a {type(model).__name__}, no speech model")
-    return fold(model).eval(), task
+    if any(is_parametrized(module) for module in model.modules()):
+        fold(model)
+    return model.eval(), task
 
 
 @torch.inference_mode()

@@ -520,6 +520,17 @@ def test_it_learns_tones_and_transcribes_them(train, speech, tmp_path, capsys, c
     assert captured.err == f"transcribe: {tmp_path / 'none.wav'}: file is missing\n"
 
 
+@pytest.mark.parametrize("reparam", ["none", "weight"])
+def test_baselines_transcribe_as_they_were_trained(train, speech, tmp_path, capsys, reparam):
+    train("plain", 2, "--residual", "pre-ln", "--reparam", reparam, "--optimizer", "adam", "--lr", 0.01)
+    checkpoint = tmp_path / "plain" / "checkpoint_last.pt"
+    capsys.readouterr()
+    (row, *_) = read_manifest(speech / "manifest.tsv", "valid")
+    assert transcribe.main([str(checkpoint), str(row.path)]) == 0
+    (model,), _, task = transcribe.checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
+    assert capsys.readouterr().out.split("\t")[1].rstrip("\n") == transcribe.transcribe(model.eval(), task, row.path)
+
+
 def test_the_words_of_an_unusable_recording_count_as_wrong(monkeypatch, capsys):
     def hear(model, task, path):
         if path.name == "broken.wav":
