@@ -119,7 +119,7 @@ class StablePreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
-        return without_source(super()._get_files_timestamps(working_dir))
+        return without_source(working_dir, super()._get_files_timestamps(working_dir))
 
 
 def _is_fresh(tensor: Tensor) -> bool:

@@ -14,10 +14,15 @@ HEADER = "# Written by stable-transformer (MIT) when the model was saved.\n"
 IMPORT = re.compile(r"^(?P<indent>\s*)from (?P<package>stable_core)?\.(?P<name>\w+) import", re.MULTILINE)
 
 
-def without_source(timestamps: dict[str, float]) -> dict[str, float]:
+def is_written(path: Path) -> bool:
+    """Whether a file is one that `write_source` wrote."""
+    return path.suffix == ".py" and path.read_text(encoding="utf-8").startswith(HEADER)
+
+
+def without_source(folder: str | Path, timestamps: dict[str, float]) -> dict[str, float]:
     """Of the files that were there before a model is saved, from which transformers uploads what has changed since, those that
     were not written for it just before."""
-    return {name: time for name, time in timestamps.items() if not name.endswith(".py")}
+    return {name: time for name, time in timestamps.items() if not is_written(Path(folder, name))}
 
 
 def write_source(folder: str | Path, classes: Iterable[str]) -> None:
@@ -42,7 +47,7 @@ def write_source(folder: str | Path, classes: Iterable[str]) -> None:
         text = IMPORT.sub(flatten, (place / f"{name}.py").read_text(encoding="utf-8"))
         files[f"{prefix}{name}.py"] = HEADER + text.removeprefix(HEADER)
     for name in files:
-        if (folder / name).exists() and not (folder / name).read_text(encoding="utf-8").startswith(HEADER):
+        if (folder / name).exists() and not is_written(folder / name):
             raise ValueError(f"{folder / name} is not this library's: save the model to a folder without it")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

@@ -139,7 +139,7 @@ class SigmaTransformerTokenizer(PreTrainedTokenizer):
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
-        return without_source(super()._get_files_timestamps(working_dir))
+        return without_source(working_dir, super()._get_files_timestamps(working_dir))
 
 
 class FairseqDictionary:

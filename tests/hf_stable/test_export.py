@@ -144,11 +144,14 @@ def test_push_to_hub_takes_the_source_along(tmp_path, monkeypatch, step):
     )
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", lambda self, **commit: committed.append(commit))
     monkeypatch.setattr(huggingface_hub.HfApi, "create_branch", lambda self, **_: None)
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "mine.py").write_text("not for everybody")
     if step == "again":
         stable_gpt().save_pretrained(tmp_path / "gpt")
     stable_gpt().save_pretrained(tmp_path / "gpt", push_to_hub=True, repo_id="somebody/gpt")
     files = {operation.path_in_repo for commit in committed for operation in commit["operations"]}
     assert {"config.json", "model.safetensors", "modeling_stable_gpt.py", "stable_core_sigma_reparam.py"} <= files
+    assert "mine.py" not in files
 
 
 def test_a_model_that_brings_its_own_code_folds(tmp_path, monkeypatch):
