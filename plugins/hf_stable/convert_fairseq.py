@@ -1,6 +1,6 @@
 """A translation model that fairseq trained, as a folder that transformers loads: weights, tokenizer and how to generate.
 
-fairseq is imported where it is needed, not with this file.
+fairseq is imported where it is needed, not with this file; fairseq_sigma, by the user's --user-dir, as in fairseq's commands.
 """
 
 import argparse
@@ -93,14 +93,10 @@ def load(path: Path, data: Path, source_lang: str | None, target_lang: str | Non
     """fairseq's model, in evaluation mode, and its task; raises ValueError as `convert_fairseq` does."""
     from fairseq import checkpoint_utils
     from fairseq.data import data_utils
-    from fairseq.models import ARCH_MODEL_REGISTRY
-    from fairseq.models.transformer import TransformerModel
+    from fairseq.models import ARCH_MODEL_NAME_REGISTRY
 
-    # It registers its archs.
-    from fairseq_sigma.mend import allow_checkpoint_classes
-    from fairseq_sigma.transformer import SigmaTransformerModel
-
-    allow_checkpoint_classes()  # again: timm, once it has loaded a checkpoint, takes argparse.Namespace off torch's list
+    # Again: timm, once it has loaded a checkpoint, takes it off torch's list.
+    torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -113,7 +109,7 @@ def load(path: Path, data: Path, source_lang: str | None, target_lang: str | Non
         for part in ("model", "task")
     }
     arch = options["model"].get("arch") or options["model"].get("_name")
-    if ARCH_MODEL_REGISTRY.get(arch) not in (TransformerModel, SigmaTransformerModel):
+    if ARCH_MODEL_NAME_REGISTRY.get(arch) not in ("transformer", "sigma_transformer"):
         raise ValueError(f"{path}: arch = {arch!r}: allowed are those of fairseq's transformer and of fairseq_sigma")
     task_name = options["task"].get("task") or options["task"].get("_name")
     if task_name != "translation":
@@ -222,6 +218,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="written by fairseq-train")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--data", type=Path, required=True, help="fairseq's data folder, which has dict.<language>.txt")
+    parser.add_argument("--user-dir", type=Path, required=True, help="fairseq's: plugins/fairseq_sigma, for any checkpoint, "
+                        "as it lets torch read them")  # fmt: skip
     parser.add_argument("--bpe-codes", type=Path, help="codes of subword-nmt, if the text was segmented with them")
     for side in ("source", "target"):
         parser.add_argument(f"--{side}-lang", help="default: the checkpoint's, or that of the files in --data")
@@ -229,6 +227,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Path:
+    from fairseq.utils import import_user_module
+
+    if not args.user_dir.is_dir():
+        raise ValueError(f"user_dir = {str(args.user_dir)!r}: allowed is a folder, plugins/fairseq_sigma")
+    import_user_module(args)
     difference = convert_fairseq(
         args.checkpoint, args.data, args.out, args.bpe_codes, args.moses, args.source_lang, args.target_lang
     )

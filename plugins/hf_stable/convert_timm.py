@@ -1,6 +1,7 @@
 """timm's `stablevit_*` and `sigma_vit_*`, and its plain Vision Transformers -> StableViT and SigmaViT."""
 
 import argparse
+import importlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -104,6 +105,9 @@ def image_processor(vit: VisionTransformer) -> CLIPImageProcessor:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arch", metavar="ARCH", help="stablevit_large, sigma_vit_base_patch16_224, ...")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument(
+        "--device-modules", nargs="*", default=[], metavar="MODULE", help="timm's: timm_stable, for our models"
+    )
     parser.add_argument("--checkpoint", default="", metavar="FILE", help="what timm's train.py or the recipes wrote")
     parser.add_argument(
         "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="NAME=VALUE", help="num_classes=10 ..."
@@ -111,6 +115,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Path:
-    __import__("timm_stable")  # registers the names; a plugin does not import another
+    for module in args.device_modules:
+        importlib.import_module(module)
+    if not timm.is_model(args.arch):
+        raise ValueError(
+            f"{args.arch}: no model of timm; --device-modules timm_stable adds stablevit_* and sigma_vit_*"
+        )
     vit = timm.create_model(args.arch, checkpoint_path=args.checkpoint, **args.model_kwargs)
     return export(from_timm(vit), args.out, processors=(image_processor(vit),))

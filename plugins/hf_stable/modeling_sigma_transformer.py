@@ -8,10 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -21,163 +19,17 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from stable_core.deepnorm import DeepNormScale, deepnorm_scales
-
 from .configuration_sigma_transformer import SigmaTransformerConfig
-from .modeling_stable import StablePreTrainedModel, attend, check_indices
-
-PADDING_INDEX = 1  # fairseq's, from which its positions count, whatever pad_token_id is
-
-
-def sinusoidal_positions(position_ids: Tensor, dim: int) -> Tensor:
-    """fairseq's, which are tensor2tensor's: positions (batch, tokens) -> (batch, tokens, dim) in fp32.
-
-    Computed where they are needed: a buffer would have to survive meta devices and casts, and end somewhere.
-    """
-    half = dim // 2
-    step = -math.log(10000) / (half - 1)
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=position_ids.device) * step)
-    angles = (position_ids + PADDING_INDEX + 1).float().unsqueeze(-1) * frequencies
-    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
-
-
-def make_position_ids(embeds: Tensor, attention_mask: Tensor | None, past: int | Tensor = 0) -> Tensor:
-    """0, 1, ... for the tokens of embeds (batch, tokens, dim), not counting those that the mask hides.
-
-    The mask is (batch, past + tokens); or (batch, 1, tokens, keys) as generation with a static cache makes it, which shows each
-    token those before it and itself.
-    """
-    if attention_mask is None:
-        return (torch.arange(embeds.shape[1], device=embeds.device) + past).unsqueeze(0)
-    if attention_mask.ndim == 2:
-        seen = attention_mask.long().cumsum(-1)[:, -embeds.shape[1] :]
-    else:
-        seen = (attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0)[:, 0].sum(-1)
-    return (seen - 1).clamp(min=0)
-
-
-def build_linear(in_features: int, out_features: int, beta: float = 1.0, gain: float | None = None) -> nn.Linear:
-    """A layer of a block, which `draw_` initialises: fairseq's Xavier gain (None: torch's own), then DeepNorm's beta."""
-    layer = nn.Linear(in_features, out_features)
-    layer.beta, layer.gain = beta, gain
-    return layer
-
-
-class SigmaTransformerAttention(nn.Module):
-    def __init__(
-        self, config: SigmaTransformerConfig, heads: int, beta: float, layer_idx: int = 0, is_causal: bool = False
-    ) -> None:
-        super().__init__()
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, is_causal
-        self.head_dim = config.d_model // heads
-        d, gain = config.d_model, 1 / math.sqrt(2)
-        # In fairseq's order: the last of those that share a sigma keeps its state.
-        self.k_proj = build_linear(d, d, gain=gain)
-        self.v_proj = build_linear(d, d, beta, gain)
-        self.q_proj = build_linear(d, d, gain=gain)
-        self.out_proj = build_linear(d, d, beta, gain=1.0)
-
-    def forward(
-        self,
-        x: Tensor,
-        source: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (batch, tokens, d_model) attends to itself, or to the encoder's output `source` (batch, source tokens, d_model)."""
-        q = self.split(self.q_proj(x))
-        if source is not None and past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
-            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
-            k, v = cached.keys, cached.values
-        else:
-            k, v = (
-                self.split(projection(x if source is None else source)) for projection in (self.k_proj, self.v_proj)
-            )
-            if past_key_values is not None and source is None:
-                k, v = past_key_values.self_attention_cache.update(k, v, self.layer_idx)
-            elif past_key_values is not None:
-                k, v = past_key_values.cross_attention_cache.update(k, v, self.layer_idx)
-                past_key_values.is_updated[self.layer_idx] = True
-        y, weights = attend(self, q, k, v, attention_mask, self.config.attention_dropout, **kwargs)
-        return self.out_proj(y.flatten(2)), weights
-
-    def split(self, x: Tensor) -> Tensor:
-        """(batch, tokens, d_model) -> (batch, heads, tokens, head_dim)."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-class SigmaTransformerLayer(GradientCheckpointingLayer):
-    """What the encoder's and the decoder's layers have in common: feed-forward layers, and residual branches."""
-
-    def __init__(self, config: SigmaTransformerConfig, ffn_dim: int, scale: DeepNormScale) -> None:
-        super().__init__()
-        self.config, self.alpha = config, scale.alpha
-        self.activation_fn = ACT2FN[config.activation_function]
-        self.dropout, self.activation_dropout = nn.Dropout(config.dropout), nn.Dropout(config.activation_dropout)
-        self.fc1 = build_linear(config.d_model, ffn_dim, scale.beta)
-        self.fc2 = build_linear(ffn_dim, config.d_model, scale.beta)
-        self.final_layer_norm = build_layer_norm(config)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation_dropout(self.activation_fn(self.fc1(x))))
-
-    def residual(self, x: Tensor, norm: nn.Module, branch) -> Tensor:
-        """x + branch(norm(x)) for "pre-ln", norm(alpha x + branch(x)) otherwise."""
-        if self.config.residual == "pre-ln":
-            return x + self.dropout(branch(norm(x)))
-        return norm(self.dropout(branch(x)).add(x, alpha=self.alpha))
-
-
-class SigmaTransformerEncoderLayer(SigmaTransformerLayer):
-    def __init__(self, config: SigmaTransformerConfig, scale: DeepNormScale) -> None:
-        super().__init__(config, config.encoder_ffn_dim, scale)
-        self.self_attn = SigmaTransformerAttention(config, config.encoder_attention_heads, scale.beta)
-        self.self_attn_layer_norm = build_layer_norm(config)
-
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        x = self.residual(
-            x, self.self_attn_layer_norm, lambda x: self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
-        )
-        return self.residual(x, self.final_layer_norm, self.feed_forward)
-
-
-class SigmaTransformerDecoderLayer(SigmaTransformerLayer):
-    def __init__(self, config: SigmaTransformerConfig, scale: DeepNormScale, layer_idx: int) -> None:
-        super().__init__(config, config.decoder_ffn_dim, scale)
-        heads = config.decoder_attention_heads
-        self.self_attn = SigmaTransformerAttention(config, heads, scale.beta, layer_idx, is_causal=True)
-        self.self_attn_layer_norm = build_layer_norm(config)
-        self.encoder_attn = SigmaTransformerAttention(config, heads, scale.beta, layer_idx)
-        self.encoder_attn_layer_norm = build_layer_norm(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        source: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        **kwargs,
-    ) -> Tensor:
-        x = self.residual(
-            x, self.self_attn_layer_norm, lambda x: self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
-        )
-        x = self.residual(
-            x,
-            self.encoder_attn_layer_norm,
-            lambda x: self.encoder_attn(x, source, attention_mask=encoder_attention_mask, **kwargs)[0],
-        )
-        return self.residual(x, self.final_layer_norm, self.feed_forward)
-
-
-def build_layer_norm(config: SigmaTransformerConfig) -> nn.Module:
-    return nn.Identity() if config.residual == "none" else nn.LayerNorm(config.d_model, config.norm_eps)
-
-
-def build_scale(config: SigmaTransformerConfig, side: str) -> DeepNormScale:
-    if config.residual != "deepnorm":
-        return DeepNormScale(1.0, 1.0)
-    return getattr(deepnorm_scales(config.encoder_layers, config.decoder_layers), side)
+from .modeling_sigma_transformer_layers import (
+    SigmaTransformerAttention,
+    SigmaTransformerDecoderLayer,
+    SigmaTransformerEncoderLayer,
+    build_layer_norm,
+    build_scale,
+    make_position_ids,
+    sinusoidal_positions,
+)
+from .modeling_stable import StablePreTrainedModel, check_indices
 
 
 class SigmaTransformerPreTrainedModel(StablePreTrainedModel):

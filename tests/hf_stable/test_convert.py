@@ -152,7 +152,8 @@ def test_a_converted_image_model_sees_what_timm_sees(tmp_path):
         "--model-kwargs",
         *(f"{name}={value}" for name, value in tiny.items()),
     ]
-    assert main([*command, "--checkpoint", str(tmp_path / "last.pth.tar")]) == 0
+    door = ["--device-modules", "timm_stable"]
+    assert main([*command, "--checkpoint", str(tmp_path / "last.pth.tar"), *door]) == 0
 
     coarse = np.random.default_rng(0).integers(0, 255, (12, 10, 3), np.uint8)
     picture = Image.fromarray(coarse.repeat(16, 0).repeat(16, 1))
@@ -204,7 +205,7 @@ def test_errors_are_one_line(tmp_path, capsys):
         (["nanogpt", str(tmp_path / "gone.pt"), out], "No such file"),
         (["nanogpt", str(tmp_path / "other.pt"), str(tmp_path / "full")], "is there and not empty"),
         (["timm", "resnet18", out], "ResNet: allowed are timm's stablevit_*, sigma_vit_* and vit_*"),
-        (["timm", "stablevit_tiny", out], "stablevit_tiny"),
+        (["timm", "stablevit_tiny", out], "stablevit_tiny: no model of timm; --device-modules timm_stable adds"),
         (["folded", str(tmp_path / "plain"), out], "nothing to fold"),
         (["folded", str(tmp_path / "full"), out], "no config.json, so no folder of save_pretrained"),
     ):

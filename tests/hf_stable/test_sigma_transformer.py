@@ -286,6 +286,8 @@ def converted(corpus, tmp_path_factory) -> tuple[Path, Path]:
         folder / "hf",
         "--data",
         corpus / "data",
+        "--user-dir",
+        USER_DIR,
         "--bpe-codes",
         corpus / "codes",
         "--moses",
@@ -488,7 +490,7 @@ def test_what_is_no_translation_checkpoint_is_refused(converted, corpus, tmp_pat
 
 def test_a_conversion_that_is_not_equal_is_refused(converted, corpus, tmp_path, monkeypatch):
     checkpoint, _ = converted
-    monkeypatch.setattr("hf_stable.modeling_sigma_transformer.PADDING_INDEX", 2)
+    monkeypatch.setattr("hf_stable.modeling_sigma_transformer_layers.PADDING_INDEX", 2)
     with pytest.raises(ValueError, match=r"outputs differ by \d\S*, allowed is 0\.0001"):
         convert_fairseq(checkpoint, corpus / "data", tmp_path / "out")
     assert not (tmp_path / "out").exists()
