@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .sigma_reparam import SigmaReparam, SigmaReparamConfig, refuse_plain_weight
+from .sigma_reparam import SigmaReparam, SigmaReparamConfig, full_precision, refuse_plain_weight
 from .targets import QKV_NAMES, Group, Target
 
 _ORIGINAL = re.compile(r"(?P<layer>.*?)parametrizations\.(?P<tensor>[^.]+)\.original(?P<weight_norm>0?)")
@@ -41,7 +41,7 @@ def fold(model: nn.Module) -> nn.Module:
                 f"{name}: it shares its sigma with a layer outside of what is folded; fold the whole attention"
             )
     # All before any is replaced: weights with a joint sigma need each other's originals.
-    folded = [getattr(module, tensor).detach() for _, module, tensor in found]
+    folded = [_W_hat(module, tensor) for _, module, tensor in found]
     for (name, _, _), W_hat in zip(found, folded, strict=True):
         if not W_hat.isfinite().all():
             raise ValueError(f"{name}: its folded weight holds NaN or inf; fold an earlier checkpoint")
@@ -49,6 +49,12 @@ def fold(model: nn.Module) -> nn.Module:
         _remove(module, tensor)
         getattr(module, tensor).copy_(W_hat)
     return model
+
+
+def _W_hat(module: nn.Module, tensor: str) -> Tensor:
+    """In the precision that the layer keeps, also inside of autocast."""
+    with full_precision(next(module.parametrizations[tensor].parameters())):
+        return getattr(module, tensor).detach()
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -1,10 +1,14 @@
 """The top singular vectors of a matrix: found once at the start, followed by power iteration while the matrix trains."""
 
-import torch
-from torch import Tensor
-from torch.distributed import is_available as distributed_is_available
+from dataclasses import dataclass
 
-if distributed_is_available():
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .sharding import Piece, is_sharded
+
+if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate
 
 EXACT_UP_TO = 64  # an exact SVD of a matrix with a side this short takes about a millisecond
@@ -15,17 +19,60 @@ TOLERANCE = 1e-3
 
 def matvec(W: Tensor, x: Tensor) -> Tensor:
     """W x in fp32. A weight sharded by FSDP2 is multiplied where it lies; only the vector travels."""
-    if distributed_is_available() and isinstance(W, DTensor):
+    if is_sharded(W):
         x = DTensor.from_local(x, W.device_mesh, [Replicate()] * W.device_mesh.ndim)
         return torch.mm(W.float(), x[:, None]).full_tensor()[:, 0]
     return torch.mv(W.float(), x)
 
 
-def power_iteration(W: Tensor, u: Tensor, v: Tensor, n: int) -> None:
-    """n times u <- W v / |W v|, v <- W^T u / |W^T u|, in place [σ, Algorithm 1]. W (out, in), u (out,), v (in,)."""
+@dataclass(frozen=True)
+class Iterate:
+    """Where power iteration has come to: u (out,), v (in,), and the parts of W (out, in) that lie on this process."""
+
+    pieces: list[Piece]
+    u: Tensor
+    v: Tensor
+
+    def add_W_v(self, v: Tensor, out: Tensor) -> None:
+        for piece in self.pieces:
+            piece.rows(out).addmv_(piece.weight.float(), piece.columns(v))
+
+    def add_Wt_u(self, u: Tensor, out: Tensor) -> None:
+        for piece in self.pieces:
+            piece.columns(out).addmv_(piece.weight.float().T, piece.rows(u))
+
+
+@torch.no_grad()
+def power_iteration(iterates: list[Iterate], n: int, group: "dist.ProcessGroup | None" = None) -> None:
+    """n times u <- W v / |W v|, v <- W^T u / |W^T u|, in place [σ, Algorithm 1], for many matrices of a device together.
+
+    Lengths are divided out at the end, for all at once: one by one, small vectors take longer to ask for than to divide.
+    W v and W^T u of one matrix follow each other, as it is in the cache then; but where it is cut up over the processes of
+    `group`, those of all do, so that all take two messages and not two each.
+    """
+    us, vs = [iterate.u for iterate in iterates], [iterate.v for iterate in iterates]
     for _ in range(n):
-        torch.nn.functional.normalize(matvec(W, v), dim=0, out=u)
-        torch.nn.functional.normalize(matvec(W.T, u), dim=0, out=v)
+        (u_all, new_us), (v_all, new_vs) = _zeros_for(us), _zeros_for(vs)
+        for iterate, u, v in zip(iterates, new_us, new_vs, strict=True):
+            iterate.add_W_v(iterate.v, out=u)
+            if group is None:
+                iterate.add_Wt_u(u, out=v)
+        if group is not None:
+            dist.all_reduce(u_all, group=group)
+            for iterate, u, v in zip(iterates, new_us, new_vs, strict=True):
+                iterate.add_Wt_u(u, out=v)
+            dist.all_reduce(v_all, group=group)
+        for old, new in ((us, new_us), (vs, new_vs)):
+            # |W^T W v| is the square of a norm: what F.normalize takes for zero need not be one
+            lengths = torch.stack(torch._foreach_norm(new)).clamp_min_(torch.finfo(torch.float32).tiny)
+            torch._foreach_div_(new, list(lengths.unbind()))
+            torch._foreach_copy_(old, new)
+
+
+def _zeros_for(vectors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """One tensor, and its parts of the lengths of the vectors."""
+    together = torch.zeros(sum(len(x) for x in vectors), device=vectors[0].device)
+    return together, list(together.split([len(x) for x in vectors]))
 
 
 def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,9 @@ function, and a checkpoint written between two steps resumes bitwise.
 """
 
 import functools
+import inspect
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -19,7 +21,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .power_iteration import matvec, power_iteration, top_singular_vectors
+from .power_iteration import Iterate, matvec, power_iteration, top_singular_vectors
+from .sharding import pieces
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
 
 
@@ -62,50 +65,79 @@ class SigmaReparamConfig:
                 raise ValueError(f"{field.name} = {getattr(self, field.name)!r}: kind = 'weight' has no such setting")
 
 
-def _full_precision(W: Tensor):
-    """No autocast; the meta device, on which shapes are tried out, has none to switch off."""
-    return nullcontext() if W.is_meta else torch.autocast(W.device.type, enabled=False)
+def full_precision(W: Tensor):
+    """No autocast. Where there is none to switch off, doing it anyway would take as long as a small matrix."""
+    return torch.autocast(W.device.type, enabled=False) if _autocast_dtype(W) else nullcontext()
+
+
+def _autocast_dtype(W: Tensor) -> torch.dtype | None:
+    """What autocast makes of the operands of a matrix product on W's device; the meta device has none."""
+    device = W.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 class _ScaleBySigma(torch.autograd.Function):
-    """(W, gamma) -> (gamma / sigma * W, sigma), sigma = left^T W right, in fp32 whatever autocast says.
+    """(W, gamma) -> (gamma / sigma * W in `dtype`, sigma), sigma = u^T W v, in fp32 whatever autocast says.
 
-    dL/dW = gamma/sigma * G - gamma/sigma^2 <G, W> left right^T and dL/dgamma = <G, W> / sigma, where G = dL/dW_hat.
+    W (out, in) is cut into blocks of `rows`; gamma and sigma (blocks,), u (out,), v (blocks, in). Of each block
+    dL/dW = gamma/sigma * G - gamma/sigma^2 <G, W> u v^T and dL/dgamma = <G, W> / sigma, where G = dL/dW_hat.
     It keeps no copy of W, where plain autograd would keep W/sigma too. sigma is an output so that second derivatives
     (Hessian-vector products) see it as a function of W.
     """
 
     @staticmethod
-    def forward(W: Tensor, gamma: Tensor, left: Tensor, right: Tensor, stop_gradient: bool) -> tuple[Tensor, Tensor]:
-        with _full_precision(W):
-            W32 = W.float()
-            sigma = torch.dot(left, torch.mv(W32, right))
-            return (W32 * (gamma.float() / sigma)).to(W.dtype), sigma
+    def forward(W, gamma, u, v, rows: tuple[int, ...], stop_gradient: bool, dtype: torch.dtype):
+        with full_precision(W):
+            # W^T u, which reads W along its rows, takes two thirds of the time of W v
+            sigma = join([torch.dot(matvec(block.T, x), y).view(1) for block, x, y in _blocks(W, u, v, rows)])
+            # Into `dtype` without a matrix in fp32 between.
+            return torch.mul(W, _per_row(gamma.float() / sigma, rows), out=torch.empty_like(W, dtype=dtype)), sigma
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        W, gamma, left, right, ctx.stop_gradient = inputs
-        ctx.save_for_backward(W, gamma, left, right, output[1])
+        W, gamma, u, v, ctx.rows, ctx.stop_gradient, _ = inputs
+        ctx.save_for_backward(W, gamma, u, v, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, G: Tensor | None, g_sigma: Tensor | None):
-        W, gamma, left, right, sigma = ctx.saved_tensors
-        with _full_precision(W):
+        W, gamma, u, v, sigma = ctx.saved_tensors
+        with full_precision(W):
             if G is None:
-                d_W = None if ctx.stop_gradient else (g_sigma * torch.outer(left, right)).to(W.dtype)
-                return d_W, None, None, None, None
-            G32 = G.float()
-            scale = gamma.float() / sigma
-            overlap = torch.dot(G32.reshape(-1), W.float().reshape(-1))
-            d_gamma = (overlap / sigma).expand_as(gamma).to(gamma.dtype) if ctx.needs_input_grad[1] else None
-            d_W = G32 * scale
+                G = torch.zeros_like(W)
+            G32, scale = G.float(), gamma.float() / sigma
+            blocks = zip(cut(G32, ctx.rows), cut(W.float(), ctx.rows), strict=True)
+            overlap = join([_inner_product(g, block).view(1) for g, block in blocks])
+            d_gamma = (overlap / sigma).to(gamma.dtype) if ctx.needs_input_grad[1] else None
+            d_W = G32 * _per_row(scale, ctx.rows)
             if not ctx.stop_gradient:
                 d_sigma = -overlap * scale / sigma
                 if g_sigma is not None:
                     d_sigma = d_sigma + g_sigma
-                d_W = d_W.addr_(d_sigma * left, right)  # in place: a second matrix costs more than the sum
-            return d_W.to(W.dtype), d_gamma, None, None, None
+                d_sigma = cut(d_sigma, [1] * len(ctx.rows))
+                for (block, x, y), d in zip(_blocks(d_W, u, v, ctx.rows), d_sigma, strict=True):
+                    block.addr_(d * x, y)  # in place: a second matrix costs more than the sum
+            return d_W.to(W.dtype), d_gamma, None, None, None, None, None
+
+
+# `apply` asks for the signature at every call; reading it off the source of the function takes as long as a small layer.
+_ScaleBySigma.forward.__signature__ = inspect.signature(_ScaleBySigma.forward)
+
+
+def _blocks(W: Tensor, u: Tensor, v: Tensor, rows: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return zip(cut(W, rows), cut(u, rows), v, strict=True)
+
+
+def _per_row(scale: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """(blocks,) -> what a stacked weight (out, in) is multiplied by, in one pass over it."""
+    return scale if len(rows) == 1 else torch.cat([x.expand(n) for x, n in zip(scale, rows, strict=True)])[:, None]
+
+
+def _inner_product(A: Tensor, B: Tensor) -> Tensor:
+    """<A, B>, without a copy of transposed matrices."""
+    if not B.is_contiguous():
+        A, B = A.T, B.T
+    return torch.dot(A.reshape(-1), B.reshape(-1))
 
 
 class SigmaReparam(nn.Module):
@@ -158,18 +190,26 @@ class SigmaReparam(nn.Module):
     def scaled_weights(self, originals: list[Tensor]) -> list[Tensor]:
         """W_hat of every weight, shaped as its layer has it."""
         matrices = [matrix(W, self.transposed) for W in originals]
+        stacked = join(matrices)
+        # Rounded here where the layer would do it: autocast's own copy takes longer, and keeps W_hat in fp32 for backward.
+        dtype = _autocast_dtype(stacked) if stacked.dtype == torch.float32 else None
         # Clones, because DDP broadcasts buffers in place before each forward, also between a forward and its backward.
-        state = zip(cut(join(matrices), self.rows), cut(self.gamma, [1] * len(self.rows)),
-                    self.u.clone().split(self.rows), self.v.clone(), strict=True)  # fmt: skip
-        scaled = [_ScaleBySigma.apply(W, gamma, u, v, self.config.stop_gradient)[0] for W, gamma, u, v in state]
-        parts = cut(join(scaled), [W.shape[0] for W in matrices])
+        state = self.gamma, self.u.clone(), self.v.clone(), tuple(self.rows), self.config.stop_gradient
+        scaled, _ = _ScaleBySigma.apply(stacked, *state, dtype or stacked.dtype)
+        parts = cut(scaled, [W.shape[0] for W in matrices])
         return [(W.T if self.transposed else W).view_as(W0) for W, W0 in zip(parts, originals, strict=True)]
 
-    @torch.no_grad()
-    def advance(self) -> None:
-        """One call per change of W: u <- W v / |W v|, v <- W^T u / |W^T u|, n_power_iterations times (Algorithm 1)."""
-        for W, u, v in self._blocks(self._stacked()):
-            power_iteration(W, u, v, self.config.n_power_iterations)
+    def iterates(self) -> tuple[list[Iterate], object]:
+        """What `power_iteration` advances, an iterate per block, and the process group over which W is cut up, if any."""
+        parts, group = pieces(self.originals(), self.transposed)
+        if len(self.rows) == 1:
+            return [Iterate(parts, self.u, self.v[0])], group
+        iterates, start = [], 0
+        for u, v, size in zip(self.u.split(self.rows), self.v, self.rows, strict=True):
+            inside = (piece.of_block(start, size) for piece in parts)
+            iterates.append(Iterate([piece for piece in inside if piece is not None], u, v))
+            start += size
+        return iterates, group
 
     def converge(self) -> None:
         """Finds u and v of the present weights from nothing."""
@@ -329,9 +369,13 @@ def advance(parameters: Iterable[Tensor]) -> None:
     by anything else: a loop without an optimizer, or one that steps a copy (fp32 masters) and copies the result back.
     """
     owner = {id(W): instance for instance in _instances for W in instance.originals()}
+    together = defaultdict(list)
     # In the order of the parameters, which is the same on every rank: sharded weights need collectives.
     for instance in dict.fromkeys(owner[id(p)] for p in parameters if id(p) in owner):
-        instance.advance()
+        iterates, group = instance.iterates()
+        together[instance.u.device, instance.config.n_power_iterations, group] += iterates
+    for (_, n_power_iterations, group), iterates in together.items():
+        power_iteration(iterates, n_power_iterations, group)
 
 
 def converge(model: nn.Module) -> nn.Module:

@@ -71,8 +71,8 @@ def join(parts: list[Tensor], dim: int = 0) -> Tensor:
 
 
 def cut(whole: Tensor, sizes: list[int]) -> list[Tensor]:
-    """`whole.split(sizes)`, whose backward copies, without that copy for the only part."""
-    return [whole] if len(sizes) == 1 else list(whole.split(sizes))
+    """`whole.split(sizes)`, whose backward copies and whose parts refuse to be written to, without that for the only part."""
+    return [whole] if len(sizes) == 1 else [whole.narrow(0, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
 def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[Group]:

@@ -130,8 +130,9 @@ def test_an_average_of_checkpoints_has_the_sigma_of_the_averaged_weight(qkv):
 
 
 def count_advances(monkeypatch) -> list:
-    calls, advance = [], SigmaReparam.advance
-    monkeypatch.setattr(SigmaReparam, "advance", lambda self: (calls.append(self), advance(self)))
+    """One entry per weight that is advanced."""
+    calls, iterates = [], SigmaReparam.iterates
+    monkeypatch.setattr(SigmaReparam, "iterates", lambda self: (calls.append(self), iterates(self))[1])
     return calls
 
 

@@ -7,11 +7,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-from stable_core import SigmaReparamConfig, sigma_reparam
+from stable_core import SigmaReparamConfig, advance, sigma_reparam
 
 STEPS, WORLD = 5, 2
+
+
+class Conv1D(nn.Module):
+    """As transformers has it, (in, out)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(70, 73))
+
+    def forward(self, x):
+        return x @ self.weight
 
 
 class Attention(nn.Module):
@@ -19,15 +30,17 @@ class Attention(nn.Module):
         super().__init__()
         self.k_proj, self.v_proj, self.q_proj = (nn.Linear(70, 70) for _ in range(3))
         self.packed = nn.MultiheadAttention(70, 2, batch_first=True)
+        self.conv = nn.Conv1d(70, 70, 3, padding=1)
 
     def forward(self, x):
         x = nn.functional.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        return self.packed(x, x, x)[0]
+        return self.conv(self.packed(x, x, x)[0].mT).mT
 
 
 def build(qkv: str) -> nn.Module:
     torch.manual_seed(0)
-    return sigma_reparam(nn.Sequential(Attention(), nn.Linear(70, 71)), SigmaReparamConfig(qkv=qkv))
+    model = nn.Sequential(Attention(), Conv1D(), nn.Linear(73, 71))
+    return sigma_reparam(model, SigmaReparamConfig(qkv=qkv, n_power_iterations=2))
 
 
 def train(model: nn.Module, rank: int | None) -> None:
@@ -53,18 +66,29 @@ def worker(rank: int, engine: str, qkv: str, port: int, out: str) -> None:
     else:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.debug import CommDebugMode
 
         mesh = init_device_mesh("cpu", (WORLD,))
+
+        def columns(parameter: nn.Parameter) -> Shard:
+            return Shard(1 if parameter.ndim > 1 and parameter.shape[1] % WORLD == 0 else 0)
+
         for layer in model:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, shard_placement_fn=columns if engine == "fsdp2 by columns" else None)
         fully_shard(model, mesh=mesh)
         train(model, rank)
+        state = copy.deepcopy(model.state_dict())
+        with CommDebugMode() as messages:
+            advance(model.parameters())
+        if engine == "fsdp2":  # by columns, the convolution's kernel is gathered
+            assert messages.get_total_counts() == 2 * 2, "two for the whole model, in each of the two power iterations"
+        model.load_state_dict(state)
     state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
     torch.save(state, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 by columns"])
 @pytest.mark.parametrize("qkv", ["separate", "joint"])
 def test_two_processes_are_one(engine, qkv, tmp_path):
     import socket

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stable_core import SigmaReparamConfig, advance, sigma_reparam
+from stable_core import SigmaReparamConfig, advance, fold, sigma_reparam
 from tests.reference import Algorithm1, numerical_gradient
 from tests.stable_core.models import equal, mlp, state, train
 
@@ -61,15 +61,19 @@ def test_gradients_match_autograd_and_finite_differences(stop_gradient):
             torch.testing.assert_close(parameter.grad, numerical_gradient(loss, parameter), rtol=1e-6, atol=1e-8)
 
 
-def test_second_derivatives_see_sigma_move():
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_second_derivatives_see_sigma_move(blocks):
     """Hessian-vector products, which sharpness needs, are those of plain autograd on Algorithm 1."""
     torch.manual_seed(0)
-    layer = sigma_reparam(nn.Linear(6, 5, bias=False))
+    layer = sigma_reparam(nn.ModuleDict({"qkv" if blocks == 3 else "fc": nn.Linear(6, blocks * 6, bias=False)}))
+    (layer,) = layer.values()
     kept = layer.parametrizations.weight
-    slow = Algorithm1(kept.original.detach().clone().requires_grad_(), kept[0].gamma.detach(), kept[0].u, kept[0].v[0])
-    x, direction = torch.randn(3, 6), torch.randn(5, 6)
+    W_slow = kept.original.detach().clone().requires_grad_()
+    state = zip(W_slow.split(6), kept[0].gamma.detach(), kept[0].u.split(6), kept[0].v, strict=True)
+    slow = torch.cat([Algorithm1(*block).W_hat() for block in state])
+    x, direction = torch.randn(3, 6), torch.randn(blocks * 6, 6)
     products = []
-    for W, y in ((kept.original, layer(x)), (slow.W, x @ slow.W_hat().T)):
+    for W, y in ((kept.original, layer(x)), (W_slow, x @ slow.T)):
         (gradient,) = torch.autograd.grad(y.sin().sum(), W, create_graph=True)
         products.append(torch.autograd.grad((gradient * direction).sum(), W)[0])
     torch.testing.assert_close(*products, rtol=1e-4, atol=1e-5)
@@ -178,16 +182,27 @@ def test_q_k_v_share_a_sigma_as_asked(qkv, cuts, packed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fp32_under_autocast(dtype):
-    model = mlp()
-    exact = model[0].weight
+def test_autocast_rounds_the_exact_weight_once(dtype):
+    """In fp32 until the rounding that autocast would do, so that the whole step is bit for bit what plain layers do."""
+    model, plain = mlp(), mlp()
+    exact = [layer.weight.detach() for layer in (model[0], model[2])]
+    x = torch.randn(8, 90)
     with torch.autocast("cpu", dtype=dtype):
-        W_hat = model[0].weight
-        loss = model(torch.randn(8, 90)).float().square().mean()
-    assert W_hat.dtype == torch.float32
-    assert torch.equal(W_hat, exact)
-    loss.backward()
-    assert model[0].parametrizations.weight.original.grad.dtype == torch.float32
+        assert torch.equal(model[0].weight, exact[0].to(dtype))
+        y = model(x)
+    y.float().square().mean().backward()
+    W_hats = [layer.weight.requires_grad_() for layer in (fold(plain)[0], plain[2])]
+    with torch.autocast("cpu", dtype=dtype):
+        y_plain = plain(x)
+    y_plain.float().square().mean().backward()
+    assert torch.equal(y, y_plain)
+    for layer, W_hat in zip((model[0], model[2]), W_hats, strict=True):
+        kept = layer.parametrizations.weight
+        W, gamma = (t.detach().clone().requires_grad_() for t in (kept.original, kept[0].gamma))
+        Algorithm1(W, gamma, kept[0].u, kept[0].v[0]).W_hat().backward(W_hat.grad)
+        assert kept.original.grad.dtype == torch.float32
+        torch.testing.assert_close(kept.original.grad, W.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(kept[0].gamma.grad, gamma.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_half_precision_model_keeps_its_state_in_fp32():

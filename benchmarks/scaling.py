@@ -1,0 +1,101 @@
+"""How σReparam's cost goes with depth, width, length and processes: `python -m benchmarks.scaling`.
+
+Translation models of fairseq, post-LN with and without σReparam, interleaved: the ratio of their step times along each axis
+must not grow. `depth` counts the layers of encoder and decoder together; `processes` is DDP and FSDP2 over gloo (CPU) or
+NCCL (GPUs), a process a device, in which every process does the whole batch.
+"""
+
+import json
+import os
+import socket
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.models import Family, Step, translation
+from benchmarks.paired import Report, arguments, interleave
+
+PLAIN, OURS = "post-LN", "σReparam + post-LN"
+AXES = {
+    "depth": (6, 18, 50, 100, 200),
+    "width": (64, 128, 256, 512, 1024),
+    "length": (25, 100, 400, 1600),
+    "processes": (1, 2),
+}
+ENGINES = ("ddp", "fsdp2")
+
+
+def family(axis: str, value: int) -> tuple[Family, int]:
+    """The models at a point of an axis, and the tokens of a step; the other axes stay at 12 layers, width 256, length 25."""
+    layers, width, length = (
+        value if axis == name else usual for name, usual in (("depth", 12), ("width", 256), ("length", 25))
+    )
+    return translation(layers // 2, width, length), max(400, length)
+
+
+def distributed(rank: int, world: int, port: int, engine: str, rounds: int, device: str, out: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    here = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(here)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=world)
+    models, tokens = family("processes", world)
+    steps = {}
+    for label in (PLAIN, OURS):
+        step = Step(models, label, tokens, here)
+        if engine == "ddp":
+            step.model = DistributedDataParallel(step.model)
+        else:
+            mesh = init_device_mesh(device, (world,))
+            for layer in (*step.model.encoder.layers, *step.model.decoder.layers, step.model):
+                fully_shard(layer, mesh=mesh)
+        step.optimizer = torch.optim.Adam(step.model.parameters(), lr=1e-4)
+        steps[label] = step
+    times = interleave(steps, rounds, here, f"{engine}, {world} processes")
+    if rank == 0:
+        Path(out).write_text(json.dumps(times))
+    dist.destroy_process_group()
+
+
+def in_processes(engine: str, world: int, rounds: int, device: str) -> dict[str, list[float]]:
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        mp.spawn(distributed, (world, port, engine, rounds, device, f"{folder}/times"), nprocs=world)
+        return json.loads(Path(f"{folder}/times").read_text())
+
+
+def main() -> None:
+    parser = arguments("scaling", __doc__, rounds=5)
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="(default: all)")
+    args = parser.parse_args()
+    report = Report("scaling", args.device)
+    for axis in args.axes:
+        for value in AXES[axis]:
+            if axis == "processes":
+                if args.device.type == "cuda" and value > torch.cuda.device_count():
+                    continue
+                for engine in ENGINES:
+                    times = in_processes(engine, value, args.rounds, args.device.type)
+                    report.add(f"{engine}, {value} processes", times, [PLAIN], "ms a step", 1000)
+                continue
+            models, tokens = family(axis, value)
+            models = replace(models, variants={label: models.variants[label] for label in (PLAIN, OURS)})
+            steps = {label: Step(models, label, tokens, args.device) for label in models.variants}
+            title = f"{axis} {value}, {tokens} tokens"
+            report.add(title, interleave(steps, args.rounds, args.device, title), [PLAIN], "ms a step", 1000)
+            report.save(args.out)
+    report.save(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Which part of a weight lies on this process: all of it, or the shard that FSDP2 or tensor parallelism gave it."""
+
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .targets import matrix
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Shard
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a matrix W (out, in): `weight` is W[row : row + height, column : column + width]."""
+
+    weight: Tensor
+    row: int = 0
+    column: int = 0
+
+    def rows(self, u: Tensor) -> Tensor:
+        """The entries of u (out,) that it meets."""
+        return _part(u, self.row, self.weight.shape[0])
+
+    def columns(self, v: Tensor) -> Tensor:
+        """The entries of v (in,) that it meets."""
+        return _part(v, self.column, self.weight.shape[1])
+
+    def of_block(self, start: int, size: int) -> "Piece | None":
+        """What of it lies in the block of `size` rows of W from `start`, as a piece of that block."""
+        first, last = max(start, self.row), min(start + size, self.row + self.weight.shape[0])
+        if first >= last:
+            return None
+        return Piece(self.weight[first - self.row : last - self.row], first - start, self.column)
+
+
+def _part(x: Tensor, start: int, size: int) -> Tensor:
+    return x if size == x.shape[0] else x.narrow(0, start, size)
+
+
+def pieces(weights: list[Tensor], transposed: bool) -> "tuple[list[Piece], dist.ProcessGroup | None]":
+    """The parts on this process of W, the weights as matrices stacked along `out`, and the processes that share the rest.
+
+    A weight sharded over several dimensions of its mesh, or along a convolution's kernel, is gathered.
+    """
+    shards = [_shard(W) for W in weights]
+    if None in shards or len({(dimension, group) for dimension, group, _ in shards}) > 1:
+        weights = [W.full_tensor() if is_sharded(W) else W for W in weights]
+        shards = [(0, None, 0)] * len(weights)
+    found, row = [], 0
+    for W, (dimension, _, start) in zip(weights, shards, strict=True):
+        local = matrix(W.to_local() if is_sharded(W) else W, transposed)
+        along_rows = (dimension == 0) != transposed
+        found.append(Piece(local, row + start, 0) if along_rows else Piece(local, row, start))
+        row += W.shape[1] if transposed else W.shape[0]
+    return found, shards[0][1]
+
+
+def is_sharded(W: Tensor) -> bool:
+    return dist.is_available() and isinstance(W, DTensor)
+
+
+def _shard(W: Tensor) -> "tuple[int, dist.ProcessGroup | None, int] | None":
+    """(dimension it is cut along, the processes that have the rest, where this one's part starts); None: gather it."""
+    if not is_sharded(W):
+        return 0, None, 0
+    cuts = [(i, placement) for i, placement in enumerate(W.placements) if not placement.is_replicate()]
+    if len(cuts) != 1 or type(cuts[0][1]) is not Shard or cuts[0][1].dim > (W.ndim == 2):
+        return None
+    (mesh_dim, placement), mesh = cuts[0], W.device_mesh
+    size = W.shape[placement.dim]
+    chunk = math.ceil(size / mesh.size(mesh_dim))  # as torch.chunk cuts
+    return placement.dim, mesh.get_group(mesh_dim), min(mesh.get_local_rank(mesh_dim) * chunk, size)
