@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import fairseq_sigma  # noqa: F401  registers the archs
 import timm_stable  # noqa: F401  registers the models
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
+from stable_core import recompute
 from tests.reference import Algorithm1
 
 Batch = tuple[Tensor, ...]
@@ -126,6 +127,7 @@ def translation(layers: int, width: int = 512, sentence: int = SENTENCE) -> Fami
         "post-LN": plain,
         "σReparam, no LayerNorm": partial(sigma, residual="none"),
         "σReparam + post-LN": sigma,
+        "σReparam, recomputed + post-LN": lambda: recompute(sigma()),
         **peers(plain, sigma, "post-LN"),
     }
     return Family(variants, ["pre-LN", "post-LN"], batch, loss, "tokens", (400, 1600))

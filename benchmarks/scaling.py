@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,10 +33,23 @@ ENGINES = ("ddp", "fsdp2")
 
 def family(axis: str, value: int) -> tuple[Family, int]:
     """The models at a point of an axis, and the tokens of a step; the other axes stay at 12 layers, width 256, length 25."""
-    layers, width, length = (
-        value if axis == name else usual for name, usual in (("depth", 12), ("width", 256), ("length", 25))
-    )
-    return translation(layers // 2, width, length), max(400, length)
+    usual = {"depth": 12, "width": 256, "length": 25}
+    depth, width, length = (value if axis == name else usual[name] for name in usual)
+    return translation(depth // 2, width, length), max(400, length)
+
+
+def kept_for_backward(step: Step) -> int:
+    """Bytes of the parameters and of every tensor that the forward pass saves."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in step.model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = step.loss(step.model, step.batch)  # alive until it is counted, so that no address is used twice
+    del loss
+    return sum(storages.values())
 
 
 def distributed(rank: int, world: int, port: int, engine: str, rounds: int, device: str, out: str) -> None:
@@ -87,14 +99,15 @@ def main() -> None:
                 for engine in ENGINES:
                     times = in_processes(engine, value, args.rounds, args.device.type)
                     report.add(f"{engine}, {value} processes", times, [PLAIN], "ms a step", 1000)
+                    report.save(args.out)
                 continue
             models, tokens = family(axis, value)
-            models = replace(models, variants={label: models.variants[label] for label in (PLAIN, OURS)})
-            steps = {label: Step(models, label, tokens, args.device) for label in models.variants}
+            steps = {label: Step(models, label, tokens, args.device) for label in (PLAIN, OURS)}
             title = f"{axis} {value}, {tokens} tokens"
             report.add(title, interleave(steps, args.rounds, args.device, title), [PLAIN], "ms a step", 1000)
+            memory = {label: [kept_for_backward(step)] for label, step in steps.items()}
+            report.add(f"{title}: parameters, and what is kept for backward", memory, [PLAIN], "MB", 1e-6)
             report.save(args.out)
-    report.save(args.out)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,19 @@ quartiles of the ratios to the plain pre-LN (and post-LN) model of the same roun
 listing with autograd; torch's `spectral_norm` has no gamma to learn.
 """
 
-from benchmarks.models import FAMILIES, Step
+import argparse
+import gc
+
+from benchmarks.models import FAMILIES, Family, Step
 from benchmarks.paired import Report, arguments, interleave
+
+
+def measure(family: Family, size: int, args: argparse.Namespace, title: str) -> dict[str, list[float]]:
+    steps = {label: Step(family, label, size, args.device, args.autocast) for label in family.variants}
+    times = interleave(steps, args.rounds, args.device, title)
+    steps.clear()
+    gc.collect()  # parametrised modules are in reference cycles, and the next models would find no room
+    return times
 
 
 def main() -> None:
@@ -20,10 +31,9 @@ def main() -> None:
         family = FAMILIES[name]()
         for size in args.sizes or family.sizes:
             title = f"{name}, {size} {family.unit}"
-            steps = {label: Step(family, label, size, args.device, args.autocast) for label in family.variants}
-            report.add(title, interleave(steps, args.rounds, args.device, title), family.bases, "ms a step", 1000)
+            times = measure(family, size, args, title)
+            report.add(title, times, family.bases, "ms a step", 1000)
             report.save(args.out)  # after each, as all of them take long
-    report.save(args.out)
 
 
 if __name__ == "__main__":

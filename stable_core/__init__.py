@@ -5,6 +5,7 @@ from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
 from .folding import fold, fold_state_dict
 from .param_groups import param_groups
+from .recomputing import recompute
 from .sigma_reparam import SigmaReparamConfig, advance, converge, sigma_reparam
 from .stable_init import stable_init_
 from .stable_norm import StableNorm
@@ -30,6 +31,7 @@ __all__ = [
     "fold_state_dict",
     "param_groups",
     "qk_norm_logit_bound",
+    "recompute",
     "sigma_reparam",
     "stable_attention_logit_bound",
     "stable_init_",

@@ -22,6 +22,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .power_iteration import Iterate, matvec, power_iteration, top_singular_vectors
+from .recomputing import remember
 from .sharding import pieces
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
 
@@ -189,15 +190,20 @@ class SigmaReparam(nn.Module):
 
     def scaled_weights(self, originals: list[Tensor]) -> list[Tensor]:
         """W_hat of every weight, shaped as its layer has it."""
-        matrices = [matrix(W, self.transposed) for W in originals]
-        stacked = join(matrices)
         # Rounded here where the layer would do it: autocast's own copy takes longer, and keeps W_hat in fp32 for backward.
-        dtype = _autocast_dtype(stacked) if stacked.dtype == torch.float32 else None
+        dtype = originals[0].dtype
+        if dtype == torch.float32:
+            dtype = _autocast_dtype(originals[0]) or dtype
+        scaled = self._scaled(originals, dtype)
+        remember(scaled, lambda: self._scaled(originals, dtype))
+        parts = cut(scaled, [W.shape[self.transposed] for W in originals])
+        return [(W.T if self.transposed else W).view_as(W0) for W, W0 in zip(parts, originals, strict=True)]
+
+    def _scaled(self, originals: list[Tensor], dtype: torch.dtype) -> Tensor:
+        stacked = join([matrix(W, self.transposed) for W in originals])
         # Clones, because DDP broadcasts buffers in place before each forward, also between a forward and its backward.
         state = self.gamma, self.u.clone(), self.v.clone(), tuple(self.rows), self.config.stop_gradient
-        scaled, _ = _ScaleBySigma.apply(stacked, *state, dtype or stacked.dtype)
-        parts = cut(scaled, [W.shape[0] for W in matrices])
-        return [(W.T if self.transposed else W).view_as(W0) for W, W0 in zip(parts, originals, strict=True)]
+        return _ScaleBySigma.apply(stacked, *state, dtype)[0]
 
     def iterates(self) -> tuple[list[Iterate], object]:
         """What `power_iteration` advances, an iterate per block, and the process group over which W is cut up, if any."""

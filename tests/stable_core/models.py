@@ -1,7 +1,11 @@
 """A small model with σReparam, its state, and a training loop, for the tests beside this file."""
 
+import gc
+
+import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from stable_core import SigmaReparamConfig, sigma_reparam
 from stable_core.sigma_reparam import SigmaReparam
@@ -36,3 +40,20 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def alive_after_forward(model: nn.Module, x: torch.Tensor) -> int:
+    """How many of the W_hats that a forward pass made are alive while its graph is."""
+    made, scaled = [], SigmaReparam._scaled
+
+    def spy(self, *args):
+        W_hat = scaled(self, *args)
+        made.append(StorageWeakRef(W_hat.untyped_storage()))
+        return W_hat
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SigmaReparam, "_scaled", spy)
+        y = model(x)
+        gc.collect()
+        assert y.requires_grad
+        return sum(not W_hat.expired() for W_hat in made)

@@ -9,7 +9,9 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from stable_core import SigmaReparamConfig, advance, sigma_reparam
+from stable_core import SigmaReparamConfig, advance, recompute, sigma_reparam
+from stable_core.sigma_reparam import JointMember, SigmaReparam
+from tests.stable_core.models import alive_after_forward
 
 STEPS, WORLD = 5, 2
 
@@ -76,7 +78,14 @@ def worker(rank: int, engine: str, qkv: str, port: int, out: str) -> None:
         for layer in model:
             fully_shard(layer, mesh=mesh, shard_placement_fn=columns if engine == "fsdp2 by columns" else None)
         fully_shard(model, mesh=mesh)
+        if engine == "fsdp2 recomputed":
+            recompute(model)
         train(model, rank)
+        weights = sum(1 for module in model.modules() if isinstance(module, SigmaReparam | JointMember))
+        alive = alive_after_forward(model, torch.randn(2, 6, 70, requires_grad=True))
+        assert alive == (
+            0 if engine == "fsdp2 recomputed" else weights
+        )  # of the shards, each process would keep the whole
         state = copy.deepcopy(model.state_dict())
         with CommDebugMode() as messages:
             advance(model.parameters())
@@ -88,7 +97,7 @@ def worker(rank: int, engine: str, qkv: str, port: int, out: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 by columns"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 by columns", "fsdp2 recomputed"])
 @pytest.mark.parametrize("qkv", ["separate", "joint"])
 def test_two_processes_are_one(engine, qkv, tmp_path):
     import socket

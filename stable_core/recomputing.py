@@ -1,0 +1,74 @@
+"""No copy of the weights in training: W_hat is made again for the backward pass instead of being kept for it.
+
+A layer keeps its weight for the backward pass. A plain one is a parameter, which is there anyway (and which FSDP2 takes away
+in between); W_hat is a copy, one of every weight on every process. Activation checkpointing does away with it too.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_made: list[
+    dict[int, tuple]
+] = []  # of every forward pass under way: where a W_hat lies -> (its storage, how to make it)
+
+
+def recompute(model: nn.Module) -> nn.Module:
+    """From now on the forward passes of `model` keep no W_hat for their backward passes, and it returns the model.
+
+    The gradients are bit for bit the same. It costs one more scaling of every weight a step, and saves a copy of them: the
+    price of σReparam in memory. Call it on what is called in training, so after `fully_shard`, or on the model inside of DDP.
+    A compiled model decides for itself what it keeps.
+
+    Raises:
+        ValueError: `model` is one already.
+    """
+    if hasattr(model, "_recomputes"):
+        raise ValueError(f"{type(model).__name__}: its W_hat is recomputed already")
+    model._recomputes = []
+    model.register_forward_pre_hook(_enter)
+    model.register_forward_hook(_leave, always_call=True)
+    return model
+
+
+def _enter(model: nn.Module, args) -> None:
+    model._recomputes.append(_recomputing())
+    model._recomputes[-1].__enter__()
+
+
+def _leave(model: nn.Module, args, output) -> None:
+    model._recomputes.pop().__exit__(None, None, None)
+
+
+@contextmanager
+def _recomputing():
+    made = {}
+
+    def pack(x: Tensor):
+        storage, make = made.get(x.untyped_storage().data_ptr(), (None, None))
+        if storage is None or storage.expired():  # expired: x lies where a W_hat was that is gone
+            return x
+        return make, (x.shape, x.stride(), x.storage_offset())
+
+    def unpack(kept):
+        if isinstance(kept, Tensor):
+            return kept
+        make, view = kept
+        with torch.no_grad():
+            return make().as_strided(*view)
+
+    _made.append(made)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _made.pop()
+
+
+def remember(W_hat: Tensor, make) -> None:
+    """That `make()` gives this W_hat again."""
+    if _made and not torch.compiler.is_compiling():
+        storage = W_hat.untyped_storage()
+        _made[-1][storage.data_ptr()] = StorageWeakRef(storage), make
