@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help venv quickstart test test-all lint bench clean
+.PHONY: help venv quickstart test test-all lint bench docs clean
 
 help:
 	@echo "make quickstart   install, train an 18L-18L translation model four ways on the CPU, show the result"
 	@echo "make test         install, run the tests (make test-all: the slow ones too)"
 	@echo "make lint         ruff and formatting, as pre-commit runs them"
-	@echo "make bench        step times side by side, what the monitor adds to them, and build times"
+	@echo "make bench        step times, memory, scaling, attention, the monitor and build times, side by side (an hour)"
+	@echo "make docs         the API reference, from the docstrings, into docs/api"
 
 venv: .venv/ready
 
@@ -43,9 +44,16 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.step_time
-	$(BIN)/python -m benchmarks.monitor
-	$(BIN)/python -m benchmarks.build
+	for which in step_time memory scaling attention monitor build; do $(BIN)/python -m benchmarks.$$which || exit 1; done
+
+# pdoc imports what a package's __all__ names. There is a command stable_core.fold, which would take the place of the function.
+PDOC := import stable_core.fold; stable_core.fold = stable_core.folding.fold; from pdoc.__main__ import cli; cli()
+PACKAGES := stable_core stable_monitor fairseq_sigma timm_stable hf_stable nanogpt_patch
+
+docs: .venv/ready
+	@rm -rf docs/api
+	@$(BIN)/python -W ignore -c '$(PDOC)' --docformat google --output-directory docs/api $(PACKAGES)
+	@echo "== the API reference is docs/api/index.html"
 
 clean:
 	rm -rf .venv build *.egg-info

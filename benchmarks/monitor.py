@@ -24,6 +24,8 @@ def main() -> None:
         size = args.size or MODELS.get(name, family.sizes[0])
         step = Step(family, family.bases[-1], size, args.device)
         monitor = Monitor(step.model, 2)
+        step()
+        monitor.step(1.0)  # the first record; from here on the hooks are there only in `recorded`
 
         def recorded(step: Step = step, monitor: Monitor = monitor) -> None:
             monitor.step(1.0)  # puts the hooks in

@@ -101,7 +101,7 @@ class Report:
             )
         )
         self.plot().savefig(out.with_suffix(".png"), dpi=120)
-        out.with_suffix(".txt").write_text(self.console.export_text(), encoding="utf-8")
+        out.with_suffix(".txt").write_text(self.console.export_text(clear=False), encoding="utf-8")
 
     def plot(self) -> Figure:
         """Median and quartiles of every ratio to the first base."""

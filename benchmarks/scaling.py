@@ -5,6 +5,7 @@ must not grow. `depth` counts the layers of encoder and decoder together; `proce
 NCCL (GPUs), a process a device, in which every process does the whole batch.
 """
 
+import gc
 import json
 import os
 import socket
@@ -108,6 +109,8 @@ def main() -> None:
             memory = {label: [kept_for_backward(step)] for label, step in steps.items()}
             report.add(f"{title}: parameters, and what is kept for backward", memory, [PLAIN], "MB", 1e-6)
             report.save(args.out)
+            steps.clear()
+            gc.collect()  # parametrised modules are in reference cycles, and the next models would find no room
 
 
 if __name__ == "__main__":

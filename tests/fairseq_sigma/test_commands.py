@@ -9,7 +9,7 @@ from fairseq import checkpoint_utils
 
 from fairseq_sigma import average, export
 from stable_core import fold
-from stable_core.sigma_reparam import SigmaReparam
+from tests.stable_core.models import count_advances
 
 from .conftest import USER_DIR, call
 
@@ -59,11 +59,12 @@ def test_two_processes_are_the_run_with_one(train, backend, corpus, tmp_path):
 
 @pytest.mark.parametrize("precision", ["--fp16", "--bf16", "--memory-efficient-bf16"])
 def test_half_precision_advances_once_and_not_a_step_behind(train, precision, monkeypatch):
-    calls, advance = [], SigmaReparam.advance
-    monkeypatch.setattr(SigmaReparam, "advance", lambda self: (calls.append(self), advance(self)))
+    calls = count_advances(monkeypatch)
     state = train("mixed", SIGMA, 5, precision, *(["--fp16-no-flatten-grads"] if precision == "--fp16" else []))[
         "model"
     ]
+    weights = [key for key in state if key.endswith("original")]
+    assert len(calls) == 5 * len(weights)
     for key, W in state.items():
         if key.endswith("original"):
             u, v = (state[key.replace("original", f"0.{x}")] for x in "uv")

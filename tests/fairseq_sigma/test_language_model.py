@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 import fairseq_sigma  # noqa: F401  registers the archs
 from fairseq_sigma.blocks import DecoderLayer
 from stable_core import deepnorm_scales
-from stable_core.sigma_reparam import SigmaReparam
+from tests.stable_core.models import count_advances
 
 from .conftest import USER_DIR, call
 
@@ -312,8 +312,7 @@ def test_two_processes_are_the_run_with_one(train, corpus, tmp_path):
 
 
 def test_nesterov_sgd_advances_u_and_v_once_an_update(train, monkeypatch):
-    calls, advance = [], SigmaReparam.advance
-    monkeypatch.setattr(SigmaReparam, "advance", lambda self: (calls.append(self), advance(self)))
+    calls = count_advances(monkeypatch)
     state = train("nag", 5, "--batch-size", 16, "--update-freq", 4, "--weight-decay", 1e-3)
     assert len(calls) == 5 * 2 * 6
     for key, W in state.items():

@@ -31,6 +31,7 @@ from fairseq_sigma.speech_dataset import Row, SpeechDataset, decode, dictionary,
 from fairseq_sigma.speech_task import SpeechConfig, SpeechTask, spec_augment
 from stable_core import fold
 from stable_core.sigma_reparam import SigmaReparam
+from tests.stable_core.models import count_advances
 
 from .conftest import USER_DIR, call
 
@@ -491,8 +492,7 @@ def test_two_processes_are_the_run_with_one(train, speech, tmp_path):
 
 
 def test_u_and_v_advance_once_per_update(train, monkeypatch):
-    calls, advance = [], SigmaReparam.advance
-    monkeypatch.setattr(SigmaReparam, "advance", lambda self: (calls.append(self), advance(self)))
+    calls = count_advances(monkeypatch)
     train("counted", 3, *EXACT, "--update-freq", 2, "--checkpoint-activations")
     assert len(calls) == 3 * (2 * 6 + 2)
 

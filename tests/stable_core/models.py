@@ -42,6 +42,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
     return losses
 
 
+def count_advances(monkeypatch) -> list:
+    """One entry for each weight, each time that it is advanced."""
+    calls, iterates = [], SigmaReparam.iterates
+    monkeypatch.setattr(SigmaReparam, "iterates", lambda self: (calls.append(self), iterates(self))[1])
+    return calls
+
+
 def alive_after_forward(model: nn.Module, x: torch.Tensor) -> int:
     """How many of the W_hats that a forward pass made are alive while its graph is."""
     made, scaled = [], SigmaReparam._scaled

@@ -8,9 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from stable_core import SigmaReparamConfig, converge, sigma_reparam
-from stable_core.sigma_reparam import SigmaReparam
 from tests.reference import Algorithm1
-from tests.stable_core.models import equal, mlp, reparametrised, state, train
+from tests.stable_core.models import count_advances, equal, mlp, reparametrised, state, train
 
 
 def test_one_advance_per_optimizer_step_whatever_the_accumulation():
@@ -127,13 +126,6 @@ def test_an_average_of_checkpoints_has_the_sigma_of_the_averaged_weight(qkv):
     )
     for block in blocks:
         assert torch.linalg.svdvals(block.detach())[0] == pytest.approx(1, rel=1e-3)
-
-
-def count_advances(monkeypatch) -> list:
-    """One entry per weight that is advanced."""
-    calls, iterates = [], SigmaReparam.iterates
-    monkeypatch.setattr(SigmaReparam, "iterates", lambda self: (calls.append(self), iterates(self))[1])
-    return calls
 
 
 def test_an_optimizer_around_another_advances_once(monkeypatch):
