@@ -45,7 +45,7 @@ def kept_weight(self: nn.Module, originals: list[Tensor]) -> list[Tensor]:
 
 scaled_weights = module.SigmaReparam.scaled_weights
 PROTOTYPES = {
-    "sigma kept from the power iteration": partial(patch.object, module, "matvec", lambda W, x: W[:, 0]),
+    "sigma kept from the power iteration": partial(patch.object, torch, "mv", lambda W, x: W[:, 0]),
     "W_hat kept between micro-batches": partial(patch.object, module.SigmaReparam, "scaled_weights", kept_weight),
 }
 

@@ -128,6 +128,7 @@ class StableAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (batch, tokens, dim) to the same shape; attn_mask and is_causal as for torch's scaled_dot_product_attention."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         y = self.kernel(q, k, v, attn_mask, self.attn_drop if self.training else 0.0, is_causal)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))

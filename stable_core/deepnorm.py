@@ -24,10 +24,10 @@ class DeepNormScales(NamedTuple):
 def deepnorm_scales(encoder_layers: int, decoder_layers: int) -> DeepNormScales:
     """alpha and beta of each side of a transformer with N encoder and M decoder layers.
 
-    encoder-only (M = 0)   alpha = (2N)^(1/4)              beta = (8N)^(-1/4)
-    decoder-only (N = 0)   alpha = (2M)^(1/4)              beta = (8M)^(-1/4)
-    encoder-decoder        encoder 0.81 (N^4 M)^(1/16)     0.87 (N^4 M)^(-1/16)
-                           decoder (3M)^(1/4)              (12M)^(-1/4)
+        encoder-only (M = 0)   alpha = (2N)^(1/4)              beta = (8N)^(-1/4)
+        decoder-only (N = 0)   alpha = (2M)^(1/4)              beta = (8M)^(-1/4)
+        encoder-decoder        encoder 0.81 (N^4 M)^(1/16)     0.87 (N^4 M)^(-1/16)
+                               decoder (3M)^(1/4)              (12M)^(-1/4)
 
     beta is for the weight matrices of the value and output projections and of the feed-forward layers. It is not for
     biases, nor for the query and key projections. (torchscale's code scales biases too, and divides the encoder's weights

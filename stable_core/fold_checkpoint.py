@@ -6,6 +6,7 @@ kept. Parameters of the optimizer no longer fit the folded weights: fold to serv
 
 import argparse
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,26 @@ def fold_checkpoint(checkpoint: dict) -> tuple[dict, list[str]]:
     return {**checkpoint, **{place: fold_state_dict(checkpoint[place]) for place in places}}, places
 
 
+def read(path: Path) -> dict:
+    """What `torch.save` wrote, read with torch's safety on.
+
+    Raises:
+        ValueError: it holds objects of other classes, or is no dict.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, pickle.UnpicklingError) as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice fills ten lines
+        raise ValueError(
+            f"{path}: holds {name[1] if name else 'something unknown'}, allowed are tensors, numbers, strings and "
+            "collections of them; python -m fairseq_sigma.export folds fairseq's translation models, of others save "
+            "model.state_dict()"
+        ) from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a state dict")
+    return checkpoint
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stable_core.fold", description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="written by torch.save")
@@ -36,12 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.out.exists() and args.out.samefile(args.checkpoint):
             raise ValueError(f"{args.out}: give OUT another name than CHECKPOINT")
-        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"{args.checkpoint}: holds a {type(checkpoint).__name__}, not a state dict")
-        folded, places = fold_checkpoint(checkpoint)
+        folded, places = fold_checkpoint(read(args.checkpoint))
         torch.save(folded, args.out)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"fold: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     print(f"folded {', '.join(map(str, places))} of {args.checkpoint} into {args.out}")

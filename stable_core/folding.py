@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .sharding import is_sharded
 from .sigma_reparam import SigmaReparam, SigmaReparamConfig, full_precision, refuse_plain_weight
 from .targets import QKV_NAMES, Group, Target
 
@@ -34,6 +35,8 @@ def fold(model: nn.Module) -> nn.Module:
     inside = {id(module.parametrizations[tensor]) for _, module, tensor in found}
     for name, module, tensor in found:
         chain = module.parametrizations[tensor]
+        if any(is_sharded(W) for W in chain.parameters()):
+            raise ValueError(f"{name}: its weight is sharded; gather the state dict and fold that (fold_state_dict)")
         if len(chain) > 1:
             raise ValueError(f"{name}: another parametrization lies on top of σReparam; remove that one first")
         if hasattr(chain[0], "members") and any(id(m) not in inside for m in chain[0].members()):

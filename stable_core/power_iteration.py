@@ -6,23 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .sharding import Piece, is_sharded
-
-if dist.is_available():
-    from torch.distributed.tensor import DTensor, Replicate
+from .sharding import Piece
 
 EXACT_UP_TO = 64  # an exact SVD of a matrix with a side this short takes about a millisecond
 STEPS, MAX_RESTARTS = 64, 40
 COARSE_STEPS, FINE_STEPS, WARM_STEPS = 32, 2, 16  # and an eighth more until enough
 TOLERANCE = 1e-3
-
-
-def matvec(W: Tensor, x: Tensor) -> Tensor:
-    """W x in fp32. A weight sharded by FSDP2 is multiplied where it lies; only the vector travels."""
-    if is_sharded(W):
-        x = DTensor.from_local(x, W.device_mesh, [Replicate()] * W.device_mesh.ndim)
-        return torch.mm(W.float(), x[:, None]).full_tensor()[:, 0]
-    return torch.mv(W.float(), x)
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,14 @@ def recompute(model: nn.Module) -> nn.Module:
 
 
 def _enter(model: nn.Module, args) -> None:
-    model._recomputes.append(_recomputing())
-    model._recomputes[-1].__enter__()
+    if not torch.compiler.is_compiling():
+        model._recomputes.append(_recomputing())
+        model._recomputes[-1].__enter__()
 
 
 def _leave(model: nn.Module, args, output) -> None:
-    model._recomputes.pop().__exit__(None, None, None)
+    if not torch.compiler.is_compiling():
+        model._recomputes.pop().__exit__(None, None, None)
 
 
 @contextmanager

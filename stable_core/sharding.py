@@ -47,7 +47,7 @@ def pieces(weights: list[Tensor], transposed: bool) -> "tuple[list[Piece], dist.
     """
     shards = [_shard(W) for W in weights]
     if None in shards or len({(dimension, group) for dimension, group, _ in shards}) > 1:
-        weights = [W.full_tensor() if is_sharded(W) else W for W in weights]
+        weights = [gathered(W) for W in weights]
         shards = [(0, None, 0)] * len(weights)
     found, row = [], 0
     for W, (dimension, _, start) in zip(weights, shards, strict=True):
@@ -56,6 +56,11 @@ def pieces(weights: list[Tensor], transposed: bool) -> "tuple[list[Piece], dist.
         found.append(Piece(local, row + start, 0) if along_rows else Piece(local, row, start))
         row += W.shape[1] if transposed else W.shape[0]
     return found, shards[0][1]
+
+
+def gathered(W: Tensor) -> Tensor:
+    """All of it, on every process."""
+    return W.full_tensor() if is_sharded(W) else W
 
 
 def is_sharded(W: Tensor) -> bool:

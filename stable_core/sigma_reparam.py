@@ -21,9 +21,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .power_iteration import Iterate, matvec, power_iteration, top_singular_vectors
+from .power_iteration import Iterate, power_iteration, top_singular_vectors
 from .recomputing import remember
-from .sharding import pieces
+from .sharding import gathered, pieces
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
 
 
@@ -90,9 +90,11 @@ class _ScaleBySigma(torch.autograd.Function):
     def forward(W, gamma, u, v, rows: tuple[int, ...], stop_gradient: bool, dtype: torch.dtype):
         with full_precision(W):
             # W^T u, which reads W along its rows, takes two thirds of the time of W v
-            sigma = join([torch.dot(matvec(block.T, x), y).view(1) for block, x, y in _blocks(W, u, v, rows)])
-            # Into `dtype` without a matrix in fp32 between.
-            return torch.mul(W, _per_row(gamma.float() / sigma, rows), out=torch.empty_like(W, dtype=dtype)), sigma
+            sigma = join([torch.dot(torch.mv(block.float().T, x), y).view(1) for block, x, y in _blocks(W, u, v, rows)])
+            scale = _per_row(gamma.float() / sigma, rows)
+            if torch.compiler.is_compiling():
+                return (W * scale).to(dtype), sigma
+            return torch.mul(W, scale, out=torch.empty_like(W, dtype=dtype)), sigma  # no matrix in fp32 between
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -102,23 +104,23 @@ class _ScaleBySigma(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, G: Tensor | None, g_sigma: Tensor | None):
+        # Nothing here is lowered by autocast; to switch it off would leave it off for what torch.compile traces next.
         W, gamma, u, v, sigma = ctx.saved_tensors
-        with full_precision(W):
-            if G is None:
-                G = torch.zeros_like(W)
-            G32, scale = G.float(), gamma.float() / sigma
-            blocks = zip(cut(G32, ctx.rows), cut(W.float(), ctx.rows), strict=True)
-            overlap = join([_inner_product(g, block).view(1) for g, block in blocks])
-            d_gamma = (overlap / sigma).to(gamma.dtype) if ctx.needs_input_grad[1] else None
-            d_W = G32 * _per_row(scale, ctx.rows)
-            if not ctx.stop_gradient:
-                d_sigma = -overlap * scale / sigma
-                if g_sigma is not None:
-                    d_sigma = d_sigma + g_sigma
-                d_sigma = cut(d_sigma, [1] * len(ctx.rows))
-                for (block, x, y), d in zip(_blocks(d_W, u, v, ctx.rows), d_sigma, strict=True):
-                    block.addr_(d * x, y)  # in place: a second matrix costs more than the sum
-            return d_W.to(W.dtype), d_gamma, None, None, None, None, None
+        if G is None:
+            G = torch.zeros_like(W)
+        G32, scale = G.float(), gamma.float() / sigma
+        blocks = zip(cut(G32, ctx.rows), cut(W.float(), ctx.rows), strict=True)
+        overlap = join([_inner_product(g, block).view(1) for g, block in blocks])
+        d_gamma = (overlap / sigma).to(gamma.dtype) if ctx.needs_input_grad[1] else None
+        d_W = G32 * _per_row(scale, ctx.rows)
+        if not ctx.stop_gradient:
+            d_sigma = -overlap * scale / sigma
+            if g_sigma is not None:
+                d_sigma = d_sigma + g_sigma
+            d_sigma = cut(d_sigma, [1] * len(ctx.rows))
+            for (block, x, y), d in zip(_blocks(d_W, u, v, ctx.rows), d_sigma, strict=True):
+                block.addr_(d * x, y)  # in place: a second matrix costs more than the sum
+        return d_W.to(W.dtype), d_gamma, None, None, None, None, None
 
 
 # `apply` asks for the signature at every call; reading it off the source of the function takes as long as a small layer.
@@ -233,18 +235,20 @@ class SigmaReparam(nn.Module):
 
     @torch.no_grad()
     def _sigma(self, stacked: Tensor) -> Tensor:
-        return torch.stack([torch.dot(u, matvec(W, v)) for W, u, v in self._blocks(stacked)])
+        with full_precision(stacked):
+            return torch.stack([torch.dot(u, torch.mv(W.float(), v)) for W, u, v in self._blocks(stacked)])
 
     @torch.no_grad()
     def _converge(self, stacked: Tensor) -> None:
         for W, u, v in self._blocks(stacked):
-            top_u, top_v = top_singular_vectors(W)
+            with full_precision(W):
+                top_u, top_v = top_singular_vectors(W)
             sign = -1 if torch.dot(v, top_v) < 0 else 1  # of the two, the pair at hand: an average goes on with it
             u.copy_(sign * top_u)
             v.copy_(sign * top_v)
 
     def _stacked(self) -> Tensor:
-        return join([matrix(W.detach(), self.transposed) for W in self.originals()])
+        return join([matrix(gathered(W.detach()), self.transposed) for W in self.originals()])
 
     def _blocks(self, stacked: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return zip(cut(stacked, self.rows), self.u.split(self.rows), self.v, strict=True)
@@ -361,11 +365,18 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> No
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
     _stepping.remove(optimizer)
-    if (
-        not _stepping
-    ):  # SAM, Lookahead and ZeRO's optimizer step another one inside, and may change the weights after it
-        # A version counter cannot tell that a weight changed: some optimizers, fairseq's Adam among them, write to `.data`.
-        advance(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    if _stepping:  # SAM, Lookahead and ZeRO's optimizer step another one inside, and may change the weights after it
+        return
+    # A version counter cannot tell that a weight changed: some optimizers, fairseq's Adam among them, write to `.data`.
+    advance(p for group in optimizer.param_groups if not _rests(group) for p in group["params"] if p.grad is not None)
+
+
+def _rests(group: dict) -> bool:
+    """Whether its learning rate is 0: in a schedule, or where torch fills a new optimizer's state to load or save it."""
+    lr = group.get("lr")
+    return (
+        lr == 0 if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
+    )  # reading a GPU's would wait for it
 
 
 def advance(parameters: Iterable[Tensor]) -> None:

@@ -44,6 +44,7 @@ class StableNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) to the same shape."""
         weight = self.weight * (self.scale * self.dim ** (self.alpha - 0.5))
         return F.rms_norm(x, (self.dim,), weight, self.eps / self.dim)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from stable_core.power_iteration import matvec, top_singular_vectors
+from stable_core.power_iteration import top_singular_vectors
 from stable_core.sigma_reparam import SigmaReparam
 from stable_core.targets import PACKED_QKV_NAMES, QKV_NAMES, matrix
 
@@ -110,7 +110,7 @@ class SpectralNorms:
             return W.new_tensor(torch.nan)
         with torch.autocast(W.device.type, enabled=False):
             u, self._vectors[key] = top_singular_vectors(W, self._vectors.get(key))
-            return torch.dot(u, matvec(W, self._vectors[key]))
+            return torch.dot(u, torch.mv(W.float(), self._vectors[key]))
 
 
 @contextmanager

@@ -41,6 +41,20 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)])
+def test_a_step_with_a_learning_rate_of_zero_leaves_the_state_alone(lr):
+    """torch takes one to fill a new optimizer's state before it loads or saves it, after the model may have been loaded."""
+    model = mlp()
+    before = state(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    train(model, optimizer, 2)
+    assert equal(state(model), before)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 + lr
+    train(model, optimizer, 1)
+    assert not equal(state(model), before)
+
+
 def test_evaluation_and_checkpointing_leave_the_state_alone():
     model = mlp()
     before = state(model)

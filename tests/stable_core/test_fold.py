@@ -6,7 +6,10 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from stable_core import SigmaReparamConfig, fold, fold_state_dict, sigma_reparam
@@ -167,3 +170,14 @@ def test_refusals_change_nothing():
     with pytest.raises(ValueError, match=r"1\.weight: its folded weight holds NaN"):
         fold(model)
     assert parametrize.is_parametrized(model[0]) and parametrize.is_parametrized(model[1])
+
+
+def test_a_sharded_model_is_refused():
+    """One process is enough to shard over."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(sigma_reparam(nn.Linear(70, 80)), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"weight: its weight is sharded; gather the state dict"):
+            fold(model)
+    finally:
+        dist.destroy_process_group()
