@@ -73,6 +73,7 @@ SETTINGS = {field.name: field.default for field in fields(GPTConfig)[7:]}  # tho
 
 
 def build_norm(config: GPTConfig) -> nn.Module:
+    """The norm that config.norm names, of width n_embd."""
     made = {
         "stable": partial(StableNorm, alpha=config.alpha),
         "layernorm": partial(nn.LayerNorm, bias=config.bias),
@@ -83,6 +84,8 @@ def build_norm(config: GPTConfig) -> nn.Module:
 
 
 class CausalSelfAttention(nn.Module):
+    """Each token attends to itself and those before it: (batch, tokens, n_embd) to the same."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config, head_dim = config, config.n_embd // config.n_head
@@ -109,6 +112,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers with a GELU between them, four times as wide inside: (batch, tokens, n_embd) to the same."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -120,6 +125,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then the MLP, each after a norm and with a residual: (batch, tokens, n_embd) to the same."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = build_norm(config)

@@ -38,7 +38,7 @@ class Utterance:
 
 
 def dictionary() -> Dictionary:
-    """26 letters, apostrophe and word boundary after fairseq's four; its first, <s>, is CTC's blank."""
+    """26 letters, apostrophe and word boundary after fairseq's four; its first, `<s>`, is CTC's blank."""
     symbols = Dictionary()
     for symbol in (*LETTERS, BOUNDARY):
         symbols.add_symbol(symbol)

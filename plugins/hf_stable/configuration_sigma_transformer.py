@@ -11,22 +11,25 @@ class SigmaTransformerConfig(ReparamConfig):
     r"""
     BART's fields and fairseq's defaults; by default 6L-6L with DeepNorm and σReparam [σ, App. F].
 
-    vocab_size (`int`): of the target.
-    src_vocab_size (`int`, *optional*): of the source, vocab_size if left out.
-    encoder_layers, decoder_layers, d_model, encoder_ffn_dim, decoder_ffn_dim, encoder_attention_heads,
-    decoder_attention_heads (`int`): the sizes.
-    residual (`str`): "deepnorm", LayerNorm(alpha x + f(x)); "post-ln"; "pre-ln"; or "none", without LayerNorm, for σReparam.
-    activation_function (`str`): fairseq's "relu".
-    dropout, attention_dropout, activation_dropout (`float`): of embeddings and residual branches, of the attention matrix,
-        and between the feed-forward layers.
-    max_position_embeddings (`int`): longest sequence, of the source and of the target.
-    tie_word_embeddings (`bool`): one matrix for the decoder's input and output; fairseq's `share_decoder_input_output_embed`,
-        a name that works here too.
-    share_all_embeddings (`bool`): the encoder's input as well.
-    init_std (`float`, *optional*): of the truncated normal for the blocks' weights; left out, 0.1 with σReparam and spectral
-        norm, and fairseq's own initialisation otherwise.
-    initializer_range (`float`, *optional*): of embeddings and output, d_model^(-1/2) if left out.
-    norm_eps (`float`): of every LayerNorm.
+    Attributes:
+        vocab_size: of the target.
+        src_vocab_size: of the source, vocab_size if left out.
+        d_model: width of tokens.
+        encoder_layers, decoder_layers: how many.
+        encoder_attention_heads, decoder_attention_heads: divisors of d_model.
+        encoder_ffn_dim, decoder_ffn_dim: widths of the feed-forward layers.
+        residual: "deepnorm", LayerNorm(alpha x + f(x)); "post-ln"; "pre-ln"; or "none", without LayerNorm, for σReparam.
+        activation_function: fairseq's "relu".
+        dropout, attention_dropout, activation_dropout: of embeddings and residual branches, of the attention matrix, and
+            between the feed-forward layers.
+        max_position_embeddings: longest sequence, of the source and of the target.
+        tie_word_embeddings: one matrix for the decoder's input and output; fairseq's `share_decoder_input_output_embed`, a
+            name that works here too.
+        share_all_embeddings: the encoder's input as well.
+        init_std: of the truncated normal for the blocks' weights; left out, 0.1 with σReparam and spectral norm, and
+            fairseq's own initialisation otherwise.
+        initializer_range: of embeddings and output, d_model^(-1/2) if left out.
+        norm_eps: of every LayerNorm.
     """
 
     model_type = "sigma_transformer"

@@ -24,8 +24,11 @@ def check_positive(config: PreTrainedConfig, *fields: str) -> None:
 @strict
 class ReparamConfig(PreTrainedConfig):
     r"""
-    reparam (`str`): "none"; "sigma", σReparam; its baselines "spectral" (gamma = 1, not learned) and "weight".
-    gamma_init, qkv, n_power_iterations, stop_gradient: as for `stable_core.SigmaReparamConfig`.
+    σReparam's fields.
+
+    Attributes:
+        reparam: "none"; "sigma", σReparam; its baselines "spectral" (gamma = 1, not learned) and "weight".
+        gamma_init, qkv, n_power_iterations, stop_gradient: as for `stable_core.SigmaReparamConfig`.
     """
 
     reparam: str = "none"
@@ -56,13 +59,16 @@ class ReparamConfig(PreTrainedConfig):
 @strict
 class StableConfig(ReparamConfig):
     r"""
-    norm (`str`): "stable" (StableNorm), "layernorm", "rmsnorm", or "none", which is for σReparam.
-    alpha (`float`): of StableNorm, in the blocks and in StableAtten, from 0 to 1/2.
-    attention (`str`): "stable" (StableAtten), "dot", "qknorm", "l2" or "l2_tied".
-    tau_scale (`float`): multiple of StableAtten's tau.
-    init (`str`): of Linear and Conv layers: "stable" (StableInit), "normal" (N(0, initializer_range^2)) or "xavier".
-    initializer_range (`float`): standard deviation of embeddings, and of init = "normal".
-    norm_eps (`float`): of every norm.
+    Stable-Transformer's fields.
+
+    Attributes:
+        norm: "stable" (StableNorm), "layernorm", "rmsnorm", or "none", which is for σReparam.
+        alpha: of StableNorm, in the blocks and in StableAtten, from 0 to 1/2.
+        attention: "stable" (StableAtten), "dot", "qknorm", "l2" or "l2_tied".
+        tau_scale: multiple of StableAtten's tau.
+        init: of Linear and Conv layers, "stable" (StableInit), "normal" (N(0, initializer_range^2)) or "xavier".
+        initializer_range: standard deviation of embeddings, and of init = "normal".
+        norm_eps: of every norm.
     """
 
     norm: str = "stable"

@@ -10,13 +10,14 @@ class StableGPTConfig(StableConfig):
     r"""
     nanoGPT's fields and StableGPT's [ST, Table 2]; HF's names for them work as well. Presets: `StableGPTConfig.preset("M")`.
 
-    vocab_size (`int`): by default that of GPT-2's tokenizer.
-    block_size (`int`): longest sequence, and N of StableAtten's tau.
-    n_layer, n_head, n_embd (`int`): by default StableGPT-S.
-    n_inner (`int`, *optional*): width of the MLPs, 4 n_embd if left out.
-    activation_function (`str`): nanoGPT's "gelu"; OpenAI's GPT-2 has "gelu_new".
-    dropout (`float`): of embeddings, attention and residual branches.
-    bias (`bool`): of Linear and LayerNorm layers.
+    Attributes:
+        vocab_size: by default that of GPT-2's tokenizer.
+        block_size: longest sequence, and N of StableAtten's tau.
+        n_layer, n_head, n_embd: by default StableGPT-S.
+        n_inner: width of the MLPs, 4 n_embd if left out.
+        activation_function: nanoGPT's "gelu"; OpenAI's GPT-2 has "gelu_new".
+        dropout: of embeddings, attention and residual branches.
+        bias: of Linear and LayerNorm layers.
     """
 
     model_type = "stable_gpt"

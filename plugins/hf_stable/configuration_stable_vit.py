@@ -19,11 +19,12 @@ class StableViTConfig(StableConfig):
     r"""
     transformers' fields of a ViT and StableViT's [ST, Table 1]. Presets: `StableViTConfig.preset("large")`.
 
-    image_size (`int`): side of the images; with patch_size it gives N of StableAtten's tau.
-    patch_size, num_channels (`int`): of the patch embedding.
-    qkv_bias (`bool`): biases of queries, keys and values.
-    patch_initializer_range (`float`, *optional*): standard deviation of the patch embedding under init = "normal", by
-        default initializer_range.
+    Attributes:
+        image_size: side of the images; with patch_size it gives N of StableAtten's tau.
+        patch_size, num_channels: of the patch embedding.
+        qkv_bias: biases of queries, keys and values.
+        patch_initializer_range: standard deviation of the patch embedding under init = "normal", by default
+            initializer_range.
     """
 
     model_type = "stable_vit"

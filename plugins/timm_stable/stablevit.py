@@ -169,6 +169,6 @@ def stablevit_giant(pretrained: bool = False, **kwargs) -> StableVisionTransform
 
 @register_model
 def stablevit_200(pretrained: bool = False, **kwargs) -> StableVisionTransformer:
-    """200 blocks of width 768, 12 heads, patch 14: 1,420M [ST, Table 3b: 1439M]."""
+    """200 blocks of width 768, 12 heads, patch 14: 1419M [ST, Table 1: 1439M]."""
     args = {"patch_size": 14, "embed_dim": 768, "depth": 200, "num_heads": 12}
     return _create("stablevit_200", pretrained, **{**args, **kwargs})

@@ -16,3 +16,8 @@ die() {
 command -v fairseq-train >/dev/null || die "fairseq-train is not on the path: run 'make venv', or pip install '.[fairseq,recipes]'"
 case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
 case "$HOURS" in 100 | 960) ;; *) die "HOURS=$HOURS: allowed are 100 and 960" ;; esac
+
+# show_or_run COMMAND...: DRY_RUN=1 shows the command.
+show_or_run() {
+    if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "$@" && echo; else "$@"; fi
+}

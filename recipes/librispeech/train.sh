@@ -4,6 +4,7 @@
 #   HOURS=100, OPTIMIZER=lars      Table 7, bottom       HOURS=960 SCHEDULE=cosine    Table 9, bottom
 #   DEPTH=72                       the deep models of Figure 14, with half the batch
 # SMALL=1 train.sh MODEL [SEED]: a narrow model on the small data. Interrupted? The same command goes on from where it was.
+# Options name the run's folder too. DRY_RUN=1 shows the command.
 source "$(dirname "$0")/common.sh"
 MODELS="postln preln sigma sigma_postln sn sn_postln wn wn_postln"
 [ $# -ge 1 ] || die "give a MODEL: $MODELS"
@@ -13,7 +14,7 @@ shift $(($# > 1 ? 2 : 1))
 case $OPTIMIZER in adagrad | lars) ;; *) die "OPTIMIZER=$OPTIMIZER: allowed are adagrad and lars" ;; esac
 case $SCHEDULE in step | cosine | plateau) ;; *) die "SCHEDULE=$SCHEDULE: allowed are step, cosine and plateau" ;; esac
 case $DEPTH in 36 | 72) ;; *) die "DEPTH=$DEPTH: allowed are 36 and 72" ;; esac
-[ -s "$MANIFEST" ] || die "no $MANIFEST: run $HERE/prepare.sh first"
+[ -s "$MANIFEST" ] || [ "${DRY_RUN:-0}" = 1 ] || die "no $MANIFEST: run $HERE/prepare.sh first"
 
 # Base learning rates: Adagrad, LARS. SN's and WN's are not in the paper; these are σReparam's and the plain models'.
 case $MODEL in
@@ -69,10 +70,14 @@ esac
 FLAGS+=(--lr "$LR" --warmup-updates $WARMUP --warmup-init-lr 0 --max-update $UPDATES)
 if [ "$GPUS" -gt 0 ]; then export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1; else FLAGS+=(--cpu); fi # "tensor cores fp32"
 
-OUT=$RUNS/$MODEL-$OPTIMIZER-$SCHEDULE-$DEPTH-$SEED
-mkdir -p "$OUT"
-echo "$MODEL, seed $SEED, $OPTIMIZER, learning rate $LR, $GPUS GPU(s); log and checkpoints in $OUT"
-fairseq-train "$RUNS" --user-dir "$PLUGIN" "${FLAGS[@]}" --train-subset train --valid-subset $VALID \
+# Other options are another run: fairseq would resume the one that it finds.
+OPTIONS=$* OUT=$RUNS/$MODEL-$OPTIMIZER-$SCHEDULE-$DEPTH-$SEED
+OUT+=${OPTIONS//[^[:alnum:].,=_-]/_}
+if [ "${DRY_RUN:-0}" != 1 ]; then
+    mkdir -p "$OUT"
+    echo "$MODEL, seed $SEED, $OPTIMIZER, learning rate $LR, $GPUS GPU(s); log and checkpoints in $OUT"
+fi
+show_or_run fairseq-train "$RUNS" --user-dir "$PLUGIN" "${FLAGS[@]}" --train-subset train --valid-subset $VALID \
     --best-checkpoint-metric wer --no-epoch-checkpoints --save-dir "$OUT" \
     --log-format simple --log-interval 100 --log-file "$OUT/train.log" "$@"
-echo "next: $HERE/evaluate.sh $OUT"
+if [ "${DRY_RUN:-0}" != 1 ]; then echo "next: $HERE/evaluate.sh $OUT"; fi

@@ -27,7 +27,7 @@ train() {
             --lr-base-size None --repeats 1 --drop-path 0 --monitor-every 50 "${SMALL_OPTIONS[@]}"
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     else
-        if [ -z "${DATA:-}" ] && [ ! -d "${DATA_DIR:-}/train" ]; then
+        if [ -z "${DATA:-}" ] && [ ! -d "${DATA_DIR:-}/train" ] && [ "${DRY_RUN:-0}" != 1 ]; then
             die "DATA_DIR=${DATA_DIR:-}: it has to hold train/ and val/, a folder for each class"
         fi
         local accumulation=$((batch / ((GPUS > 0 ? GPUS : 1) * DEVICE_BATCH)))

@@ -25,7 +25,7 @@ pretrain)
     ;;
 finetune)
     WEIGHTS=$RUNS/imagenet21k-pretrain-$SEED/model.safetensors
-    [ -s "$WEIGHTS" ] || die "$WEIGHTS is missing: run $0 pretrain $SEED first"
+    [ -s "$WEIGHTS" ] || [ "${DRY_RUN:-0}" = 1 ] || die "$WEIGHTS is missing: run $0 pretrain $SEED first"
     SMALL_OPTIONS=(--img-size 24 --batch-size 32 --epochs 5 --decay-epochs 4 --lr 1e-3 --ema-decay 0.99)
     train "imagenet21k-finetune-$SEED" 512 "${COMMON[@]}" "${SMALL_KWARGS[@]}" --weights "$WEIGHTS" --img-size 384 \
         --epochs 20 --lr 3e-4 --decay-epochs 17 --drop-path 0.1

@@ -24,7 +24,8 @@ if [ "$SMALL" = 1 ]; then
     export OMP_NUM_THREADS=1 # a second thread only slows matrices this small down, and busy cores much more
 fi
 
-# run_of MODEL [SEED]: sets ARCH and OUT from these and from LR, DECAY and DEPTH.
+# run_of MODEL [SEED] [OPTION...]: sets ARCH and OUT from these and from LR, DECAY and DEPTH. Other options are another run:
+# fairseq would resume the one that it finds.
 run_of() {
     MODEL=${1:-} SEED=${2:-1} DEPTH=${DEPTH:-16}
     # Gradients are clipped to one norm whatever the size of the model: the small one's learning rate is smaller too.
@@ -40,7 +41,8 @@ run_of() {
     [[ $DECAY =~ $number ]] || die "DECAY = $DECAY: allowed are numbers from 0; the paper's are 1e-3, 1e-4 and 0"
     ARCH=${MODEL}_transformer_lm_wiki103
     case $DEPTH in 16) ;; 32) ARCH+=_32l ;; *) die "DEPTH = $DEPTH: allowed are 16 and 32 layers" ;; esac
-    OUT=$RUNS/$MODEL-$DEPTH-lr$LR-decay$DECAY-$SEED
+    local options=${*:3}
+    OUT=$RUNS/$MODEL-$DEPTH-lr$LR-decay$DECAY-$SEED${options//[^[:alnum:].,=_-]/_}
 }
 
 # show_or_run COMMAND...: DRY_RUN=1 shows the command.

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# [LR=1] [DECAY=1e-4] [DEPTH=16] evaluate.sh MODEL [SEED]: perplexity on valid and test of the best checkpoint of that run:
-# the last 256 tokens of each window of 512 are scored, windows 256 apart [σ, App. G.1]. fairseq-eval-lm folds sigma away.
+# [LR=1] [DECAY=1e-4] [DEPTH=16] evaluate.sh MODEL [SEED] [train.sh's options]: perplexity on valid and test of the best
+# checkpoint of that run: the last 256 tokens of each window of 512 are scored, windows 256 apart [σ, App. G.1].
+# fairseq-eval-lm folds sigma away.
 source "$(dirname "$0")/common.sh"
 run_of "$@"
 CHECKPOINT=${CHECKPOINT:-$OUT/checkpoint_best.pt}
 [ -s "$CHECKPOINT" ] || [ "${DRY_RUN:-0}" = 1 ] ||
-    die "$CHECKPOINT is missing: run $HERE/train.sh $MODEL $SEED with this LR, DECAY and DEPTH first"
+    die "$CHECKPOINT is missing: run $HERE/train.sh $* with this LR, DECAY and DEPTH first"
 CPU=() && [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ] && CPU=(--cpu)
 
 for split in valid test; do

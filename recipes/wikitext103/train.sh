@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # [LR=1] [DECAY=1e-4] [DEPTH=16] train.sh MODEL [SEED] [fairseq-train options]: one run of the paper's grid [σ, Table 12].
 # MODEL: sigma (σReparam, no LayerNorm), preln (fairseq's own model) or postln. SMALL=1: narrow, on the small data.
-# Interrupted? The same command goes on from the last checkpoint. DRY_RUN=1 shows the command.
+# Interrupted? The same command goes on from the last checkpoint. Options name the run's folder too. DRY_RUN=1 shows the command.
 source "$(dirname "$0")/common.sh"
-run_of "${@:1:2}"
-shift $(($# > 1 ? 2 : $#))
+run_of "$@"
 [ -s "$DATA/dict.txt" ] || [ "${DRY_RUN:-0}" = 1 ] || die "no data in $DATA: run $HERE/prepare.sh first"
 
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -36,5 +35,5 @@ if [ "${DRY_RUN:-0}" != 1 ]; then
     echo "$ARCH, seed $SEED, learning rate $LR, weight decay $DECAY, $GPUS GPU(s); log and checkpoints in $OUT"
 fi
 show_or_run fairseq-train "$DATA" --task language_modeling --user-dir "$PLUGIN" "${FLAGS[@]}" --num-workers 0 --save-dir "$OUT" \
-    --log-format simple --log-interval 20 --log-file "$OUT/train.log" "$@"
-if [ "${DRY_RUN:-0}" != 1 ]; then echo "next, with LR, DECAY and DEPTH as here: $HERE/evaluate.sh $MODEL $SEED"; fi
+    --log-format simple --log-interval 20 --log-file "$OUT/train.log" "${@:3}"
+if [ "${DRY_RUN:-0}" != 1 ]; then echo "next, with LR, DECAY and DEPTH as here: $HERE/evaluate.sh $*"; fi

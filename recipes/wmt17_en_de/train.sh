@@ -1,17 +1,14 @@
 #!/usr/bin/env bash
 # train.sh ARCH [SEED] [fairseq-train options]: one cell of the paper's Table 11 with the settings of its Table 10.
 # SMALL=1 train.sh ARCH [SEED]: the same command on the small data, with a narrow model and a short schedule.
-# Interrupted? The same command goes on from the last checkpoint.
+# Interrupted? The same command goes on from the last checkpoint. Options name the run's folder too. DRY_RUN=1 shows the command.
 source "$(dirname "$0")/common.sh"
 [ $# -ge 1 ] || die "give an ARCH: {sigma,sigma_postln,deepnorm,postln,preln}_transformer_{6,18,50,100}l"
-ARCH=$1 SEED=${2:-1}
-shift $(($# > 1 ? 2 : 1))
-[[ $SEED =~ ^[0-9]+$ ]] || die "SEED = $SEED: allowed are whole numbers"
-[ -s "$DATA/dict.en.txt" ] || die "no data in $DATA: run $HERE/prepare.sh first"
-OUT=$RUNS/$ARCH-$SEED
+run_of "$@"
+[ -s "$DATA/dict.en.txt" ] || [ "${DRY_RUN:-0}" = 1 ] || die "no data in $DATA: run $HERE/prepare.sh first"
 
 case $ARCH in sigma_*) LR=4.5e-3 ;; *) LR=1.4e-3 ;; esac
-GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+GPUS=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
 FLAGS=(
     --arch "$ARCH" --seed "$SEED"
     --optimizer adam --adam-betas '(0.9, 0.98)' --adam-eps 1e-8 --clip-norm 0 --weight-decay 0.0001
@@ -37,8 +34,10 @@ else # shared at width 64, they keep the small model at the unigram level for hu
     FLAGS+=(--share-decoder-input-output-embed)
 fi
 
-mkdir -p "$OUT"
-echo "$ARCH, seed $SEED, learning rate $LR, $GPUS GPU(s); log and checkpoints in $OUT"
-fairseq-train "$DATA" --user-dir "$PLUGIN" "${FLAGS[@]}" --num-workers 0 --save-dir "$OUT" \
-    --log-format simple --log-interval 20 --log-file "$OUT/train.log" "$@"
-echo "next: $HERE/evaluate.sh $ARCH $SEED"
+if [ "${DRY_RUN:-0}" != 1 ]; then
+    mkdir -p "$OUT"
+    echo "$ARCH, seed $SEED, learning rate $LR, $GPUS GPU(s); log and checkpoints in $OUT"
+fi
+show_or_run fairseq-train "$DATA" --user-dir "$PLUGIN" "${FLAGS[@]}" --num-workers 0 --save-dir "$OUT" \
+    --log-format simple --log-interval 20 --log-file "$OUT/train.log" "${@:3}"
+if [ "${DRY_RUN:-0}" != 1 ]; then echo "next: $HERE/evaluate.sh $*"; fi

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import subprocess
 import tarfile
 from pathlib import Path
@@ -79,13 +80,11 @@ def settings(tmp_path, *args, **env):
 
     import fairseq_sigma  # noqa: F401
 
-    hours = env.get("HOURS", "100")
-    (tmp_path / f"librispeech_{hours}").mkdir(exist_ok=True)
-    (tmp_path / f"librispeech_{hours}" / "manifest.tsv").write_text("split\tpath\ttext\n")
-    shown = {"BASH_FUNC_fairseq-train%%": '() { printf "%s\\n" "$@"; }'}
-    done = script("train.sh", *args, RUNS=str(tmp_path), GPUS="4", **env, **shown)
+    done = script("train.sh", *args, RUNS=str(tmp_path), GPUS="4", DRY_RUN="1", **env)
     assert done.returncode == 0, done.stderr
-    _, *argv, _ = done.stdout.splitlines()
+    assert not any(tmp_path.iterdir())
+    command, *argv = shlex.split(done.stdout)
+    assert command == "fairseq-train"
     return options.parse_args_and_arch(options.get_training_parser(), argv)
 
 
@@ -97,7 +96,9 @@ def settings(tmp_path, *args, **env):
         ("sigma", "adagrad", "none", "sigma", "qk_joint", 1),
         ("sigma_postln", "adagrad", "post-ln", "sigma", "qk_joint", 1),
         ("sn_postln", "adagrad", "post-ln", "spectral", "qk_joint", 1),
+        ("sn", "adagrad", "none", "spectral", "qk_joint", 1),
         ("wn", "adagrad", "none", "weight", "separate", 0.5),
+        ("wn_postln", "adagrad", "post-ln", "weight", "separate", 0.03),
         ("postln", "lars", "post-ln", "none", "separate", 0.1),
         ("preln", "lars", "pre-ln", "none", "separate", 0.5),
         ("sigma", "lars", "none", "sigma", "joint", 1),
@@ -121,6 +122,29 @@ def test_settings_of_960_hours_and_of_72_layers(tmp_path):
     assert (args.lr_scheduler, args.lr_period_updates) == ("cosine", 436000)
     args = settings(tmp_path, "preln", DEPTH="72")
     assert (args.encoder_layers, args.max_tokens) == (72, 12000)
+    args = settings(tmp_path, "sigma", SCHEDULE="plateau")
+    assert (args.lr_scheduler, args.lr_shrink) == ("reduce_lr_on_plateau", 0.5)
+    args = settings(tmp_path, "sigma", SMALL="1")
+    assert (args.encoder_layers, args.lr, args.max_update, args.valid_subset) == (4, [0.03], 3000, "valid")
+
+
+def test_other_options_are_another_run(tmp_path):
+    runs = [settings(tmp_path, "preln", 1, *options) for options in ((), ("--lr", 1), ("--lr", 0.25))]
+    assert [args.lr for args in runs] == [[0.5], [1], [0.25]]
+    assert len({args.save_dir for args in runs}) == 3
+
+
+def test_the_command_of_the_evaluation(tmp_path, capsys):
+    from fairseq_sigma import transcribe
+
+    run = tmp_path / "run"
+    done = script("evaluate.sh", run, RUNS=str(tmp_path), DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    python, m, module, *arguments = shlex.split(done.stdout)
+    assert (python, m, module) == ("python", "-m", "fairseq_sigma.transcribe")
+    assert arguments[-5:] == ["--split", "dev-clean", "dev-other", "test-clean", "test-other"]
+    assert transcribe.main(arguments) == 1  # and no usage error: there is no such checkpoint
+    assert f"{run}/checkpoint_best.pt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -152,11 +176,11 @@ def test_prepare_train_evaluate(tmp_path):
     env = {"STABLE_DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs"), "SMALL": "1"}
     done = script("prepare.sh", **env)
     assert done.returncode == 0 and re.search(r"ready: \d\d training utterances", done.stdout), done.stderr
-    for updates in (2, 3):  # the second goes on from the checkpoint of the first
-        done = script("train.sh", "sigma_postln", 1, "--max-update", updates, "--encoder-layers", 1, **env)
+    for _ in range(2):  # the second finds the checkpoint of the first
+        done = script("train.sh", "sigma_postln", 1, "--max-update", 2, "--encoder-layers", 1, **env)
         assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"Loaded checkpoint .*@ 2 updates", done.stdout + done.stderr)
-    run = tmp_path / "runs" / "librispeech_small" / "sigma_postln-adagrad-step-36-1"
+    run = tmp_path / "runs" / "librispeech_small" / "sigma_postln-adagrad-step-36-1--max-update_2_--encoder-layers_1"
     done = script("evaluate.sh", run, **env)
     assert done.returncode == 0, done.stderr[-2000:]
     for split in ("train", "valid", "test"):

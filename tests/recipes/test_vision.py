@@ -367,6 +367,15 @@ def test_small_recipes_build_small_models(tmp_path, command):
     assert loss.isfinite()
 
 
+def test_a_dry_run_needs_neither_data_nor_weights(tmp_path):
+    env = {**os.environ, "DRY_RUN": "1", "DATA_DIR": "", "RUNS": str(tmp_path)}
+    done = subprocess.run([RECIPES / "imagenet21k.sh", "finetune"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    weights = tmp_path / "vision" / "imagenet21k-pretrain-1" / "model.safetensors"
+    assert words[words.index("--weights") + 1] == str(weights) and not any(tmp_path.iterdir())
+
+
 def test_small_imagenet21k_runs_from_end_to_end(tmp_path):
     """Both stages, as a user calls them, with less to do."""
     env = {**os.environ, "SMALL": "1", "RUNS": str(tmp_path), "ACCELERATE_USE_CPU": "true"}

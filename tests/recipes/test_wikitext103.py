@@ -41,10 +41,12 @@ def test_prepare_train_evaluate(tmp_path):
     done = script("train.sh", "sigma", 1, *tiny, "--max-update", 2, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
 
-    done = script("evaluate.sh", "sigma", 1, env=env)
+    done = script("evaluate.sh", "sigma", 1, *tiny, "--max-update", 2, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     for split in ("valid", "test"):
-        assert re.search(rf"^sigma-16-lr0\.1-decay1e-4-1 {split}: perplexity \d+\.\d+$", done.stdout, re.MULTILINE)
+        assert re.search(
+            rf"^sigma-16-lr0\.1-decay1e-4-1--adaptive\S+ {split}: perplexity \d+\.\d+$", done.stdout, re.MULTILINE
+        )
 
 
 @pytest.fixture

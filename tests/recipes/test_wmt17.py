@@ -2,12 +2,12 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "wmt17_en_de"
@@ -42,20 +42,17 @@ def test_prepare_train_evaluate(tmp_path):
         assert re.search(r"ready: \d{4} training pairs and 20\d\d subwords", done.stdout)
     assert "train.en\n" not in done.stdout
 
-    for updates in (2, 3):  # the second goes on from the checkpoint of the first
-        done = script(
-            "train.sh", "sigma_transformer_6l", 1, "--max-update", updates, "--validate-interval-updates", 1, env=env
-        )
+    call, name = ("sigma_transformer_6l", 1, "--max-update", 2), "sigma_transformer_6l-1--max-update_2"
+    for _ in range(2):  # the second finds the checkpoint of the first
+        done = script("train.sh", *call, env=env)
         assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"Loaded checkpoint .*@ 2 updates", done.stdout + done.stderr)
 
-    done = script("evaluate.sh", "sigma_transformer_6l", 1, env=env)
+    done = script("evaluate.sh", *call, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     for split in ("valid", "test"):
-        assert re.search(
-            rf"sigma_transformer_6l seed 1 {split}: BLEU [\d.]+ \(fairseq\), [\d.]+ \(sacrebleu\)", done.stdout
-        )
-        translations = tmp_path / "runs" / "wmt17_en_de_small" / "sigma_transformer_6l-1" / f"{split}.hyp.de"
+        assert re.search(rf"^{name} {split}: BLEU [\d.]+ \(fairseq\), [\d.]+ \(sacrebleu\)$", done.stdout, re.MULTILINE)
+        translations = tmp_path / "runs" / "wmt17_en_de_small" / name / f"{split}.hyp.de"
         both = zip(
             *((tmp_path / "data" / "mt" / f"{split}.{l}").read_text().splitlines() for l in ("en", "de")), strict=True
         )
@@ -65,10 +62,9 @@ def test_prepare_train_evaluate(tmp_path):
 
 @pytest.fixture
 def full(tmp_path):
-    """full(script, *args): the full recipe, with what needs the network or a GPU replaced by a few lines of shell."""
+    """full(script, *args): the full recipe, with what needs the network replaced by a few lines of shell."""
     (tmp_path / "bin").mkdir()
     fakes = {
-        "fairseq-train": 'printf "%s\\n" "$@"',
         "sacrebleu": 'case $* in *src*) echo "The house - it is old ." ;; *) echo "Das Haus, es ist alt." ;; esac',
         "curl": "exit 1",
     }
@@ -113,27 +109,50 @@ def test_full_preparation_from_downloaded_archives(full, tmp_path):
     assert (text.parent / "data" / "test.en-de.de.idx").exists()
 
 
-def test_table_10_to_the_letter(full, tmp_path):
-    """The full recipe's command line, taken from a fairseq-train that only prints it."""
-    data = tmp_path / "runs" / "wmt17_en_de" / "data"
-    data.mkdir(parents=True)
-    (data / "dict.en.txt").write_text("a 1\n")
-    flags = {}
-    for arch in ("sigma_transformer_100l", "deepnorm_transformer_100l"):
-        done = full("train.sh", arch, 3)
-        assert done.returncode == 0, done.stderr
-        words = done.stdout.splitlines()
-        flags[arch] = {word: words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
-    table = {
-        "--optimizer": "adam", "--adam-betas": "(0.9, 0.98)", "--adam-eps": "1e-8", "--clip-norm": "0",
-        "--lr-scheduler": "inverse_sqrt", "--warmup-updates": "4000", "--warmup-init-lr": "1e-7", "--max-update": "100000",
-        "--weight-decay": "0.0001", "--dropout": "0.4", "--label-smoothing": "0.1", "--seed": "3",
-    }  # fmt: skip
-    for arch, lr in (("sigma_transformer_100l", 4.5e-3), ("deepnorm_transformer_100l", 1.4e-3)):
-        assert table.items() <= flags[arch].items()
-        assert float(flags[arch]["--lr"]) == lr
-        processes = max(1, torch.cuda.device_count())
-        assert int(flags[arch]["--max-tokens"]) * int(flags[arch]["--update-freq"]) * processes == 4096 * 8 * 16
+def settings(tmp_path, name: str, *args, **env):
+    """What a script would hand to fairseq, as fairseq's parser reads it."""
+    from fairseq import options
+
+    import fairseq_sigma  # noqa: F401
+
+    done = script(name, *args, env={"RUNS": str(tmp_path), "GPUS": "4", "DRY_RUN": "1", **env})
+    assert done.returncode == 0, done.stderr
+    assert not any(tmp_path.iterdir())
+    parsers = {"fairseq-train": options.get_training_parser, "fairseq-generate": options.get_generation_parser}
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    return [options.parse_args_and_arch(parsers[command](), argv) for command, *argv in commands]
+
+
+@pytest.mark.parametrize("layers", [6, 18, 50, 100])
+@pytest.mark.parametrize(
+    "kind, lr",
+    [("sigma", 4.5e-3), ("sigma_postln", 4.5e-3), ("deepnorm", 1.4e-3), ("postln", 1.4e-3), ("preln", 1.4e-3)],
+)
+def test_table_10_to_the_letter(tmp_path, kind, lr, layers):
+    (args,) = settings(tmp_path, "train.sh", f"{kind}_transformer_{layers}l", 3, SMALL="0")
+    assert (args.optimizer, args.adam_betas, args.adam_eps, args.clip_norm) == ("adam", "(0.9, 0.98)", 1e-8, 0)
+    assert (args.lr_scheduler, args.lr, args.warmup_updates) == ("inverse_sqrt", [lr], 4000)
+    assert (args.warmup_init_lr, args.max_update, args.weight_decay) == (1e-7, 100_000, 1e-4)
+    assert (args.dropout, args.label_smoothing, args.seed) == (0.4, 0.1, 3)
+    assert (args.encoder_layers, args.decoder_layers) == (layers, layers)
+    assert args.max_tokens * args.update_freq[0] * 4 == 4096 * 8 * 16  # the test has four GPUs
+
+
+def test_commands_of_the_small_recipe(tmp_path):
+    (args,) = settings(tmp_path, "train.sh", "postln_transformer_18l")
+    assert (args.lr, args.max_update, args.encoder_embed_dim) == ([5e-3], 1500, 64)
+    for small, bpe in (("0", "subword_nmt"), ("1", "sentencepiece")):
+        splits = settings(tmp_path, "evaluate.sh", "postln_transformer_18l", SMALL=small)
+        assert [(args.gen_subset, args.post_process) for args in splits] == [("valid", bpe), ("test", bpe)]
+
+
+def test_other_options_are_another_run(tmp_path):
+    calls = [("sigma_transformer_6l", 1, *options) for options in ((), ("--init-std", 0.01), ("--init-std", 0.02))]
+    trained = [settings(tmp_path, "train.sh", *call)[0] for call in calls]
+    assert [args.init_std for args in trained] == [0.1, 0.01, 0.02]
+    assert len({args.save_dir for args in trained}) == 3
+    for call, args in zip(calls, trained, strict=True):
+        assert settings(tmp_path, "evaluate.sh", *call)[0].path == f"{args.save_dir}/checkpoint_best.pt"
 
 
 @pytest.mark.parametrize(
