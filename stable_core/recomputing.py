@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_made: list[
-    dict[int, tuple]
-] = []  # of every forward pass under way: where a W_hat lies -> (its storage, how to make it)
+# Of every forward pass under way, innermost last: where a W_hat lies -> (its storage, how to make it).
+_made: list[dict[int, tuple]] = []
 
 
 def recompute(model: nn.Module) -> nn.Module:
