@@ -31,6 +31,9 @@ USAGE = "usage: python -m nanogpt_patch PATH/TO/nanoGPT/{train,sample,bench}.py 
 
 def main(argv: list[str]) -> int:
     """Checks the arguments, and hands over to the script; 2 for arguments that are wrong."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
     try:
         script, arguments = check(argv)
     except (OSError, ValueError) as error:

@@ -5,13 +5,12 @@ kept. Parameters of the optimizer no longer fit the folded weights: fold to serv
 """
 
 import argparse
-import pickle
-import re
 import sys
 from pathlib import Path
 
 import torch
 
+from .checkpoint_file import read_checkpoint
 from .folding import fold_state_dict
 
 
@@ -30,23 +29,14 @@ def fold_checkpoint(checkpoint: dict) -> tuple[dict, list[str]]:
 
 
 def read(path: Path) -> dict:
-    """What `torch.save` wrote, read with torch's safety on.
-
-    Raises:
-        ValueError: it holds objects of other classes, or is no dict.
-    """
+    """What `read_checkpoint` does; where it refuses a class, with what to do instead."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, pickle.UnpicklingError) as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))  # torch's own advice fills ten lines
-        raise ValueError(
-            f"{path}: holds {name[1] if name else 'something unknown'}, allowed are tensors, numbers, strings and "
-            "collections of them; python -m fairseq_sigma.export folds fairseq's translation models, of others save "
-            "model.state_dict()"
-        ) from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, not a state dict")
-    return checkpoint
+        return read_checkpoint(path)
+    except ValueError as error:
+        if "allowed are" not in str(error):
+            raise
+        advice = "python -m fairseq_sigma.export folds fairseq's translation models, of others save model.state_dict()"
+        raise ValueError(f"{error}; {advice}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -400,8 +400,15 @@ def converge(model: nn.Module) -> nn.Module:
 
     Call it on an exponential moving average before it is evaluated or folded: averaging u and v, or W alone, leaves them
     no singular vectors of the averaged W. Loading an averaged state dict does it by itself.
+
+    Raises:
+        ValueError: a weight holds NaN or inf, which have no singular vectors.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, SigmaReparam):
-            module.converge()
+            try:
+                module.converge()
+            except torch.linalg.LinAlgError:
+                layer = name.rpartition("parametrizations.")[0] + name.split(".")[-2]
+                raise ValueError(f"{layer}: it holds NaN or inf; go back to a sound checkpoint") from None
     return model

@@ -238,8 +238,9 @@ class Monitor:
         if path.exists():
             whole = path.read_bytes()
             if not whole.endswith(b"\n"):  # killed in the middle of a line
+                whole = whole[: whole.rfind(b"\n") + 1]
                 with path.open("r+b") as file:
-                    file.truncate(whole.rfind(b"\n") + 1)
+                    file.truncate(len(whole))
             with self._warning(f"the alarm's history in {path}"):
                 for record in read(path) if whole.strip() else ():
                     if record["step"] < step:

@@ -5,13 +5,13 @@ torch. W and gamma are averaged; u and v are too, and found afresh for the avera
 """
 
 import argparse
-import pickle
 import sys
 from pathlib import Path
 
 import torch
 
 import fairseq_sigma  # noqa: F401  mends torch.load for fairseq's checkpoints
+from stable_core.checkpoint_file import read_checkpoint
 
 
 def average(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -29,6 +29,14 @@ def average(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     }
 
 
+def read(path: Path) -> dict:
+    """Raises ValueError: it is no checkpoint of fairseq."""
+    checkpoint = read_checkpoint(path, mmap=True)
+    if not isinstance(checkpoint.get("model"), dict):
+        raise ValueError(f"{path}: no checkpoint of fairseq, it holds no model")
+    return checkpoint
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fairseq_sigma.average", description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="written by fairseq-train")
@@ -37,12 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.out.exists():
             raise ValueError(f"{args.out} exists: give a new file for OUT, after the checkpoints")
-        first, *others = (
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in args.checkpoints
-        )
+        first, *others = map(read, args.checkpoints)
         mean = average([first["model"], *(other["model"] for other in others)])
         torch.save({**first, "model": mean, "last_optimizer_state": None}, args.out)
-    except (KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"average: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     print(f"averaged {len(args.checkpoints)} checkpoints into {args.out}")

@@ -6,7 +6,6 @@ does not scale along. A model without LayerNorm has no equal in stock fairseq. T
 """
 
 import argparse
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
 from fairseq_sigma.transformer import SigmaTransformerModel
 from stable_core import deepnorm_scales, fold_state_dict
+from stable_core.checkpoint_file import read_checkpoint
 
 OURS = ("residual", "reparam", "gamma_init", "qkv", "n_power_iterations", "stop_gradient", "init_std")
 FOLDED_RESIDUAL = re.compile(r"(?P<side>encoder|decoder)\.layers\.\d+\.(?:.*\.out_proj|fc2)\.(?:weight|bias)")
@@ -68,12 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="where the stock checkpoint goes")
     args = parser.parse_args(argv)
     try:
-        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"holds a {type(checkpoint).__name__}, not a fairseq checkpoint")
-        torch.save(export(checkpoint), args.out)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        print(f"export: {args.checkpoint}: {str(error).splitlines()[0]}", file=sys.stderr)
+        torch.save(export(read_checkpoint(args.checkpoint)), args.out)
+    except (OSError, RuntimeError, ValueError) as error:
+        message = str(error).splitlines()[0].removeprefix(f"{args.checkpoint}: ")
+        print(f"export: {args.checkpoint}: {message}", file=sys.stderr)
         return 1
     print(f"exported {args.checkpoint} to {args.out}; fairseq-generate --path {args.out} needs no --user-dir")
     return 0

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import pickle
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fairseq_sigma import speech_features
 from fairseq_sigma.ctc_model import SigmaTransformerCtc
 from fairseq_sigma.speech_dataset import Row, greedy, read_manifest
 from stable_core import fold
+from stable_core.checkpoint_file import read_checkpoint
 
 
 def load(checkpoint: Path):
@@ -26,6 +26,9 @@ def load(checkpoint: Path):
     Raises:
         ValueError: it is a checkpoint of something else.
     """
+    written = read_checkpoint(checkpoint)  # fairseq's own messages for a file that is none are of many kinds
+    if not isinstance(written.get("model"), dict) or not (written.get("cfg") or written.get("args")):
+        raise ValueError("no checkpoint of fairseq")
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
     if not isinstance(model, SigmaTransformerCtc):
         raise ValueError(f"holds a {type(model).__name__}, no speech model")
@@ -60,8 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         if torch.cuda.is_available():
             model.cuda()
         splits = {split: read_manifest(args.manifest, split) for split in args.split} if args.manifest else {}
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        print(f"transcribe: {args.checkpoint}: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (OSError, RuntimeError, ValueError) as error:
+        message = str(error).splitlines()[0].removeprefix(f"{args.checkpoint}: ")
+        print(f"transcribe: {args.checkpoint}: {message}", file=sys.stderr)
         return 1
     bad = sum(heard(model, task, path) is None for path in args.recordings)
     for split, rows in splits.items():

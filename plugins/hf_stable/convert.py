@@ -11,6 +11,7 @@ import sys
 from transformers.utils import logging
 
 from hf_stable.exporting import check_vacant
+from stable_core.checkpoint_file import what_is_wrong
 
 SOURCES = {
     "fairseq": "a checkpoint of fairseq_sigma, or of fairseq's transformer, with its dictionaries",
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         check_vacant(args.out)
         out = module.run(args)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        print(f"convert: {str(error).splitlines()[0]}", file=sys.stderr)
+        message = what_is_wrong(error) if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
+        print(f"convert: {message}", file=sys.stderr)
         return 1
     print(f"wrote {out}: load it with trust_remote_code=True, which needs transformers alone")
     return 0

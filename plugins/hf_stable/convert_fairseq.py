@@ -4,12 +4,13 @@ fairseq is imported where it is needed, not with this file; fairseq_sigma, by th
 """
 
 import argparse
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+
+from stable_core.checkpoint_file import read_checkpoint
 
 from .configuration_sigma_transformer import SigmaTransformerConfig
 from .conversion import check_equal
@@ -97,12 +98,8 @@ def load(path: Path, data: Path, source_lang: str | None, target_lang: str | Non
 
     # Again: timm, once it has loaded a checkpoint, takes it off torch's list.
     torch.serialization.add_safe_globals([argparse.Namespace])
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path}: no checkpoint of fairseq: {str(error).splitlines()[0]}") from error
-    written = isinstance(checkpoint, dict) and "model" in checkpoint
-    if not written or not (checkpoint.get("cfg") or checkpoint.get("args")):
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint.get("model"), dict) or not (checkpoint.get("cfg") or checkpoint.get("args")):
         raise ValueError(f"{path}: no checkpoint of fairseq: allowed are those that fairseq-train writes")
     options = {
         part: as_dict((checkpoint.get("cfg") or {}).get(part) or checkpoint.get("args") or {})

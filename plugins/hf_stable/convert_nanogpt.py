@@ -3,12 +3,13 @@
 import argparse
 import importlib.util
 import inspect
-import pickle
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
+
+from stable_core.checkpoint_file import read_checkpoint
 
 from .configuration_stable_gpt import StableGPTConfig
 from .conversion import check_equal, load_whole, tokens_like
@@ -27,7 +28,7 @@ def from_nanogpt(checkpoint: dict) -> StableGPTForCausalLM:
         ValueError: no checkpoint of nanoGPT; one with a setting that is neither upstream's nor nanogpt_patch's.
     """
     whole = isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()
-    if not whole or not isinstance(checkpoint["model_args"], dict):
+    if not whole or not all(isinstance(checkpoint[name], dict) for name in ("model", "model_args")):
         raise ValueError("no checkpoint of nanoGPT: it holds no 'model' and 'model_args'")
     args = {**STOCK, **checkpoint["model_args"]}
     for name in args:
@@ -71,10 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Path:
-    try:
-        checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-    except (EOFError, IndexError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{args.checkpoint}: no checkpoint of nanoGPT: {type(error).__name__}") from error
+    checkpoint = read_checkpoint(args.checkpoint)
     model = from_nanogpt(checkpoint)
     if args.code is not None:
         check_against(model, checkpoint, args.code)

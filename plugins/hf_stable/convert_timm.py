@@ -121,5 +121,13 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError(
             f"{args.arch}: no model of timm; --device-modules timm_stable adds stablevit_* and sigma_vit_*"
         )
-    vit = timm.create_model(args.arch, checkpoint_path=args.checkpoint, **args.model_kwargs)
+    vit = timm.create_model(args.arch, **args.model_kwargs)
+    if args.checkpoint:
+        try:
+            timm.models.load_checkpoint(vit, args.checkpoint)
+        except OSError:
+            raise
+        except Exception as error:  # of a damaged file, whatever its bytes lead to
+            what = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{args.checkpoint}: no checkpoint of {args.arch}: {what}") from error
     return export(from_timm(vit), args.out, processors=(image_processor(vit),))

@@ -164,7 +164,9 @@ def _claim(settings: FitSettings) -> None:
             )
     else:
         settings.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(given, indent=1) + "\n")
+        part = path.with_suffix(".part")  # every later call reads it
+        part.write_text(json.dumps(given, indent=1) + "\n")
+        part.replace(path)
 
 
 def optimizer_for(settings: FitSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -214,7 +216,9 @@ def fit(
                 row |= loop.evaluate(evaluate)
             rows.append(row)
             if accelerator.is_main_process:
-                log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                part = log.with_suffix(".part")  # resuming reads it: a kill must not leave half of it
+                part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                part.replace(log)
                 curves(rows, settings.output / "curves.png")
             if trouble is not None:
                 raise trouble
@@ -389,10 +393,9 @@ def read_settings(kind: type[Kind], run: Path) -> Kind:
 
 def export(model: nn.Module, run: Path) -> None:
     """Writes the weights of the folded model to run/model.safetensors: plain layers, which load without this package."""
-    plain = _folded(converge(copy.deepcopy(model)))
-    save_file(
-        {name: x.detach().cpu().contiguous() for name, x in plain.state_dict().items()}, run / "model.safetensors"
-    )
+    plain, part = _folded(converge(copy.deepcopy(model))), run / "model.part"
+    save_file({name: x.detach().cpu().contiguous() for name, x in plain.state_dict().items()}, part)
+    part.replace(run / "model.safetensors")  # a file of this name says that the run is finished
 
 
 def load_export(model: nn.Module, run: Path) -> nn.Module:

@@ -475,7 +475,7 @@ def test_what_is_no_translation_checkpoint_is_refused(converted, corpus, tmp_pat
     model["cfg"] = {"model": {"_name": "transformer"}, "task": {"_name": "speech_to_text"}}
     torch.save(model, tmp_path / "speech.pt")
     for path, data, message in (
-        (tmp_path / "text.pt", corpus / "data", "no checkpoint of fairseq"),
+        (tmp_path / "text.pt", corpus / "data", "text.pt: cut short, or not written by torch.save"),
         (tmp_path / "bare.pt", corpus / "data", "allowed are those that fairseq-train writes"),
         (tmp_path / "lstm.pt", corpus / "data", "arch = 'lstm': allowed are those of"),
         (tmp_path / "speech.pt", corpus / "data", "task = 'speech_to_text': allowed is 'translation'"),
