@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import pickle
 from pathlib import Path
 
@@ -119,6 +120,14 @@ COMMANDS = {
     "fairseq_sigma.average": lambda path, out: run_fairseq("average", path, path, out),
     "fairseq_sigma.transcribe": lambda path, out: run_fairseq("transcribe", path, out),
 }
+
+
+@pytest.fixture(autouse=True)
+def no_handler_of_a_test_that_is_over(monkeypatch):
+    """fairseq's commands leave one on the root logger; to a closed stream, `logging` prints a traceback of its own."""
+    root = logging.getLogger()
+    open_ones = [handler for handler in root.handlers if not getattr(getattr(handler, "stream", None), "closed", False)]
+    monkeypatch.setattr(root, "handlers", open_ones)
 
 
 def refuses(command: str, path: Path, capsys) -> None:
