@@ -498,7 +498,7 @@ def test_u_and_v_advance_once_per_update(train, monkeypatch):
 
 
 def test_it_learns_tones_and_transcribes_them(train, speech, tmp_path, capsys, caplog):
-    """The word error rate of validation, of the command line, and of jiwer agree, and it is low."""
+    """The word error rate of validation, of the command line, and of jiwer agree, and the letters are right."""
     caplog.set_level(logging.INFO)
     flags = ("--optimizer", "adam", "--lr", 0.01, "--freq-masks", 0, "--time-masks", 0, "--validate-interval", 40)
     train("tones", 160, *EXACT, *flags)
@@ -512,7 +512,8 @@ def test_it_learns_tones_and_transcribes_them(train, speech, tmp_path, capsys, c
     wer = 100 * jiwer.wer([row.text for row in rows], [line.split("\t")[1] for line in lines])
     assert summary.startswith(f"valid: WER {wer:.2f} %")
     assert shown[-1] == pytest.approx(wer, abs=0.01)
-    assert wer < 75  # of twelve words; 0 to 58 from seed to seed, or with another order of summation, and 100 untrained
+    # Of letters: twelve words are too few, and a rate of 0 to 58 % from seed to seed; letters 6 to 16 %, and 100 untrained.
+    assert 100 * jiwer.cer([row.text for row in rows], [line.split("\t")[1] for line in lines]) < 20
     soundfile.write(tmp_path / "16k.wav", np.repeat(soundfile.read(rows[0].path)[0], 2), 16000)
     assert transcribe.main([checkpoint, str(tmp_path / "16k.wav"), str(tmp_path / "none.wav")]) == 1
     captured = capsys.readouterr()
