@@ -1,16 +1,15 @@
 """The robustness grid of the σReparam paper [σ, Section 4.1], small, on CIFAR-10, with StableViT beside it.
 
-Plain ViT, σReparam without and with LayerNorm, and StableViT train with the same learning rates, batch sizes and warm-ups, each
-from several seeds. An interrupted grid goes on where it stopped.
+By default plain ViT, σReparam without and with LayerNorm, and StableViT train with the same learning rates, batch sizes and
+warm-ups, each from several seeds. An interrupted grid goes on where it stopped.
 """
 
 import json
 import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -19,9 +18,9 @@ import matplotlib
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from recipes.runs import last_line, python, run_all
 from stable_monitor.records import read
 
 from .data import ROOT
@@ -31,8 +30,10 @@ import matplotlib.pyplot as plt
 
 MONITOR_EVERY = 20
 LR_BASE_SIZE = 128
-WIDTH = ("patch_size=8", "embed_dim=64", "depth=8", "num_heads=4")
+WIDTH = ("embed_dim=64", "num_heads=4")
+PATCH = {"cifar10": 8, "cifar100": 8, "digits": 2}  # 16 of an image
 STD = ("weight_std=0.07", "patch_std=0.07")  # 0.02 at width 768 has the spectral norm of 0.07 at width 64
+PLAIN = ("norm=layernorm", "attention=dot", "init=timm")  # of which stablevit_small is timm's ViT; later values win
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ MODELS = {
     "sigma": Model("σReparam, no LayerNorm", "sigma_vit_small_patch16_224", (*WIDTH, *STD), "tab:blue"),
     "sigma_preln": Model("σReparam, pre-LN", "sigma_vit_small_patch16_224_preln", (*WIDTH, *STD), "tab:purple"),
     "stable": Model("StableViT", "stablevit_small", WIDTH, "tab:green"),
+    "sn": Model("spectral norm", "sigma_vit_small_patch16_224", (*WIDTH, *STD, "reparam=spectral"), "tab:orange"),
+    "wn": Model("weight norm", "sigma_vit_small_patch16_224", (*WIDTH, *STD, "reparam=weight"), "tab:olive"),
+    "wn_preln": Model(
+        "weight norm, pre-LN", "sigma_vit_small_patch16_224_preln", (*WIDTH, *STD, "reparam=weight"), "tab:brown"
+    ),
+    "stable_init": Model("ViT, StableInit", "stablevit_small", (*WIDTH, *PLAIN, "init=stable"), "tab:orange"),
+    "stable_norm": Model("ViT, StableNorm", "stablevit_small", (*WIDTH, *PLAIN, "norm=stable"), "tab:purple"),
+    "stable_atten": Model("ViT, StableAtten", "stablevit_small", (*WIDTH, *PLAIN, "attention=stable"), "tab:blue"),
 }
 
 
@@ -60,10 +69,7 @@ class Point:
     warmup: float  # epochs
 
     def __str__(self) -> str:
-        return f"lr {self.lr:g}, {'warm-up' if self.warmup else 'no warm-up'}"
-
-
-GRID = tuple(Point(*point) for point in product((3e-3, 1e-2, 3e-2), (128,), (0.25, 0.0)))
+        return f"lr {self.lr:g}, batch {self.batch}, {'warm-up' if self.warmup else 'no warm-up'}"
 
 
 @dataclass(frozen=True)
@@ -83,21 +89,31 @@ class Settings:
 
     output: Path = ROOT / "runs" / "vision_grid"
     seeds: tuple[int, ...] = (1, 2, 3)
-    models: tuple[Literal["vit", "sigma", "sigma_preln", "stable"], ...] = ("vit", "sigma", "sigma_preln", "stable")
+    models: tuple[Literal[*MODELS], ...] = ("vit", "sigma", "sigma_preln", "stable")
+    depth: int = 8
+    """blocks"""
+    lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    """of an update of 128 images"""
+    batches: tuple[int, ...] = (128,)
+    warmups: tuple[float, ...] = (0.25, 0.0)
+    """epochs"""
+    opt: str = "adamw"
+    weight_decay: float = 0.05
     epochs: int = 1
-    data: Literal["cifar10", "cifar100"] = "cifar10"
+    data: Literal["cifar10", "cifar100", "digits"] = "cifar10"
     data_dir: Path | None = None
     jobs: int = os.cpu_count() or 1
     """runs at a time, a thread each"""
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 0), ("epochs", 1), ("jobs", 1)):
+        for name, least in (("seeds", 0), ("depth", 1), ("batches", 1), ("epochs", 1), ("jobs", 1)):
             given = getattr(self, name)
             if min(given if isinstance(given, tuple) else (given,), default=-1) < least:
                 raise ValueError(f"{name} = {given!r}: allowed are whole numbers from {least}")
 
-
-running: list[subprocess.Popen] = []
+    @property
+    def points(self) -> list[Point]:
+        return [Point(*point) for point in product(self.lrs, self.batches, self.warmups)]
 
 
 def train(run: Run, settings: Settings) -> dict:
@@ -112,28 +128,22 @@ def train(run: Run, settings: Settings) -> dict:
         "lr": run.point.lr,
         "lr-base-size": LR_BASE_SIZE,
         "warmup-epochs": run.point.warmup,
-        "weight-decay": 0.05,
+        "opt": settings.opt,
+        "weight-decay": settings.weight_decay,
         "smoothing": 0.1,
         "monitor-every": MONITOR_EVERY,
         "seed": run.seed,
     }
     if settings.data_dir is not None:
         arguments["data-dir"] = settings.data_dir
-    flags = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "recipes.vision.train", *flags, "--model-kwargs", *model.kwargs],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    running.append(process)
-    output, _ = process.communicate()
+    kwargs = (f"patch_size={PATCH[settings.data]}", f"depth={settings.depth}", *model.kwargs)
+    flags = [part for name, value in arguments.items() for part in (f"--{name}", value)]
+    status, output = python("-m", "recipes.vision.train", *flags, "--model-kwargs", *kwargs)
     rows = (
         [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()] if directory.exists() else []
     )
-    if process.returncode and not (rows and "stopped" in rows[-1]):
-        raise RuntimeError(f"{run.name}: {(output.strip() or 'killed').splitlines()[-1]}")
+    if status and not (rows and "stopped" in rows[-1]):
+        raise RuntimeError(f"{run.name}: {last_line(output)}")
     records = read(directory)
     return {
         "model": run.model,
@@ -150,35 +160,41 @@ def train(run: Run, settings: Settings) -> dict:
     }
 
 
+def same_settings(settings: Settings) -> None:
+    """Keeps apart in two directories what a run's name does not tell."""
+    path = settings.output / "settings.json"
+    given = {name: getattr(settings, name) for name in ("depth", "opt", "weight_decay", "epochs", "data")}
+    kept = json.loads(path.read_text()) if path.exists() else given
+    for name, value in given.items():
+        if kept[name] != value:
+            raise ValueError(
+                f"{name} = {value!r}: {settings.output} holds runs with {kept[name]!r}; give another --output"
+            )
+    path.write_text(json.dumps(given))
+
+
 def train_all(settings: Settings, console: Console) -> list[dict]:
     """The log of the grid; trains what it does not hold yet."""
-    path = settings.output / "log.jsonl"
     settings.output.mkdir(parents=True, exist_ok=True)
-    log = {line["name"]: line for line in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
-    runs = [Run(model, point, seed) for seed in settings.seeds for point in GRID for model in settings.models]
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar, ThreadPoolExecutor(settings.jobs) as pool:
-        task = bar.add_task("runs", total=len(runs), completed=sum(run.name in log for run in runs))
-        futures = {pool.submit(train, run, settings): run for run in runs if run.name not in log}
-        try:
-            for future in as_completed(futures):
-                line = {"name": futures[future].name, **future.result()}
-                log[line["name"]] = line
-                with path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                result = line["stopped"] or f"{line['top1']:.1f} %"
-                console.print(f"{MODELS[line['model']].label}, {futures[future].point}, seed {line['seed']}: {result}")
-                bar.advance(task)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.terminate()
-            raise
-    return [log[run.name] for run in runs]
+    same_settings(settings)
+    runs = [
+        Run(model, point, seed) for seed in settings.seeds for point in settings.points for model in settings.models
+    ]
+
+    def describe(line: dict) -> str:
+        result = line["stopped"] or f"{line['top1']:.1f} %"
+        return f"{MODELS[line['model']].label}, {point_of(line)}, seed {line['seed']}: {result}"
+
+    jobs = {run.name: partial(train, run, settings) for run in runs}
+    return run_all(jobs, settings.output / "log.jsonl", settings.jobs, describe, console)
 
 
 def point_of(line: dict) -> Point:
     return Point(line["lr"], line["batch"], line["warmup"])
+
+
+def points_of(log: list[dict]) -> list[Point]:
+    return list(dict.fromkeys(map(point_of, log)))
 
 
 def accuracies(log: list[dict], model: str, point: Point) -> list[float]:
@@ -190,10 +206,10 @@ def table(log: list[dict]) -> Table:
     """Test accuracies; the seeds in order."""
     models = list(dict.fromkeys(line["model"] for line in log))
     result = Table("", *(MODELS[model].label for model in models), title="test accuracy, %")
-    for point in GRID:
+    for point in points_of(log):
         cells = (" / ".join(f"{x:.1f}" for x in accuracies(log, model, point)) for model in models)
         result.add_row(str(point), *cells)
-    every = [[x for point in GRID for x in accuracies(log, model, point)] for model in models]
+    every = [[x for point in points_of(log) for x in accuracies(log, model, point)] for model in models]
     result.add_row("mean, standard deviation", *(f"{np.mean(x):.1f} ± {np.std(x):.1f}" for x in every))
     result.add_row("least", *(f"{min(x):.1f}" for x in every))
     return result
@@ -201,21 +217,20 @@ def table(log: list[dict]) -> Table:
 
 def picture(log: list[dict], path: Path) -> None:
     """Accuracy at each point of the grid, a mark a seed; training loss and entropy at its last point, a line a seed."""
-    models = list(dict.fromkeys(line["model"] for line in log))
+    models, points = list(dict.fromkeys(line["model"] for line in log)), points_of(log)
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", width_ratios=[3, 2, 2])
     for offset, model in zip(np.linspace(-0.25, 0.25, len(models)), models, strict=True):
         style = {"color": MODELS[model].color, "label": MODELS[model].label}
-        marks = [(index + offset, x) for index, point in enumerate(GRID) for x in accuracies(log, model, point)]
+        marks = [(index + offset, x) for index, point in enumerate(points) for x in accuracies(log, model, point)]
         axes[0].plot(*zip(*marks, strict=True), "o", markersize=5, **style)
-        for line in (line for line in log if line["model"] == model and point_of(line) == GRID[-1]):
+        for line in (line for line in log if line["model"] == model and point_of(line) == points[-1]):
             axes[1].plot(line["steps"], line["losses"], linewidth=1, **style)
             axes[2].plot(line["steps"], line["entropy"], linewidth=1, **style)
-    labels = [f"{point.lr:g}\n{'warm-up' if point.warmup else 'none'}" for point in GRID]
-    axes[0].set_xticks(range(len(GRID)), labels)
-    axes[0].set(xlabel="learning rate", title="test accuracy, %", ylim=(0, None))
+    axes[0].set_xticks(range(len(points)), [str(point).replace(", ", "\n") for point in points])
+    axes[0].set(title="test accuracy, %", ylim=(0, None))
     axes[0].axhline(10, color="gray", linestyle=":", label="chance")
     axes[0].legend(fontsize=8)
-    axes[1].set(xlabel="update", title=f"training loss, nats, {GRID[-1]}")
+    axes[1].set(xlabel="update", title=f"training loss, nats, {points[-1]}")
     axes[2].set(xlabel="update", title="entropy of the layer where it is least, nats", ylim=(0, None))
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -265,9 +265,9 @@ def test_the_grid_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
         arrays = getattr(digits, part)
         packed |= {f"x_{part}": np.repeat(np.repeat(arrays.images[:256], 4, 1), 4, 2), f"y_{part}": arrays.labels[:256]}
     np.savez(tmp_path / "cifar10.npz", **packed)
-    monkeypatch.setattr(grid, "GRID", (grid.Point(3e-3, 128, 0.5), grid.Point(1e-2, 128, 0.0)))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     command = shlex.split(f"--output {tmp_path / 'out'} --data-dir {tmp_path} --seeds 1 --models vit stable --jobs 2")
+    command += shlex.split("--lrs 3e-3 1e-2 --warmups 0")
     grid.main(command)
     log = (tmp_path / "out" / "log.jsonl").read_text()
     lines = [json.loads(line) for line in log.splitlines()]
@@ -286,6 +286,32 @@ def test_the_grid_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     grid.main(command)
     assert "ViT" in capsys.readouterr().out and (tmp_path / "out" / "log.jsonl").read_text() == log
+    with pytest.raises(ValueError, match=r"depth = 9: .* holds runs with 8; give another --output"):
+        grid.main([*command, "--depth", "9"])
+
+
+def test_the_ablations_of_the_grid_change_one_part(tmp_path):
+    """Without its parts StableViT is timm's ViT; each ablation puts one of them back."""
+
+    def built(name: str) -> nn.Module:
+        model = grid.MODELS[name]
+        kwargs = train.keyword_arguments((*model.kwargs, "depth=2", "patch_size=8", "img_size=32"))
+        torch.manual_seed(0)
+        return timm.create_model(model.name, **kwargs)
+
+    vit = built("vit")
+    changed = {}
+    for name in ("stable_init", "stable_norm", "stable_atten"):
+        model = built(name)
+        weights = all(torch.equal(a, b) for a, b in zip(vit.parameters(), model.parameters(), strict=False))
+        norms = type(model.blocks[0].norm1) is not type(vit.blocks[0].norm1)
+        attention = type(model.blocks[0].attn.q_norm) is not type(vit.blocks[0].attn.q_norm)
+        changed[name] = (not weights and not norms and not attention, norms, attention)
+    assert changed == {
+        "stable_init": (True, False, False),
+        "stable_norm": (False, True, False),
+        "stable_atten": (False, False, True),
+    }
 
 
 # ------------------------------------------------------------------------------------------------- the shell recipes

@@ -1,0 +1,204 @@
+"""What is trained to put a claim to the test: the models, the learning rates, and how one run of each kind is made and read."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.quickstart.quickstart import NARROW, ROOT, prepare
+from recipes.runs import call, last_line, python
+from stable_monitor.records import read
+
+
+@dataclass(frozen=True)
+class Model:
+    label: str
+    color: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    model: str
+    lr: float
+    seed: int
+    length: int  # updates, or epochs of SimCLR
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.lr:g}-{self.seed}-{self.length}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    title: str
+    models: dict[str, Model]
+    lrs: tuple[float, ...]
+    length: int
+    result: str  # what `train` gives as "result", None where the loss became NaN
+    loss: str
+    prepare: Callable[[Path], None]  # of a folder
+    train: Callable[[Model, Run, Path], dict]
+
+
+def curves(folder: Path) -> dict:
+    """What the monitor recorded: the mean entropy of the layer where it is least, as a share of log(keys); 1 is uniform."""
+    records = read(folder)
+    least = [min(statistics.fmean(x["entropy"]) / math.log(x["keys"]) for x in r["layers"].values()) for r in records]
+    return {
+        "recorded": [record["step"] for record in records],
+        "entropy": [round(x, 4) for x in least],
+        "alarms": sum(len(record["alarms"]) for record in records),
+    }
+
+
+def fairseq_log(folder: Path, metric: str, status: int, output: str) -> dict:
+    """Of fairseq's JSON log: loss of updates, nats, and `metric` of the last validation, which nll_loss makes nats too."""
+    rows = [json.loads(line) for line in (folder / "train.log").read_text().splitlines() if line.startswith('{"')]
+    diverged = "FloatingPointError" in output
+    if status and not diverged:
+        raise RuntimeError(f"{folder.name}: {last_line(output)}")
+    updates = [row for row in rows if "num_updates" in row]
+    valid = [float(row[f"valid_{metric}"]) for row in rows if f"valid_{metric}" in row]
+    result = None if diverged else valid[-1] * (math.log(2) if metric == "nll_loss" else 1)
+    return {
+        "result": result and round(result, 4),
+        "steps": [int(row["num_updates"]) for row in updates],
+        "losses": [round(float(row["nll_loss"]) * math.log(2), 4) for row in updates],
+    }
+
+
+def fairseq_options(run: Run, folder: Path, every: int) -> list:
+    return [
+        *("--lr", run.lr, "--max-update", run.length, "--monitor-every", every, "--log-interval", every),
+        *("--no-save", "--save-dir", folder, "--log-format", "json", "--log-file", folder / "train.log"),
+    ]
+
+
+def translation(model: Model, run: Run, out: Path) -> dict:
+    """The quickstart's data and width, in batches of 24 for depth."""
+    folder = out / run.name
+    status, output = python(
+        *("-m", "fairseq_cli.train", out / "text" / "data", "--user-dir", ROOT / "plugins" / "fairseq_sigma"),
+        *(*model.options, *NARROW, "--batch-size", 24, "--warmup-updates", 40, "--num-workers", 0),
+        *("--seed", run.seed, "--cpu", *fairseq_options(run, folder, every=5)),
+    )
+    return {**fairseq_log(folder, "nll_loss", status, output), **curves(folder)}
+
+
+def speech(model: Model, run: Run, out: Path) -> dict:
+    """recipes/librispeech, small, with 8 layers."""
+    folder = out / run.name
+    status, output = call(
+        *("bash", ROOT / "recipes/librispeech/train.sh", run.model, run.seed, *fairseq_options(run, folder, every=20)),
+        *("--encoder-layers", 8, "--warmup-updates", 50),
+        SMALL="1",
+        GPUS="0",
+        RUNS=str(out),
+    )
+    return {**fairseq_log(folder, "uer", status, output), **curves(folder)}
+
+
+def simclr(model: Model, run: Run, out: Path) -> dict:
+    """recipes/simclr, small, with another learning rate."""
+    command = ("bash", ROOT / "recipes/simclr/run.sh", run.model, run.seed, "--lr", run.lr)
+    status, output = call(*command, SMALL="1", RUNS=str(out / run.name), EPOCHS=str(run.length))
+    folder = out / run.name / "simclr_small" / f"{run.model}-{run.length}-3-{run.seed}"
+    rows, probe = (
+        [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()] if path.exists() else []
+        for path in (folder, folder / "probe")
+    )
+    diverged = bool(rows) and "stopped" in rows[-1]
+    if status and not diverged:
+        raise RuntimeError(f"{run.name}: {last_line(output)}")
+    return {
+        "result": None if diverged else probe[-1]["top1"],
+        "steps": [row["updates"] for row in rows if "updates" in row],
+        "losses": [round(row["train_loss"], 4) for row in rows if "updates" in row],
+        **curves(folder),
+    }
+
+
+def numbers(out: Path) -> None:
+    prepare(out / "text")
+
+
+def recordings(out: Path) -> None:
+    status, output = call("bash", ROOT / "recipes/librispeech/prepare.sh", SMALL="1", RUNS=str(out))
+    if status:
+        raise RuntimeError(last_line(output))
+
+
+def arch(name: str, *options: str) -> tuple[str, ...]:
+    return "--arch", name, *options
+
+
+EXPERIMENTS = {
+    "translation": Experiment(
+        title="18L-18L translation of number words",
+        models={
+            "preln": Model("pre-LN", "tab:red", arch("preln_transformer_18l")),
+            "deepnorm": Model("DeepNorm", "tab:orange", arch("deepnorm_transformer_18l")),
+            "sn": Model(
+                "DeepNorm + spectral norm", "tab:brown", arch("sigma_transformer_18l", "--reparam", "spectral")
+            ),
+            "wn": Model("DeepNorm + weight norm", "tab:olive", arch("sigma_transformer_18l", "--reparam", "weight")),
+            "sigma": Model("DeepNorm + σReparam", "tab:blue", arch("sigma_transformer_18l")),
+        },
+        lrs=(5e-3, 2e-2),
+        length=120,
+        result="validation loss, nats a letter",
+        loss="training loss, nats a letter",
+        prepare=numbers,
+        train=translation,
+    ),
+    "depth": Experiment(
+        title="100L-100L translation of number words",
+        models={
+            "postln": Model("post-LN", "tab:red", arch("postln_transformer_100l")),
+            "sigma_postln": Model("post-LN + σReparam", "tab:green", arch("sigma_postln_transformer_100l")),
+            "deepnorm": Model("DeepNorm", "tab:orange", arch("deepnorm_transformer_100l")),
+            "sigma": Model("DeepNorm + σReparam", "tab:blue", arch("sigma_transformer_100l")),
+        },
+        lrs=(1.4e-3, 4.5e-3),  # the paper's, of plain models and with σReparam
+        length=60,
+        result="validation loss, nats a letter",
+        loss="training loss, nats a letter",
+        prepare=numbers,
+        train=translation,
+    ),
+    "speech": Experiment(
+        title="speech, 8 layers, Adagrad",
+        models={  # names are those of recipes/librispeech/train.sh
+            "preln": Model("pre-LN", "tab:red"),
+            "postln": Model("post-LN", "tab:orange"),
+            "sn_postln": Model("post-LN + spectral norm", "tab:brown"),
+            "wn_postln": Model("post-LN + weight norm", "tab:olive"),
+            "sigma_postln": Model("post-LN + σReparam", "tab:green"),
+            "sigma": Model("σReparam, no LayerNorm", "tab:blue"),
+        },
+        lrs=(0.1,),
+        length=600,
+        result="letters wrong in validation, %",
+        loss="training loss, nats a letter",
+        prepare=recordings,
+        train=speech,
+    ),
+    "simclr": Experiment(
+        title="SimCLR on digits",
+        models={  # names are those of recipes/simclr/run.sh
+            "baseline": Model("ViT", "tab:red"),
+            "frozen_patcher": Model("frozen patch embedding", "tab:orange"),
+            "sigma": Model("σReparam, no LayerNorm", "tab:blue"),
+            "sigma_preln": Model("σReparam, pre-LN", "tab:purple"),
+        },
+        lrs=(1.2e-2, 6e-2),
+        length=20,
+        result="linear probe, %",
+        loss="training loss, nats",
+        prepare=lambda out: None,
+        train=simclr,
+    ),
+}
