@@ -70,16 +70,21 @@ def shown(line: dict) -> str:
     return "NaN" if line["result"] is None else f"{line['result']:.3g}"
 
 
+def halved(line: dict) -> str:
+    """The update at which the least entropy was first seen below half of log(keys)."""
+    return next((str(step) for step, share in zip(line["recorded"], line["entropy"], strict=True) if share < 0.5), "-")
+
+
 def table(experiment: Experiment, log: list[dict]) -> Table:
     """The seeds in order."""
-    result = Table(
-        "", "learning rate", experiment.result, "least entropy / log(keys)", "alarms", title=experiment.title
-    )
+    columns = ("", "learning rate", experiment.result, "least entropy / log(keys)", "below half at update", "alarms")
+    result = Table(*columns, title=experiment.title)
     for lr, (name, model) in product(experiment.lrs, experiment.models.items()):
         lines = [line for line in log if line["model"] == name and line["lr"] == lr]
         entropy = (f"{min(line['entropy']):.2f}" for line in lines)
         alarms = (str(line["alarms"]) for line in lines)
-        result.add_row(model.label, f"{lr:g}", *map(" / ".join, (map(shown, lines), entropy, alarms)))
+        cells = (map(shown, lines), entropy, map(halved, lines), alarms)
+        result.add_row(model.label, f"{lr:g}", *map(" / ".join, cells))
     return result
 
 
