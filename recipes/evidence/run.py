@@ -75,16 +75,23 @@ def halved(line: dict) -> str:
     return next((str(step) for step, share in zip(line["recorded"], line["entropy"], strict=True) if share < 0.5), "-")
 
 
-def table(experiment: Experiment, log: list[dict]) -> Table:
-    """The seeds in order."""
-    columns = ("", "learning rate", experiment.result, "least entropy / log(keys)", "below half at update", "alarms")
-    result = Table(*columns, title=experiment.title)
+def rows(experiment: Experiment, log: list[dict]) -> list[tuple[str, ...]]:
+    """Model, learning rate, result, least entropy, when it was halved, alarms; the seeds in order."""
+    result = []
     for lr, (name, model) in product(experiment.lrs, experiment.models.items()):
         lines = [line for line in log if line["model"] == name and line["lr"] == lr]
         entropy = (f"{min(line['entropy']):.2f}" for line in lines)
         alarms = (str(line["alarms"]) for line in lines)
         cells = (map(shown, lines), entropy, map(halved, lines), alarms)
-        result.add_row(model.label, f"{lr:g}", *map(" / ".join, cells))
+        result.append((model.label, f"{lr:g}", *map(" / ".join, cells)))
+    return result
+
+
+def table(experiment: Experiment, log: list[dict]) -> Table:
+    columns = ("", "learning rate", experiment.result, "least entropy / log(keys)", "below half at update", "alarms")
+    result = Table(*columns, title=experiment.title)
+    for row in rows(experiment, log):
+        result.add_row(*row)
     return result
 
 

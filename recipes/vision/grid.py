@@ -202,16 +202,26 @@ def accuracies(log: list[dict], model: str, point: Point) -> list[float]:
     return [line["top1"] or 0.0 for line in log if line["model"] == model and point_of(line) == point]
 
 
-def table(log: list[dict]) -> Table:
-    """Test accuracies; the seeds in order."""
+def rows(log: list[dict]) -> list[tuple[str, ...]]:
+    """Test accuracies of each point, a column a model, the seeds in order; their mean and deviation, and the least."""
     models = list(dict.fromkeys(line["model"] for line in log))
-    result = Table("", *(MODELS[model].label for model in models), title="test accuracy, %")
-    for point in points_of(log):
-        cells = (" / ".join(f"{x:.1f}" for x in accuracies(log, model, point)) for model in models)
-        result.add_row(str(point), *cells)
+    points = [
+        (str(point), *(" / ".join(f"{x:.1f}" for x in accuracies(log, model, point)) for model in models))
+        for point in points_of(log)
+    ]
     every = [[x for point in points_of(log) for x in accuracies(log, model, point)] for model in models]
-    result.add_row("mean, standard deviation", *(f"{np.mean(x):.1f} ± {np.std(x):.1f}" for x in every))
-    result.add_row("least", *(f"{min(x):.1f}" for x in every))
+    return [
+        *points,
+        ("mean ± deviation", *(f"{np.mean(x):.1f} ± {np.std(x):.1f}" for x in every)),
+        ("least", *(f"{min(x):.1f}" for x in every)),
+    ]
+
+
+def table(log: list[dict]) -> Table:
+    models = dict.fromkeys(line["model"] for line in log)
+    result = Table("", *(MODELS[model].label for model in models), title="test accuracy, %")
+    for row in rows(log):
+        result.add_row(*row)
     return result
 
 

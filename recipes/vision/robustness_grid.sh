@@ -9,7 +9,7 @@
 #
 # Cost: 300 epochs x 8, about four days of 8 A100 at 40 % of their bf16 peak; a run that diverges ends there.
 #   DATA_DIR=/data/imagenet recipes/vision/robustness_grid.sh sigma
-#   SMALL=1 recipes/vision/robustness_grid.sh         all four models, three seeds, on CIFAR-10: an hour on 2 cores
+#   SMALL=1 recipes/vision/robustness_grid.sh         all four models, three seeds, on CIFAR-10: 45 minutes on 2 cores
 source "$(dirname "$0")/common.sh"
 if [ "$SMALL" = 1 ]; then
     exec python -m recipes.vision.grid --output "$RUNS/grid" --data-dir "${DATA_DIR:-$ROOT/runs/data}" "$@"
