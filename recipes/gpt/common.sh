@@ -1,16 +1,8 @@
 # Read by the recipes of this folder: where things are, how nanoGPT is run, and what SMALL=1 changes.
-set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
-export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-SMALL=${SMALL:-0} SEEDS=${SEEDS:-0} USER_OPTIONS=("$@")
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+SEEDS=${SEEDS:-0} USER_OPTIONS=("$@")
 RUNS=${RUNS:-$ROOT/runs}/gpt$([ "$SMALL" = 1 ] && echo _small || true)
 
-die() {
-    echo "$(basename "$0"): $*" >&2
-    exit 1
-}
-case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
 [ -f "${NANOGPT_DIR:-}/train.py" ] || die "NANOGPT_DIR=${NANOGPT_DIR:-}: a checkout of github.com/karpathy/nanoGPT is needed"
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch is missing: run 'make venv', or pip install ."
 

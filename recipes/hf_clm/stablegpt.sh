@@ -11,17 +11,9 @@
 # ENGINE=fsdp2 shards the model (ddp: it does not). DATA_DIR: tokens that are prepared already. DRY_RUN=1 shows the commands.
 # SMALL=1: the same for 4 blocks of width 128, on the speeches of $STABLE_DATA/lm, two minutes on one core.
 # Interrupted? The same command goes on after the last checkpoint.
-set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
-export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-SMALL=${SMALL:-0} ENGINE=${ENGINE:-ddp} DEVICE_BATCH=${DEVICE_BATCH:-12}
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+ENGINE=${ENGINE:-ddp} DEVICE_BATCH=${DEVICE_BATCH:-12}
 
-die() {
-    echo "$(basename "$0"): $*" >&2
-    exit 1
-}
-case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
 case "$ENGINE" in ddp | fsdp2) ;; *) die "ENGINE=$ENGINE: allowed are ddp and fsdp2" ;; esac
 SIZE=${1:-} KIND=${2:-stable} SEED=${3:-1}
 shift $(($# > 3 ? 3 : $#))

@@ -10,17 +10,8 @@
 # EPOCHS=100 is the paper's stability analysis (Figures 4 to 6), WARMUP=10 its Appendix D.2. DRY_RUN=1 shows the commands.
 # SMALL=1: the same on 8 x 8 digits, a minute or two on one core, and a probe of the encoder before pretraining beside it.
 # Interrupted? The same command goes on after the last whole epoch.
-set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
-export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-SMALL=${SMALL:-0}
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-die() {
-    echo "$(basename "$0"): $*" >&2
-    exit 1
-}
-case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
 VARIANT=${1:-} SEED=${2:-1}
 case "$VARIANT" in
 baseline | frozen_patcher | sigma | sigma_preln) ;;
@@ -57,10 +48,7 @@ launch() {
     local command=(python)
     if [ "$SMALL" = 0 ] && [ "$GPUS" -gt 1 ]; then command=(torchrun --standalone --nproc-per-node "$GPUS"); fi
     command+=(-m "recipes.simclr.$1" "${@:2}")
-    if [ "${DRY_RUN:-0}" = 1 ]; then
-        printf '%q ' "${command[@]}" && echo && return
-    fi
-    "${command[@]}"
+    show_or_run "${command[@]}"
 }
 launch pretrain "${PRETRAIN[@]}" --epochs "$EPOCHS" --warmup-epochs "$WARMUP" --output "$OUT" "$@"
 launch probe "$OUT" "${PROBE[@]}" --output "$OUT/probe"

@@ -1,17 +1,8 @@
 # Read by the recipes of this folder: where things are, how a model is trained, and what SMALL=1 changes.
-set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
-export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-SMALL=${SMALL:-0}
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 RUNS=${RUNS:-$ROOT/runs}/vision$([ "$SMALL" = 1 ] && echo _small || true)
 DEVICE_BATCH=${DEVICE_BATCH:-128} # images in a GPU's memory at a time
 
-die() {
-    echo "$(basename "$0"): $*" >&2
-    exit 1
-}
-case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') ||
     die "torch is missing: run 'make venv', or pip install '.[timm,recipes]'"
 

@@ -1,8 +1,5 @@
 # Read by prepare.sh, train.sh and evaluate.sh: where things are, which run is meant, and what SMALL=1 changes.
-set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
-SMALL=${SMALL:-0}
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 if [ "$SMALL" = 1 ]; then NAME=wikitext103_small AGAIN="SMALL=1 "; else NAME=wikitext103 AGAIN=; fi
 HERE=$AGAIN$(dirname "$0") # how the user calls these scripts
 RUNS=${RUNS:-$ROOT/runs}/$NAME
@@ -10,12 +7,7 @@ TEXT=$RUNS/text # as downloaded
 DATA=$RUNS/data # binarised
 PLUGIN=$ROOT/plugins/fairseq_sigma
 
-die() {
-    echo "$(basename "$0"): $*" >&2
-    exit 1
-}
-command -v fairseq-train >/dev/null || die "fairseq-train is not on the path: run 'make venv', or pip install '.[fairseq,recipes]'"
-case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
+needs fairseq-train fairseq,recipes
 
 # Blocks of 512, of which the last 256 are scored [σ, App. G.1].
 TOKENS=512 CONTEXT=256
@@ -43,9 +35,4 @@ run_of() {
     case $DEPTH in 16) ;; 32) ARCH+=_32l ;; *) die "DEPTH = $DEPTH: allowed are 16 and 32 layers" ;; esac
     local options=${*:3}
     OUT=$RUNS/$MODEL-$DEPTH-lr$LR-decay$DECAY-$SEED${options//[^[:alnum:].,=_-]/_}
-}
-
-# show_or_run COMMAND...: DRY_RUN=1 shows the command.
-show_or_run() {
-    if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "$@" && echo; else "$@"; fi
 }

@@ -1,0 +1,22 @@
+# Read by the shell recipes: where things are, how they end with a line, and what SMALL and DRY_RUN allow.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+SMALL=${SMALL:-0}
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
+
+# needs COMMAND EXTRAS: ends where COMMAND is not installed.
+needs() {
+    command -v "$1" >/dev/null || die "$1 is not on the path: run 'make venv', or pip install '.[$2]'"
+}
+
+# show_or_run COMMAND...: DRY_RUN=1 shows the command.
+show_or_run() {
+    if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "$@" && echo; else "$@"; fi
+}
