@@ -51,12 +51,6 @@ else
     fi
 fi
 
-run() {
-    if [ "${DRY_RUN:-0}" = 1 ]; then
-        printf '%q ' "$@" && echo && return
-    fi
-    "$@"
-}
-if [ ! -f "$DATA/val.bin" ]; then run python -m recipes.hf_clm.prepare --output "$DATA" "${PREPARE[@]}"; fi
-run "${LAUNCH[@]}" --output "$RUNS/$SIZE-$KIND-$LR-$WARMUP-$SEED" --data "$DATA" --size "$SIZE" "${MODEL[@]}" \
+if [ ! -f "$DATA/val.bin" ]; then show_or_run python -m recipes.hf_clm.prepare --output "$DATA" "${PREPARE[@]}"; fi
+show_or_run "${LAUNCH[@]}" --output "$RUNS/$SIZE-$KIND-$LR-$WARMUP-$SEED" --data "$DATA" --size "$SIZE" "${MODEL[@]}" \
     --lr "$LR" --warmup "$WARMUP" --steps "$STEPS" "${OPTIONS[@]}" --seed "$SEED" "$@"
