@@ -203,17 +203,21 @@ def accuracies(log: list[dict], model: str, point: Point) -> list[float]:
 
 
 def rows(log: list[dict]) -> list[tuple[str, ...]]:
-    """Test accuracies of each point, a column a model, the seeds in order; their mean and deviation, and the least."""
-    models = list(dict.fromkeys(line["model"] for line in log))
-    points = [
-        (str(point), *(" / ".join(f"{x:.1f}" for x in accuracies(log, model, point)) for model in models))
-        for point in points_of(log)
-    ]
-    every = [[x for point in points_of(log) for x in accuracies(log, model, point)] for model in models]
+    """Accuracies by point, a column a model, the seeds in order; mean, deviation, least; least entropy at the last point."""
+    models, points = list(dict.fromkeys(line["model"] for line in log)), points_of(log)
+    every = [[x for point in points for x in accuracies(log, model, point)] for model in models]
+    last = [[line["entropy"] for line in log if (line["model"], point_of(line)) == (m, points[-1])] for m in models]
     return [
-        *points,
+        *(
+            (str(point), *(" / ".join(f"{x:.1f}" for x in accuracies(log, model, point)) for model in models))
+            for point in points
+        ),
         ("mean ± deviation", *(f"{np.mean(x):.1f} ± {np.std(x):.1f}" for x in every)),
         ("least", *(f"{min(x):.1f}" for x in every)),
+        (
+            f"least entropy, nats, at lr {points[-1].lr:g}",
+            *(" / ".join(f"{min(x):.2f}" for x in runs) for runs in last),
+        ),
     ]
 
 
@@ -240,7 +244,8 @@ def picture(log: list[dict], path: Path) -> None:
     axes[0].set(title="test accuracy, %", ylim=(0, None))
     axes[0].axhline(10, color="gray", linestyle=":", label="chance")
     axes[0].legend(fontsize=8)
-    axes[1].set(xlabel="update", title=f"training loss, nats, {points[-1]}")
+    top = max(line["losses"][0] for line in log)  # a run that diverges would leave the others a flat line
+    axes[1].set(xlabel="update", title=f"training loss, nats, {points[-1]}", ylim=(None, 1.5 * top))
     axes[2].set(xlabel="update", title="entropy of the layer where it is least, nats", ylim=(0, None))
     for axis in axes:
         axis.grid(alpha=0.3)
