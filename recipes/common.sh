@@ -1,7 +1,7 @@
 # Read by the shell recipes: where things are, how they end with a line, and what SMALL and DRY_RUN allow.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ -d "$ROOT/.venv" ]; then export PATH="$ROOT/.venv/bin:$PATH"; fi
+if [ -d "$ROOT/${STABLE_VENV:-.venv}" ]; then export PATH="$ROOT/${STABLE_VENV:-.venv}/bin:$PATH"; fi
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 SMALL=${SMALL:-0}
 
