@@ -74,7 +74,7 @@ def test_it_names_its_license_and_extras(wheel):
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     text = archive.read(metadata).decode()
-    assert "Requires-Dist: torch>=2.6\n" in text
+    assert "Requires-Dist: torch>=2.10\n" in text
     for extra in ("monitor", "fairseq", "timm", "hf"):
         assert f"Provides-Extra: {extra}\n" in text
     assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
