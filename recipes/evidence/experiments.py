@@ -56,10 +56,10 @@ def curves(folder: Path) -> dict:
 
 def fairseq_log(folder: Path, metric: str, status: int, output: str) -> dict:
     """Of fairseq's JSON log: loss of updates, nats, and `metric` of the last validation, which nll_loss makes nats too."""
-    rows = [json.loads(line) for line in (folder / "train.log").read_text().splitlines() if line.startswith('{"')]
     diverged = "FloatingPointError" in output
     if status and not diverged:
-        raise RuntimeError(f"{folder.name}: {last_line(output)}")
+        raise RuntimeError(f"{folder}: {last_line(output)}")
+    rows = [json.loads(line) for line in (folder / "train.log").read_text().splitlines() if line.startswith('{"')]
     updates = [row for row in rows if "num_updates" in row]
     valid = [float(row[f"valid_{metric}"]) for row in rows if f"valid_{metric}" in row]
     result = None if diverged else valid[-1] * (math.log(2) if metric == "nll_loss" else 1)
@@ -70,11 +70,10 @@ def fairseq_log(folder: Path, metric: str, status: int, output: str) -> dict:
     }
 
 
-def fairseq_options(run: Run, folder: Path, every: int) -> list:
-    return [
-        *("--lr", run.lr, "--max-update", run.length, "--monitor-every", every, "--log-interval", every),
-        *("--no-save", "--save-dir", folder, "--log-format", "json", "--log-file", folder / "train.log"),
-    ]
+def every(updates: int, run: Run) -> tuple:
+    """fairseq's options for a run that is looked at so often."""
+    looks = ("--monitor-every", updates, "--log-interval", updates, "--log-format", "json")
+    return "--lr", run.lr, "--max-update", run.length, "--no-save", *looks
 
 
 def translation(model: Model, run: Run, out: Path) -> dict:
@@ -82,22 +81,19 @@ def translation(model: Model, run: Run, out: Path) -> dict:
     folder = out / run.name
     status, output = python(
         *("-m", "fairseq_cli.train", out / "text" / "data", "--user-dir", ROOT / "plugins" / "fairseq_sigma"),
-        *(*model.options, *NARROW, "--batch-size", 24, "--warmup-updates", 40, "--num-workers", 0),
-        *("--seed", run.seed, "--cpu", *fairseq_options(run, folder, every=5)),
+        *(*model.options, *NARROW, "--batch-size", 24, "--warmup-updates", 40, "--num-workers", 0, *every(5, run)),
+        *("--seed", run.seed, "--cpu", "--save-dir", folder, "--log-file", folder / "train.log"),
     )
     return {**fairseq_log(folder, "nll_loss", status, output), **curves(folder)}
 
 
 def speech(model: Model, run: Run, out: Path) -> dict:
-    """recipes/librispeech, small, with 8 layers."""
-    folder = out / run.name
-    status, output = call(
-        *("bash", ROOT / "recipes/librispeech/train.sh", run.model, run.seed, *fairseq_options(run, folder, every=20)),
-        *("--encoder-layers", 8, "--warmup-updates", 50),
-        SMALL="1",
-        GPUS="0",
-        RUNS=str(out),
-    )
+    """recipes/librispeech, small, with 8 layers; it names the run's folder."""
+    recipe, runs = ROOT / "recipes" / "librispeech", out / run.name
+    options = ("--encoder-layers", 8, "--warmup-updates", 50, *every(20, run))
+    for command in ((recipe / "prepare.sh",), (recipe / "train.sh", run.model, run.seed, *options)):
+        status, output = call("bash", *command, SMALL="1", GPUS="0", RUNS=str(runs))
+    folder = next((path for path in (runs / "librispeech_small").glob("*") if path.is_dir()), runs)
     return {**fairseq_log(folder, "uer", status, output), **curves(folder)}
 
 
@@ -123,12 +119,6 @@ def simclr(model: Model, run: Run, out: Path) -> dict:
 
 def numbers(out: Path) -> None:
     prepare(out / "text")
-
-
-def recordings(out: Path) -> None:
-    status, output = call("bash", ROOT / "recipes/librispeech/prepare.sh", SMALL="1", RUNS=str(out))
-    if status:
-        raise RuntimeError(last_line(output))
 
 
 def arch(name: str, *options: str) -> tuple[str, ...]:
@@ -183,7 +173,7 @@ EXPERIMENTS = {
         length=600,
         result="letters wrong in validation, %",
         loss="training loss, nats a letter",
-        prepare=recordings,
+        prepare=lambda out: None,
         train=speech,
     ),
     "simclr": Experiment(

@@ -39,7 +39,7 @@ def test_losses_are_in_nats_and_a_nan_is_no_result(tmp_path):
     assert experiments.fairseq_log(tmp_path, "uer", 0, "")["result"] == 20.5
     nan = "FloatingPointError: Minimum loss scale reached"
     assert experiments.fairseq_log(tmp_path, "nll_loss", 1, nan)["result"] is None
-    with pytest.raises(RuntimeError, match=f"{tmp_path.name}: no such file"):
+    with pytest.raises(RuntimeError, match=rf"{tmp_path}: no such file"):
         experiments.fairseq_log(tmp_path, "nll_loss", 1, "Traceback\nno such file\n")
 
 
