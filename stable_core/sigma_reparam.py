@@ -311,8 +311,10 @@ def sigma_reparam(
 
     Raises:
         ValueError: nothing to reparametrise; a layer that already is, whose weight is tied, zero, NaN or inf; a qkv setting
-            that does not fit the model. The model is then as it was.
+            that does not fit the model, or a config of another type. The model is then as it was.
     """
+    if not isinstance(config, SigmaReparamConfig | None):
+        raise ValueError(f"config = {config!r}: allowed are None and a SigmaReparamConfig")
     config = config or SigmaReparamConfig()
     groups = find_groups(model, filter_fn, config.qkv)
     for group in groups:

@@ -61,7 +61,7 @@ class Monitor:
         writers: called with each record, on rank 0; `TensorBoardWriter(directory)`, `WandbWriter()` or yours.
 
     Raises:
-        ValueError: every or step is not a whole number, or too small.
+        ValueError: every or step is not a whole number, or too small; alarm, on_alarm or a writer is something else.
     """
 
     def __init__(
@@ -79,9 +79,15 @@ class Monitor:
         for name, value, least in (("every", every, 1), ("step", step, 0)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} = {value!r}: allowed are whole numbers from {least}")
+        if not isinstance(alarm, AlarmConfig | None):
+            raise ValueError(f"alarm = {alarm!r}: allowed are None and an AlarmConfig; what to do then is on_alarm")
+        if on_alarm is not None and not callable(on_alarm):
+            raise ValueError(f"on_alarm = {on_alarm!r}: allowed are None and functions of an Alarm, as stop_training")
+        if isinstance(writers, str) or not all(map(callable, writers := tuple(writers))):
+            raise ValueError(f"writers = {writers!r}: allowed are functions of a record, in a list")
         self.every, self.updates, self.last = every, step, None
         self._called, self._model, self._optimizer = model, unwrap(model), optimizer
-        self._on_alarm, self._writers = on_alarm, tuple(writers)
+        self._on_alarm, self._writers = on_alarm, writers
         self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(), False
         self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
         # After what changes the call.
@@ -186,6 +192,8 @@ class Monitor:
         if not self._seen:
             self._warn(f"{UNSEEN}. The monitor must be given what the loop calls, in training mode")
         if not self._gradients:
+            if not self._shards and all(p.grad is None for p in self._model.parameters()):
+                self._warn("no gradient was seen: call step after backward, before the gradients are cleared")
             self.read_gradients()
         if lr is None and self._optimizer is not None:
             lr = self._optimizer.param_groups[0]["lr"]

@@ -43,8 +43,10 @@ def sigma_reparam(
             pretrained model keeps its function.
 
     Raises:
-        ValueError: as `stable_core.sigma_reparam`, or the model is quantized, or reparametrised already.
+        ValueError: as `stable_core.sigma_reparam`, or the model is quantized, reparametrised already, or not of transformers.
     """
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__}: not a model of transformers; stable_core.sigma_reparam takes any")
     recorded = getattr(model.config, "quantization_config", None)
     if recorded is not None:
         method = dict(recorded)["quant_method"]

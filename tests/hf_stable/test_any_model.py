@@ -240,6 +240,11 @@ def test_an_edited_config_is_refused(edit, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_without_a_config_is_refused():
+    with pytest.raises(ValueError, match=r"^Linear: not a model of transformers; stable_core\.sigma_reparam"):
+        hf_stable.sigma_reparam(torch.nn.Linear(2, 2))
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     model, weights = reparametrise(build("gpt2")), tmp_path / "model.safetensors"
     load = transformers.GPT2LMHeadModel.from_pretrained

@@ -93,6 +93,12 @@ def test_settings_are_checked(wrong, message):
         SigmaReparamConfig(**wrong)
 
 
+@pytest.mark.parametrize("config", ["spectral", {}])
+def test_a_config_of_another_type_is_refused(config):
+    with pytest.raises(ValueError, match=f"config = {config!r}: allowed are None and a SigmaReparamConfig"):
+        sigma_reparam(model(), config)
+
+
 def test_an_unknown_setting_is_refused():
     with pytest.raises(TypeError, match="gama_init"):
         SigmaReparamConfig(gama_init="one")

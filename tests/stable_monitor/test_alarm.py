@@ -117,6 +117,9 @@ def test_history_is_taken_up_again_when_a_run_is_resumed(tmp_path):
         (lambda: AlarmConfig(fraction=1.5), "fraction = 1.5: allowed are numbers between 0 and 1"),
         (lambda: AlarmConfig(patience=0.5), "patience = 0.5: allowed are whole numbers from 1"),
         (lambda: lower_learning_rate(torch.optim.SGD(nn.Linear(1, 1).parameters()), 2.0), "factor = 2.0: allowed are"),
+        (lambda: Monitor(nn.Linear(1, 1), alarm="stop"), "alarm = 'stop': allowed are None and an AlarmConfig"),
+        (lambda: Monitor(nn.Linear(1, 1), on_alarm="stop"), "on_alarm = 'stop': allowed are None and functions"),
+        (lambda: Monitor(nn.Linear(1, 1), writers="wandb"), "writers = 'wandb': allowed are functions of a record"),
     ],
 )
 def test_bad_settings(make, message):

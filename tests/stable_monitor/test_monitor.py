@@ -303,6 +303,17 @@ def test_a_model_without_attention_is_said_to_have_none(caplog):
     assert record["layers"] == {} and "no attention was seen" in caplog.text
 
 
+def test_gradients_that_are_cleared_too_early_are_missed_aloud(caplog):
+    model = gpt()
+    monitor = Monitor(model, 1)
+    for update in range(2):
+        _, loss = model(*batch(update))
+        loss.backward()
+        model.zero_grad()
+        assert monitor.step(loss)["grad_l2"] is None
+    assert caplog.text.count("no gradient was seen: call step after backward") == 1
+
+
 def test_attention_that_cannot_be_measured_does_not_end_the_run(caplog, monkeypatch):
     def fail(call):
         raise RuntimeError("odd shape")
