@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,9 @@ from rich.console import Console
 from recipes import runs
 from recipes.evidence import experiments, run
 from recipes.evidence.experiments import EXPERIMENTS
+from recipes.vision import grid
+
+EVIDENCE = Path(experiments.__file__).parent
 
 
 def test_entropy_is_that_of_the_layer_where_it_is_least(tmp_path):
@@ -83,3 +87,13 @@ def test_a_translation_experiment_from_the_command_line(tmp_path, monkeypatch, c
 def test_bad_numbers_are_refused():
     with pytest.raises(ValueError, match=r"jobs = 0: allowed are whole numbers from 1"):
         run.Settings(experiment="depth", jobs=0)
+
+
+@pytest.mark.parametrize("path", sorted((EVIDENCE / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_tables_of_the_readme_are_those_of_the_logs(path):
+    log = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = run.rows(EXPERIMENTS[path.stem], log) if path.stem in EXPERIMENTS else grid.rows(log)
+    text = (EVIDENCE / "README.md").read_text()
+    assert {line["seed"] for line in log} == {1, 2, 3} and path.with_suffix(".png").exists()
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in text
