@@ -54,7 +54,8 @@ def check(argv: list[str]) -> tuple[Path, list[str]]:
     script = Path(argv[0]).resolve()
     for needed in (script, script.with_name("model.py"), script.with_name("configurator.py")):
         if not needed.is_file():
-            raise ValueError(f"{needed} is not there: give a script of a nanoGPT checkout")
+            what = "a folder" if needed.is_dir() else "not there"
+            raise ValueError(f"{needed} is {what}: give a script of a nanoGPT checkout")
     known = {**_globals_of(script), **SETTINGS, **LAUNCHER}
     arguments, chosen = [], {}
     for argument in argv[1:]:
@@ -81,6 +82,9 @@ def check(argv: list[str]) -> tuple[Path, list[str]]:
             arguments.append(str(path))
     ours = {name: value for name, value in chosen.items() if name in SETTINGS and value is not UNKNOWN}
     GPTConfig(**ours)
+    every = chosen.get("monitor_every", 0)
+    if every is not UNKNOWN and every < 0:
+        raise ValueError(f"monitor_every = {every!r}: allowed are whole numbers from 0, which is for none")
     if str(chosen.get("init_from")).startswith("gpt2"):
         for name, stock in STOCK.items():
             if ours.get(name, stock) != stock:

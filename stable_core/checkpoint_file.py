@@ -11,13 +11,13 @@ def read_checkpoint(path: str | Path, **options) -> dict:
     """The dict in a file, its tensors on the CPU; options are those of `torch.load`.
 
     Raises:
-        OSError: no such file.
+        OSError: no such file, or one that may not be read.
         ValueError: it is cut short or of another kind, holds objects of other classes, or is no dict.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, **options)
-    except OSError:
-        raise
+    except OSError as error:
+        raise type(error)(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # of a damaged file, whatever its bytes lead to
         raise ValueError(f"{path}: {what_is_wrong(error)}") from error
     if not isinstance(checkpoint, dict):

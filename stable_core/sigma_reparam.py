@@ -311,7 +311,8 @@ def sigma_reparam(
 
     Raises:
         ValueError: nothing to reparametrise; a layer that already is, whose weight is tied, zero, NaN or inf; a qkv setting
-            that does not fit the model, or a config of another type. The model is then as it was.
+            that does not fit the model; a config of another type, or a filter_fn that cannot be called so. The model is then
+            as it was.
     """
     if not isinstance(config, SigmaReparamConfig | None):
         raise ValueError(f"config = {config!r}: allowed are None and a SigmaReparamConfig")

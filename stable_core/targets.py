@@ -79,8 +79,9 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
     """The groups that filter_fn(module, fully_qualified_name) picks; without one, every layer that is not tied.
 
     Raises:
-        ValueError: nothing is picked; a picked layer is reparametrised already, or tied to another one; qkv asks for a
-            joint sigma where there is no attention with a known naming, or where only a part of one is picked.
+        ValueError: filter_fn cannot be called so; nothing is picked; a picked layer is reparametrised already, or tied to
+            another one; qkv asks for a joint sigma where there is no attention with a known naming, or where only a part of
+            one is picked.
     """
     targets = _picked(model, filter_fn)
     by_name = {target.name: target for target in targets}
@@ -147,7 +148,11 @@ def _picked(model: nn.Module, filter_fn: FilterFn | None) -> list[Target]:
     if filter_fn is None:
         picked = [target for target in candidates if id(target.weight) not in tied]
     else:
-        picked = [target for target in candidates if filter_fn(target.module, target.module_name)]
+        try:
+            picked = [target for target in candidates if filter_fn(target.module, target.module_name)]
+        except TypeError as error:
+            allowed = "allowed are functions filter_fn(module, name) -> bool"
+            raise ValueError(f"filter_fn = {filter_fn!r}: {allowed} ({error})") from error
     if not picked:
         what = "no layer to reparametrise" if filter_fn is None else "filter_fn matches nothing"
         names = ", ".join([target.name for target in candidates[:3]] + ["..."] * (len(candidates) > 3)) or "none"

@@ -154,6 +154,8 @@ def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambd
     """
     if out.suffix != ".html":
         raise ValueError(f"{out}: the page's name must end in .html")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
     runs = [Run(name, read(path)) for name, path in zip(unique_names(paths), paths, strict=True)]
     sections = [alarm_section(runs)]
     for name, (title, _) in FIGURES.items():

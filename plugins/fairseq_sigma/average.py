@@ -14,16 +14,16 @@ import fairseq_sigma  # noqa: F401  mends torch.load for fairseq's checkpoints
 from stable_core.checkpoint_file import read_checkpoint
 
 
-def average(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of state dicts, taken in fp32 and kept in each tensor's dtype.
+def average(states: list[dict[str, torch.Tensor]], paths: list[Path]) -> dict[str, torch.Tensor]:
+    """The mean of state dicts, read from `paths`, taken in fp32 and kept in each tensor's dtype.
 
     Raises:
         ValueError: they are not of one model.
     """
     first = states[0]
-    for number, state in enumerate(states[1:], start=2):
+    for state, path in zip(states, paths, strict=True):
         if state.keys() != first.keys() or any(state[key].shape != first[key].shape for key in first):
-            raise ValueError(f"checkpoint {number} is not of the same model as the first")
+            raise ValueError(f"{path}: not of the same model as {paths[0]}")
     return {
         key: torch.stack([state[key].float() for state in states]).mean(dim=0).to(value) for key, value in first.items()
     }
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.out.exists():
             raise ValueError(f"{args.out} exists: give a new file for OUT, after the checkpoints")
         first, *others = map(read, args.checkpoints)
-        mean = average([first["model"], *(other["model"] for other in others)])
+        mean = average([first["model"], *(other["model"] for other in others)], args.checkpoints)
         torch.save({**first, "model": mean, "last_optimizer_state": None}, args.out)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"average: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -27,8 +27,9 @@ class MonitorCallback(TrainerCallback):
         alarm, on_alarm, writers: as for `Monitor`.
 
     Raises:
-        ValueError: at the start of training, under `torch_compile=True`, which compiles where a callback cannot look: call
-            `model.compile()` before the Trainer gets the model.
+        ValueError: every is no whole number from 1. At the start of training, what else `Monitor` refuses, and
+            `torch_compile=True`, which compiles where a callback cannot look: call `model.compile()` before the Trainer gets
+            the model.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class MonitorCallback(TrainerCallback):
         on_alarm: Callable[[Alarm], None] | None = None,
         writers: Iterable[Callable[[dict], None]] = (),
     ) -> None:
+        if not isinstance(every, int) or every < 1:  # the monitor would say so at the start of training
+            raise ValueError(f"every = {every!r}: allowed are whole numbers from 1")
         self.every, self.stop_on_alarm, self.on_alarm = every, stop_on_alarm, on_alarm
         self.alarm, self.writers, self.monitor = alarm, writers, None
 

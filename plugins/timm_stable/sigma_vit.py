@@ -24,6 +24,7 @@ from .stablevit import cfg, create
 
 __all__ = ["SigmaVisionTransformer"]  # and the entrypoints, which register_model adds
 
+REPARAMS = ("sigma", "spectral", "weight")
 TIMM_STD = 0.02  # of timm's truncated normal
 
 
@@ -41,7 +42,7 @@ class SigmaVisionTransformer(VisionTransformer):
         **timm: as for timm's `VisionTransformer`.
 
     Raises:
-        ValueError: what `SigmaReparamConfig` refuses.
+        ValueError: another `reparam`; what `SigmaReparamConfig` refuses.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class SigmaVisionTransformer(VisionTransformer):
         patch_std: float = 0.02,
         **timm,
     ) -> None:
+        if reparam not in REPARAMS:
+            raise ValueError(f"reparam = {reparam!r}: allowed are {', '.join(map(repr, REPARAMS))}")
         if reparam == "sigma":
             self.reparam = SigmaReparamConfig(gamma_init=gamma_init, qkv=qkv)
         else:

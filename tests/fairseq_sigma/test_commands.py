@@ -163,8 +163,9 @@ def test_averaged_checkpoints_generate(train, generate, tmp_path):
 def test_averaging_refuses_different_models(train, tmp_path, capsys):
     train("a", SIGMA, 1)
     train("b", SIGMA, 1, "--encoder-layers", 1)
-    assert average.main([str(tmp_path / name / "checkpoint_last.pt") for name in "ab"] + [str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err == "average: checkpoint 2 is not of the same model as the first\n"
+    a, b = (str(tmp_path / name / "checkpoint_last.pt") for name in "ab")
+    assert average.main([a, a, b, str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"average: {b}: not of the same model as {a}\n"
 
 
 def test_validate_interactive_and_score(train, generate, corpus, tmp_path, capsys, monkeypatch):

@@ -116,6 +116,7 @@ def test_compiled_training(tmp_path):
         train(tmp_path, MonitorCallback(2), torch_compile=True, torch_compile_backend="aot_eager")
 
 
-def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="every = 0: allowed are whole numbers from 1"):
-        train(tmp_path, MonitorCallback(0))
+@pytest.mark.parametrize("every", [0, 1.5])
+def test_bad_settings_are_refused_when_built(every):
+    with pytest.raises(ValueError, match=f"every = {every}: allowed are whole numbers from 1"):
+        MonitorCallback(every)

@@ -281,7 +281,9 @@ def test_wrong_arguments_are_one_line(checkout):
             ["train.py", "config/train_gpt5.py"],
             "is no config file, here or in the checkout; this package has config/train_gpt2_200.py",
         ),
+        (["train.py", "--monitor_every=-1"], "monitor_every = -1: allowed are whole numbers from 0, which is for none"),
         (["gone.py"], "gone.py is not there: give a script of a nanoGPT checkout"),
+        (["."], "nanoGPT is a folder: give a script of a nanoGPT checkout"),
         (["--alpha=0.3"], "gone"),
     ):
         if arguments[0].startswith("--"):

@@ -40,6 +40,8 @@ def tied():
             "2: already reparametrised; fold it",
         ),
         (model, {}, lambda m, n: "attention" in n, "filter_fn matches nothing; its Linear, .* layers: 0, 2"),
+        (model, {}, "2", r"filter_fn = '2': allowed are functions filter_fn\(module, name\) -> bool \('str' object"),
+        (model, {}, lambda m: True, r"filter_fn = <.*>: allowed are .* takes 1 positional argument but 2 were given\)"),
         (nn.ReLU, {}, None, "ReLU: no layer to reparametrise"),
         (tied, {}, lambda m, n: True, "2: its weight is tied to another layer's; leave it out"),
         (model, {"qkv": "joint"}, None, "qkv = 'joint': no attention found; known are q_proj/k_proj/v_proj"),

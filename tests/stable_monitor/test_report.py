@@ -214,7 +214,10 @@ def test_what_cannot_be_reported_is_said_in_one_line(tmp_path, capsys):
         ([str(bare), "-o", out], f"bare/{FILE_NAME}: no such file"),
         ([str(tmp_path / "empty.jsonl"), "-o", out], "empty.jsonl: holds no record"),
         ([good, good, "-o", out], "the same run is given twice"),
-        ([good, "-o", str(tmp_path / "gone" / "report.html")], "gone"),
+        (
+            [good, "-o", str(tmp_path / "gone" / "report.html")],
+            f"gone/report.html: there is no folder {tmp_path / 'gone'}",
+        ),
         ([good, "-o", good], "must end in .html"),
     ):
         assert main(arguments) == 1

@@ -111,7 +111,8 @@ def test_from_the_meta_device_to_the_same_weights(reparam):
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="kind = 'sgima': allowed are 'sigma', 'spectral', 'weight'"):
-        small(reparam="sgima")
+    for wrong in ("sgima", "none"):
+        with pytest.raises(ValueError, match=f"^reparam = '{wrong}': allowed are 'sigma', 'spectral', 'weight'$"):
+            small(reparam=wrong)
     with pytest.raises(ValueError, match="gamma_init = 'two': allowed are 'one', 'spectral'"):
         small(gamma_init="two")
