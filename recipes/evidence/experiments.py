@@ -60,13 +60,15 @@ def fairseq_log(folder: Path, metric: str, status: int, output: str) -> dict:
     if status and not diverged:
         raise RuntimeError(f"{folder}: {last_line(output)}")
     rows = [json.loads(line) for line in (folder / "train.log").read_text().splitlines() if line.startswith('{"')]
-    updates = [row for row in rows if "num_updates" in row]
+    updates = {
+        int(row["num_updates"]): row for row in rows if "num_updates" in row
+    }  # fairseq repeats lines from epoch to epoch
     valid = [float(row[f"valid_{metric}"]) for row in rows if f"valid_{metric}" in row]
     result = None if diverged else valid[-1] * (math.log(2) if metric == "nll_loss" else 1)
     return {
         "result": result and round(result, 4),
-        "steps": [int(row["num_updates"]) for row in updates],
-        "losses": [round(float(row["nll_loss"]) * math.log(2), 4) for row in updates],
+        "steps": list(updates),
+        "losses": [round(float(row["nll_loss"]) * math.log(2), 4) for row in updates.values()],
     }
 
 

@@ -34,6 +34,7 @@ def test_losses_are_in_nats_and_a_nan_is_no_result(tmp_path):
     log = """Namespace(...)
 {'_name': None}
 {"epoch": 1, "num_updates": "5", "nll_loss": "2"}
+{"epoch": 1, "num_updates": "5", "nll_loss": "2"}
 {"epoch": 1, "valid_nll_loss": "3", "valid_uer": "40.5"}
 {"epoch": 1, "valid_nll_loss": "1", "valid_uer": "20.5"}
 """
