@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -148,6 +147,20 @@ class StableGPTModel(StableGPTPreTrainedModel):
         )
 
 
+def keep_positions(x: Tensor, positions: int | Tensor) -> Tensor:
+    """Of x (batch, sequence, width) the last n, all for 0; or those of an index, of an index per row, of a boolean mask.
+
+    transformers has it as slice_logits_to_keep, from 5.21 on.
+    """
+    if isinstance(positions, int):
+        return x[:, -positions:]
+    if positions.ndim == 1:
+        return x[:, positions]
+    if positions.dtype == torch.bool:
+        return x[positions]  # one row after the other: each can keep another number
+    return torch.take_along_dim(x, positions[..., None], dim=1)
+
+
 class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
     """StableGPT with its language modelling head, tied to the token embedding unless `tie_word_embeddings=False`."""
 
@@ -182,7 +195,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

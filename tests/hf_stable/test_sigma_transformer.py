@@ -222,7 +222,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     model, gradients = tiny(dropout=0.0).train(), []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model.zero_grad()
         model(SOURCE, labels=TARGET[:, 1:]).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])

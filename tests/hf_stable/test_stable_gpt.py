@@ -98,6 +98,20 @@ def test_logits_are_the_equations(settings):
             torch.testing.assert_close(model(ids).logits.double(), written_out(model, ids), rtol=1e-3, atol=1e-4)
 
 
+def test_logits_of_the_positions_asked_for():
+    model, ids = stable_gpt(), tokens(2, 12)
+    logits, rows = model(ids).logits, torch.tensor([[3, 0, 11], [7, 7, 2]])
+    mask = ids % 2 == 0
+    for positions, expected in (
+        (0, logits),
+        (2, logits[:, -2:]),
+        (rows[0], logits[:, rows[0]]),
+        (rows, torch.stack([logits[0, rows[0]], logits[1, rows[1]]])),
+        (mask, torch.cat([logits[0, mask[0]], logits[1, mask[1]]])),
+    ):
+        torch.testing.assert_close(model(ids, logits_to_keep=positions).logits, expected)
+
+
 @every_variant
 def test_generation_is_the_same_with_every_cache(settings):
     model, ids = stable_gpt(**settings), tokens(2, 6)
