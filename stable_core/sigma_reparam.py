@@ -314,7 +314,8 @@ def sigma_reparam(
             that does not fit the model; a config of another type, or a filter_fn that cannot be called so. The model is then
             as it was.
     """
-    if not isinstance(config, SigmaReparamConfig | None):
+    # By what it has: where a model brings its own source, transformers loads this module, and so its classes, more than once.
+    if config is not None and not hasattr(config, "gamma_init"):
         raise ValueError(f"config = {config!r}: allowed are None and a SigmaReparamConfig")
     config = config or SigmaReparamConfig()
     groups = find_groups(model, filter_fn, config.qkv)
