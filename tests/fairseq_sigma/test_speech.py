@@ -501,7 +501,7 @@ def test_it_learns_tones_and_transcribes_them(train, speech, tmp_path, capsys, c
     """The word error rate of validation, of the command line, and of jiwer agree, and the letters are right."""
     caplog.set_level(logging.INFO)
     flags = ("--optimizer", "adam", "--lr", 0.01, "--freq-masks", 0, "--time-masks", 0, "--validate-interval", 40)
-    train("tones", 160, *EXACT, *flags)
+    train("tones", 320, *EXACT, *flags)
     shown = [float(m[1]) for record in caplog.records if (m := re.search(r"\| wer ([\d.]+)", record.getMessage()))]
     checkpoint = str(tmp_path / "tones" / "checkpoint_last.pt")
     capsys.readouterr()
