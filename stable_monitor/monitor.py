@@ -79,7 +79,7 @@ class Monitor:
         for name, value, least in (("every", every, 1), ("step", step, 0)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} = {value!r}: allowed are whole numbers from {least}")
-        if alarm is not None and not hasattr(alarm, "fraction"):
+        if not isinstance(alarm, AlarmConfig | None):
             raise ValueError(f"alarm = {alarm!r}: allowed are None and an AlarmConfig; what to do then is on_alarm")
         if on_alarm is not None and not callable(on_alarm):
             raise ValueError(f"on_alarm = {on_alarm!r}: allowed are None and functions of an Alarm, as stop_training")

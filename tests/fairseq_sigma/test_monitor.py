@@ -1,6 +1,5 @@
 """--monitor-every: what fairseq-train records, and that it trains as if it did not."""
 
-import functools
 import json
 import logging
 import re
@@ -176,8 +175,12 @@ def test_checkpoints_load_and_export(train, tmp_path):
 
 @pytest.mark.parametrize("alarm, updates", [("warn", 12), ("stop", 3)])
 def test_alarm(train, alarm, updates, tmp_path, monkeypatch, caplog):
-    config = functools.partial(AlarmConfig, fraction=0.99)  # nearly any fall will do
-    monkeypatch.setattr(stable_monitor_monitor, "AlarmConfig", config)
+
+    class Sensitive(AlarmConfig):
+        def __init__(self) -> None:
+            super().__init__(fraction=0.99)  # nearly any fall will do
+
+    monkeypatch.setattr(stable_monitor_monitor, "AlarmConfig", Sensitive)
     caplog.set_level(logging.INFO)
     last = run(train, "run", STOCK, 12, EVERY, 2, "--monitor-alarm", alarm, "--lr", 0.3)
     warnings = [record for record in caplog.records if record.name == "stable_monitor"]
