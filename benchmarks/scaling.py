@@ -83,7 +83,8 @@ def in_processes(engine: str, world: int, rounds: int, device: str) -> dict[str,
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        mp.spawn(distributed, (world, port, engine, rounds, device, f"{folder}/times"), nprocs=world)
+        given = world, port, engine, rounds, device, f"{folder}/times"
+        mp.start_processes(distributed, given, nprocs=world, start_method="forkserver")
         return json.loads(Path(f"{folder}/times").read_text())
 
 

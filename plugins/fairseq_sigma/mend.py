@@ -9,12 +9,13 @@ Each mend looks for its fault first, and leaves alone a fairseq that does not sh
 """
 
 import argparse
+import atexit
 import collections
 import functools
 import inspect
 import os
-import socket
 import sys
+import tempfile
 import typing
 
 import numpy as np
@@ -136,21 +137,27 @@ def spawn_on_cpu():
                 "rank R is started with --distributed-no-spawn --distributed-rank R --distributed-world-size "
                 f"{group.distributed_world_size} --distributed-backend gloo --distributed-init-method tcp://HOST:PORT"
             )
-        if group.distributed_init_method is None:
-            port = group.distributed_port if group.distributed_port > 0 else _free_port()
-            group.distributed_init_method = f"tcp://127.0.0.1:{port}"
         group.distributed_rank = None  # distributed_main then counts the ranks from 0
-        torch.multiprocessing.spawn(
-            distributed_utils.distributed_main, args=(main, cfg, kwargs), nprocs=group.distributed_world_size
-        )
+        with tempfile.TemporaryDirectory() as folder:  # they meet there: a port that is free may be taken by then
+            if group.distributed_init_method is None:
+                port = group.distributed_port
+                group.distributed_init_method = f"tcp://127.0.0.1:{port}" if port > 0 else f"file://{folder}/rendezvous"
+            torch.multiprocessing.spawn(_rank, args=(main, cfg, kwargs), nprocs=group.distributed_world_size)
 
     distributed_utils.call_main = call_main
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _rank(index, main, cfg, kwargs):
+    """One of the spawned processes; at its end it leaves out what Python does last.
+
+    Whoever needs the GIL then, as gloo's threads do to let go of a tensor, aborts the process: now and then a run
+    would end in SIGABRT, all trained and saved (pytorch issue 190489).
+    """
+    distributed_utils.distributed_main(index, main, cfg, kwargs)
+    atexit._run_exitfuncs()  # fairseq closes its TensorBoard files there
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def wrap_cpu_models():

@@ -1,7 +1,8 @@
 """Two gloo processes on one machine, and what they leave behind.
 
 Each file of tests starts two, for all of its cases. They are forked from a process that has imported what they need, which
-takes seconds: timm, transformers and torch's compilers.
+takes seconds: timm, transformers and torch's compilers. Spawned ones would abort now and then when they end, as a thread of
+gloo lets go of a tensor while Python finalizes (pytorch issue 190489).
 """
 
 import multiprocessing

@@ -5,7 +5,6 @@ import io
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -166,18 +165,25 @@ def test_every_index_is_in_one_batch(mend, monkeypatch, multiple, with_sizes):
 
 
 def test_two_cpu_processes_train_as_one(data, trained, tmp_path):
-    # Nothing but the number of processes: a free port, gloo and --ddp-backend pytorch_ddp come by default.
+    # Nothing but the number of processes: a meeting point, gloo and --ddp-backend pytorch_ddp come by default.
     fairseq(*train(data, tmp_path, "--max-update", 2, "--distributed-world-size", 2))
     assert_same_training(tmp_path, trained)
+
+
+def test_every_cpu_process_runs_what_is_registered_for_its_exit(data, tmp_path):
+    (tmp_path / "own").mkdir()
+    script = f"import atexit, sys\nsys.path.insert(0, {str(USER_DIR.parent)!r})\nimport fairseq_sigma\n"
+    (tmp_path / "own" / "__init__.py").write_text(script + "atexit.register(print, 'closed')\n")
+    arguments = train(data, tmp_path, "--max-update", 1, "--distributed-world-size", 2)
+    arguments[arguments.index(USER_DIR)] = tmp_path / "own"
+    assert fairseq(*arguments).count("closed") == 1 + 2
 
 
 def test_two_ranks_started_by_hand_resume_as_one(data, trained, resumed, tmp_path):
     # Rank 0 reads the checkpoint and broadcasts it.
     shutil.copy(trained / "checkpoint_last.pt", tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        method = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    flags = ["--distributed-no-spawn", "--distributed-backend", "gloo", "--distributed-init-method", method]
+    method = "--distributed-init-method", f"file://{tmp_path}/rendezvous"
+    flags = ["--distributed-no-spawn", "--distributed-backend", "gloo", *method]
     flags += ["--distributed-world-size", 2, "--ddp-backend", "legacy_ddp"]
     arguments = train(data, tmp_path, "--max-update", 4, *flags)
     for process in [start(*arguments, "--distributed-rank", rank) for rank in (0, 1)]:

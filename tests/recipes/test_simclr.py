@@ -5,7 +5,6 @@ import math
 import os
 import runpy
 import shlex
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -99,10 +98,7 @@ def test_the_loss_is_nt_xent_in_full_precision(autocast):
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(nt_xent_of_half, (port, str(tmp_path)), nprocs=2)
+    mp.start_processes(nt_xent_of_half, (str(tmp_path),), nprocs=2, start_method="forkserver")
     model, views = projected()
     loss = nt_xent(*model(views), 0.1)
     loss.backward()

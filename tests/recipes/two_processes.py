@@ -13,10 +13,10 @@ def projected() -> tuple[nn.Module, Tensor]:
     return nn.Linear(6, 4), torch.randn(2, 8, 6)
 
 
-def nt_xent_of_half(rank: int, port: int, folder: str) -> None:
+def nt_xent_of_half(rank: int, folder: str) -> None:
     """Saves the loss and the gradients of the process that has half of the images."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model, views = projected()
     wrapped = nn.parallel.DistributedDataParallel(model)
     loss = contrastive(0.1)(wrapped, [views.chunk(2, dim=1)[rank].unbind(), None])

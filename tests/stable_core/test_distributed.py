@@ -59,9 +59,9 @@ def train(model: nn.Module, rank: int | None) -> None:
         optimizer.step()
 
 
-def worker(rank: int, engine: str, qkv: str, port: int, out: str) -> None:
+def worker(rank: int, engine: str, qkv: str, out: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=WORLD)
     model = build(qkv)
     if engine == "ddp":
         train(nn.parallel.DistributedDataParallel(model), rank)
@@ -100,12 +100,7 @@ def worker(rank: int, engine: str, qkv: str, port: int, out: str) -> None:
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 by columns", "fsdp2 recomputed"])
 @pytest.mark.parametrize("qkv", ["separate", "joint"])
 def test_two_processes_are_one(engine, qkv, tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (engine, qkv, port, str(tmp_path)), nprocs=WORLD)
+    mp.start_processes(worker, (engine, qkv, str(tmp_path)), nprocs=WORLD, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
     alone = build(qkv)
     untrained = copy.deepcopy(alone.state_dict())

@@ -123,7 +123,7 @@ def _stop_together(rank: int, called) -> None:
 
 @pytest.mark.parametrize("how", ["DDP", "FSDP2", "FSDP1"])
 def test_two_processes_write_one_file(tmp_path, how):
-    mp.spawn(_worker, (str(tmp_path), how), nprocs=2)
+    mp.start_processes(_worker, (str(tmp_path), how), nprocs=2, start_method="forkserver")
     alone = []
     train(gpt(), 3, lambda called, _: Monitor(called, 2, writers=[alone.append]))  # both ranks have the same batches
     records = read(tmp_path)
