@@ -1,12 +1,13 @@
 """The methods of σReparam and Stable-Transformer, for any torch model. Needs torch and nothing else."""
 
+from .advancing import advance
 from .attention import StableAttention
 from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
 from .folding import fold, fold_state_dict
 from .param_groups import param_groups
 from .recomputing import recompute
-from .sigma_reparam import SigmaReparamConfig, advance, converge, sigma_reparam
+from .sigma_reparam import SigmaReparamConfig, converge, sigma_reparam
 from .stable_init import stable_init_
 from .stable_norm import StableNorm
 from .theory import (

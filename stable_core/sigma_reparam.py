@@ -7,11 +7,8 @@ pass, so evaluation, gradient accumulation and activation checkpointing leave th
 function, and a checkpoint written between two steps resumes bitwise.
 """
 
-import functools
 import inspect
-import weakref
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
@@ -19,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .power_iteration import Iterate, power_iteration, top_singular_vectors
+from .advancing import track
+from .power_iteration import Iterate, top_singular_vectors
 from .recomputing import remember
 from .sharding import gathered, pieces
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
@@ -172,7 +169,7 @@ class SigmaReparam(nn.Module):
             self.register_buffer("gamma", gamma)
         else:
             self.gamma = nn.Parameter(gamma, requires_grad=weight.requires_grad)
-        _track(self)
+        track(self)
 
     def attach(self, members: list[parametrize.ParametrizationList]) -> None:
         """Remembers where its weights live; a tuple, so that they do not become submodules."""
@@ -273,7 +270,7 @@ class SigmaReparam(nn.Module):
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        _track(self)  # a deep copy advances with its own optimizer
+        track(self)  # a deep copy advances with its own optimizer
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, {self.config}"
@@ -342,61 +339,6 @@ def refuse_plain_weight(layer: nn.Module, state_dict, prefix: str, *_) -> None:
             raise ValueError(
                 f"{prefix}{name}: the state dict holds a plain weight; load it into the plain model, then call sigma_reparam"
             )
-
-
-# --------------------------------------------------------------------------------------------- advancing u and v
-
-_instances: "weakref.WeakSet[SigmaReparam]" = weakref.WeakSet()
-_stepping: list[torch.optim.Optimizer] = []  # the outermost optimizer in its step first, then those it wraps
-
-
-def _track(instance: SigmaReparam) -> None:
-    _hook_optimizers()
-    _instances.add(instance)
-
-
-@functools.cache
-def _hook_optimizers() -> None:
-    register_optimizer_step_pre_hook(_before_optimizer_step)
-    register_optimizer_step_post_hook(_after_optimizer_step)
-
-
-def _before_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    if optimizer in _stepping:  # its last step ended in an exception
-        del _stepping[_stepping.index(optimizer) :]
-    _stepping.append(optimizer)
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    _stepping.remove(optimizer)
-    if _stepping:  # SAM, Lookahead and ZeRO's optimizer step another one inside, and may change the weights after it
-        return
-    # A version counter cannot tell that a weight changed: some optimizers, fairseq's Adam among them, write to `.data`.
-    advance(p for group in optimizer.param_groups if not _rests(group) for p in group["params"] if p.grad is not None)
-
-
-def _rests(group: dict) -> bool:
-    """Whether its learning rate is 0: in a schedule, or where torch fills a new optimizer's state to load or save it."""
-    lr = group.get("lr")
-    return (
-        lr == 0 if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
-    )  # reading a GPU's would wait for it
-
-
-def advance(parameters: Iterable[Tensor]) -> None:
-    """Advances u and v of the σReparam weights among `parameters` by one step (Algorithm 1).
-
-    torch optimizers that step the model's own parameters do this by themselves. Call it after each change of the weights
-    by anything else: a loop without an optimizer, or one that steps a copy (fp32 masters) and copies the result back.
-    """
-    owner = {id(W): instance for instance in _instances for W in instance.originals()}
-    together = defaultdict(list)
-    # In the order of the parameters, which is the same on every rank: sharded weights need collectives.
-    for instance in dict.fromkeys(owner[id(p)] for p in parameters if id(p) in owner):
-        iterates, group = instance.iterates()
-        together[instance.u.device, instance.config.n_power_iterations, group] += iterates
-    for (_, n_power_iterations, group), iterates in together.items():
-        power_iteration(iterates, n_power_iterations, group)
 
 
 def converge(model: nn.Module) -> nn.Module:
