@@ -16,6 +16,13 @@ needs() {
     command -v "$1" >/dev/null || die "$1 is not on the path: run 'make venv', or pip install '.[$2]'"
 }
 
+# folder_name OPTIONS: what a folder of their own is called. Names end at 255 letters: a long one ends in a sum of all.
+folder_name() {
+    local name=${1//[^[:alnum:].,=_-]/_}
+    if [ ${#name} -gt 200 ]; then name=${name:0:180}-$(cksum <<<"$1" | cut -d" " -f1); fi
+    echo "$name"
+}
+
 # show_or_run COMMAND...: DRY_RUN=1 shows the command.
 show_or_run() {
     if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "$@" && echo; else "$@"; fi

@@ -71,8 +71,7 @@ FLAGS+=(--lr "$LR" --warmup-updates $WARMUP --warmup-init-lr 0 --max-update $UPD
 if [ "$GPUS" -gt 0 ]; then export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1; else FLAGS+=(--cpu); fi # "tensor cores fp32"
 
 # Other options are another run: fairseq would resume the one that it finds.
-OPTIONS=$* OUT=$RUNS/$MODEL-$OPTIMIZER-$SCHEDULE-$DEPTH-$SEED
-OUT+=${OPTIONS//[^[:alnum:].,=_-]/_}
+OUT=$RUNS/$(folder_name "$MODEL-$OPTIMIZER-$SCHEDULE-$DEPTH-$SEED$*")
 if [ "${DRY_RUN:-0}" != 1 ]; then
     mkdir -p "$OUT"
     echo "$MODEL, seed $SEED, $OPTIMIZER, learning rate $LR, $GPUS GPU(s); log and checkpoints in $OUT"

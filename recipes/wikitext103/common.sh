@@ -34,5 +34,5 @@ run_of() {
     ARCH=${MODEL}_transformer_lm_wiki103
     case $DEPTH in 16) ;; 32) ARCH+=_32l ;; *) die "DEPTH = $DEPTH: allowed are 16 and 32 layers" ;; esac
     local options=${*:3}
-    OUT=$RUNS/$MODEL-$DEPTH-lr$LR-decay$DECAY-$SEED${options//[^[:alnum:].,=_-]/_}
+    OUT=$RUNS/$(folder_name "$MODEL-$DEPTH-lr$LR-decay$DECAY-$SEED$options")
 }

@@ -15,5 +15,5 @@ run_of() {
     ARCH=$1 SEED=${2:-1}
     [[ $SEED =~ ^[0-9]+$ ]] || die "SEED = $SEED: allowed are whole numbers"
     local options=${*:3}
-    OUT=$RUNS/$ARCH-$SEED${options//[^[:alnum:].,=_-]/_}
+    OUT=$RUNS/$(folder_name "$ARCH-$SEED$options")
 }

@@ -116,6 +116,14 @@ def test_settings_of_the_paper(tmp_path, model, optimizer, residual, reparam, qk
     assert args.warmup_updates == (64000 if optimizer == "adagrad" else 0)
 
 
+def test_many_options_name_a_folder_too(tmp_path):
+    """A name ends at 255 letters; what was cut off still counts."""
+    many = ["--max-tokens", "3200", *["--log-interval", "100"] * 20]
+    names = {Path(settings(tmp_path, "sigma", 1, *many, "--dropout", rate).save_dir).name for rate in ("0.1", "0.2")}
+    assert len(names) == 2 and all(len(name) <= 255 for name in names)
+    assert Path(settings(tmp_path, "sigma", 1, "--dropout", "0.1").save_dir).name == "sigma-adagrad-step-36-1--dropout_0.1"
+
+
 def test_settings_of_960_hours_and_of_72_layers(tmp_path):
     args = settings(tmp_path, "sigma_postln", HOURS="960", SCHEDULE="cosine")
     assert (args.dropout, args.layer_drop, args.gamma_lr_scale, args.qkv) == (0.1, 0.1, 2, "qk_joint")
