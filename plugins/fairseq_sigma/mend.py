@@ -13,6 +13,7 @@ import atexit
 import collections
 import functools
 import inspect
+import logging
 import os
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import torch
 from fairseq import options, utils
 from fairseq.data import Dictionary, data_utils
 from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import progress_bar
 from fairseq.models import distributed_fairseq_model
 from fairseq.optim import FP16Optimizer
 
@@ -39,6 +41,7 @@ def apply():
     bf16_without_tpu()
     fp16_on_cpu()
     sacrebleu_scores()
+    log_lines_once()
 
 
 def _source_has(function, text):
@@ -258,3 +261,22 @@ def sacrebleu_scores():
 
 def _given(flag, input_args):
     return flag in (sys.argv[1:] if input_args is None else input_args)
+
+
+def log_lines_once():
+    """Lets ``--log-file`` have each line of training once.
+
+    fairseq opens the file again for every epoch and closes none: a line of the tenth epoch is in it ten times.
+    """
+    original = progress_bar.progress_bar
+    if not _source_has(original, "handler = logging.FileHandler(filename=log_file)"):
+        return
+
+    @functools.wraps(original)
+    def once(iterator, log_format=None, log_interval=100, log_file=None, **kwargs):
+        opened = {h.baseFilename for h in progress_bar.logger.handlers if isinstance(h, logging.FileHandler)}
+        if log_file is not None and os.path.abspath(log_file) in opened:
+            log_file = None
+        return original(iterator, log_format, log_interval, log_file, **kwargs)
+
+    progress_bar.progress_bar = once

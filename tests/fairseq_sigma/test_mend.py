@@ -204,6 +204,17 @@ def test_two_cpu_processes_validate_every_sentence(data, trained):
     assert f"bsz {TEST_SENTENCES}" in output, output
 
 
+def test_a_log_file_has_each_line_once(data, tmp_path):
+    path = tmp_path / "train.log"
+    output = fairseq(
+        *train(data, tmp_path, "--max-epoch", 3, "--log-interval", 1, "--log-format", "json", "--log-file", path)
+    )
+    logged, printed = (
+        [line for line in text.splitlines() if '"num_updates"' in line] for text in (path.read_text(), output)
+    )
+    assert len(logged) == len(printed) == 3 * 4  # printed with the time before it
+
+
 @pytest.mark.parametrize("flag, dtype", [("--bf16", torch.bfloat16), ("--fp16", torch.float16)])
 def test_low_precision_trains_on_cpu(mend, data, tmp_path, flag, dtype):
     fairseq(*train(data, tmp_path, "--max-update", 2, flag))
@@ -217,6 +228,7 @@ def test_low_precision_trains_on_cpu(mend, data, tmp_path, flag, dtype):
 def test_mends_are_applied_once(mend, monkeypatch):
     from fairseq import options
     from fairseq.distributed import utils as distributed_utils
+    from fairseq.logging import progress_bar
     from fairseq.models import distributed_fairseq_model
     from fairseq.optim import FP16Optimizer
 
@@ -227,6 +239,7 @@ def test_mends_are_applied_once(mend, monkeypatch):
         (distributed_fairseq_model, "DistributedDataParallel"),
         (options, "parse_args_and_arch"),
         (FP16Optimizer, "build_optimizer"),
+        (progress_bar, "progress_bar"),
     ]
     for owner, name in replaced:
         monkeypatch.setattr(owner, name, vars(owner)[name])  # restored afterwards
