@@ -1,4 +1,4 @@
-"""The alarm: entropy that falls through a threshold set by the layer's own past and by how low it can get."""
+"""The alarm: entropy that falls through a threshold set by how high the layer's has been and by how low it can get."""
 
 import bisect
 import math
@@ -13,9 +13,10 @@ import torch
 class AlarmConfig:
     """When a layer's entropy counts as collapsing: that of its median head, so that half of the heads are enough.
 
-    The threshold is bound + fraction * (reference - bound), and at most half the reference: reference is the median of all
-    the layer's earlier records, less those under the threshold; bound the least entropy that logits of the present size
-    allow [σ, Theorem 3.1]. (Half, because small logits have a bound close to uniform attention, and that is no collapse.)
+    The threshold is bound + fraction * (reference - bound), and at most half the reference: reference is the highest that
+    the median of the layer's earlier records has been, less those under the threshold; bound the least entropy that logits
+    of the present size allow [σ, Theorem 3.1]. (The highest, because the median goes down with a collapse that takes several
+    records. Half, because small logits have a bound close to uniform attention, and that is no collapse.)
     Entropy that is no longer a number counts too. A layer raises one alarm each time it falls through, and has recovered
     once it is back above.
 
@@ -48,7 +49,7 @@ class Alarm:
     def __str__(self) -> str:
         return (
             f"update {self.step}: entropy collapse in {self.layer}: {self.entropy:.3g} nats, below {self.threshold:.3g} "
-            f"(its median before: {self.reference:.3g}; least possible for its logits: {self.bound:.3g})"
+            f"(its highest median before: {self.reference:.3g}; least possible for its logits: {self.bound:.3g})"
         )
 
 
@@ -97,6 +98,7 @@ class Watch:
     def __init__(self, config: AlarmConfig) -> None:
         self.config = config
         self._past: dict[str, list[float]] = defaultdict(list)  # sorted
+        self._highest: dict[str, float] = defaultdict(float)
         self._collapsed: set[str] = set()
 
     def look(self, record: dict) -> list[Alarm]:
@@ -107,7 +109,7 @@ class Watch:
             entropy, bound = _median_head(layer["entropy"]), _median_head(layer["bound"])
             bound = 0.0 if math.isnan(bound) else bound
             if len(past) >= self.config.patience:
-                reference = past[(len(past) - 1) // 2]
+                reference = self._highest[name] = max(self._highest[name], past[(len(past) - 1) // 2])
                 threshold = min(bound + self.config.fraction * (reference - bound), reference / 2)
                 if not entropy >= threshold:
                     if name not in self._collapsed:

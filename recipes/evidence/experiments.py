@@ -60,15 +60,13 @@ def fairseq_log(folder: Path, metric: str, status: int, output: str) -> dict:
     if status and not diverged:
         raise RuntimeError(f"{folder}: {last_line(output)}")
     rows = [json.loads(line) for line in (folder / "train.log").read_text().splitlines() if line.startswith('{"')]
-    updates = {
-        int(row["num_updates"]): row for row in rows if "num_updates" in row
-    }  # fairseq repeats lines from epoch to epoch
+    updates = [row for row in rows if "num_updates" in row]
     valid = [float(row[f"valid_{metric}"]) for row in rows if f"valid_{metric}" in row]
     result = None if diverged else valid[-1] * (math.log(2) if metric == "nll_loss" else 1)
     return {
         "result": result and round(result, 4),
-        "steps": list(updates),
-        "losses": [round(float(row["nll_loss"]) * math.log(2), 4) for row in updates.values()],
+        "steps": [int(row["num_updates"]) for row in updates],
+        "losses": [round(float(row["nll_loss"]) * math.log(2), 4) for row in updates],
     }
 
 
@@ -154,7 +152,11 @@ EXPERIMENTS = {
             "deepnorm": Model("DeepNorm", "tab:orange", arch("deepnorm_transformer_100l")),
             "sigma": Model("DeepNorm + σReparam", "tab:blue", arch("sigma_transformer_100l")),
         },
-        lrs=(1.4e-3, 4.5e-3),  # the paper's, of plain models and with σReparam
+        lrs=(
+            1.4e-3,
+            4.5e-3,
+            2e-2,
+        ),  # the paper's, of plain models and with σReparam; and one at which DeepNorm diverges
         length=60,
         result="validation loss, nats a letter",
         loss="training loss, nats a letter",

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from recipes import runs
-from recipes.evidence import experiments, run
+from recipes.evidence import collapse, experiments, run
 from recipes.evidence.experiments import EXPERIMENTS
 from recipes.vision import grid
 
@@ -33,7 +33,6 @@ def test_entropy_is_that_of_the_layer_where_it_is_least(tmp_path):
 def test_losses_are_in_nats_and_a_nan_is_no_result(tmp_path):
     log = """Namespace(...)
 {'_name': None}
-{"epoch": 1, "num_updates": "5", "nll_loss": "2"}
 {"epoch": 1, "num_updates": "5", "nll_loss": "2"}
 {"epoch": 1, "valid_nll_loss": "3", "valid_uer": "40.5"}
 {"epoch": 1, "valid_nll_loss": "1", "valid_uer": "20.5"}
@@ -83,6 +82,34 @@ def test_a_translation_experiment_from_the_command_line(tmp_path, monkeypatch, c
     capsys.readouterr()
     run.main(command)
     assert path.read_text() == before and f"{lines[0]['result']:.3g}" in capsys.readouterr().out
+
+
+def test_a_rise_is_from_the_lowest_loss_before_it():
+    losses = [3.0, 1.0, 1.2, 0.9, 1.4, 0.5, 0.6]  # 0.5 above 0.9, which was at update 15
+    assert collapse.rise({"steps": range(0, 35, 5), "losses": losses}) == (pytest.approx(0.5), 15)
+
+
+def test_which_comes_first_is_that_of_the_logs(tmp_path, capsys):
+    text = (EVIDENCE / "README.md").read_text()
+    for row in collapse.rows():
+        assert f"| {' | '.join(row)} |" in text
+    assert collapse.main([str(tmp_path / "collapse.png")]) == 0
+    assert (tmp_path / "collapse.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        collapse.main([str(tmp_path / "no" / "collapse.png")])
+    assert f"there is no directory {tmp_path / 'no'}" in capsys.readouterr().err
+
+
+def test_the_alarm_rang_where_entropy_was_gone():
+    """As docs/my_run_diverges.md has it, of the share of log(keys) in the layer and at the update where it is least."""
+    for path in (EVIDENCE / "results").glob("*.jsonl"):
+        unit = 1 if path.stem in EXPERIMENTS else math.log(17)  # the grid's logs have nats
+        for line in map(json.loads, path.read_text().splitlines()):
+            least = min(line["entropy"]) / unit
+            if least < 0.11:
+                assert line["alarms"] > 0, line["name"]
+            if least > 0.17:
+                assert line["alarms"] == 0, line["name"]
 
 
 def test_bad_numbers_are_refused():

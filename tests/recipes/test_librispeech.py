@@ -121,7 +121,9 @@ def test_many_options_name_a_folder_too(tmp_path):
     many = ["--max-tokens", "3200", *["--log-interval", "100"] * 20]
     names = {Path(settings(tmp_path, "sigma", 1, *many, "--dropout", rate).save_dir).name for rate in ("0.1", "0.2")}
     assert len(names) == 2 and all(len(name) <= 255 for name in names)
-    assert Path(settings(tmp_path, "sigma", 1, "--dropout", "0.1").save_dir).name == "sigma-adagrad-step-36-1--dropout_0.1"
+    assert (
+        Path(settings(tmp_path, "sigma", 1, "--dropout", "0.1").save_dir).name == "sigma-adagrad-step-36-1--dropout_0.1"
+    )
 
 
 def test_settings_of_960_hours_and_of_72_layers(tmp_path):
