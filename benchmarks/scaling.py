@@ -7,8 +7,6 @@ NCCL (GPUs), a process a device, in which every process does the whole batch.
 
 import gc
 import json
-import os
-import socket
 import tempfile
 from pathlib import Path
 
@@ -53,13 +51,13 @@ def kept_for_backward(step: Step) -> int:
     return sum(storages.values())
 
 
-def distributed(rank: int, world: int, port: int, engine: str, rounds: int, device: str, out: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def distributed(rank: int, world: int, engine: str, rounds: int, device: str, folder: str) -> None:
     torch.set_num_threads(1)
     here = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=world)
+    meeting = f"file://{folder}/rendezvous"
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=meeting, rank=rank, world_size=world)
     models, tokens = family("processes", world)
     steps = {}
     for label in (PLAIN, OURS):
@@ -74,18 +72,15 @@ def distributed(rank: int, world: int, port: int, engine: str, rounds: int, devi
         steps[label] = step
     times = interleave(steps, rounds, here, f"{engine}, {world} processes")
     if rank == 0:
-        Path(out).write_text(json.dumps(times))
+        Path(folder, "times").write_text(json.dumps(times))
     dist.destroy_process_group()
 
 
 def in_processes(engine: str, world: int, rounds: int, device: str) -> dict[str, list[float]]:
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        given = world, port, engine, rounds, device, f"{folder}/times"
+    with tempfile.TemporaryDirectory() as folder:
+        given = world, engine, rounds, device, folder
         mp.start_processes(distributed, given, nprocs=world, start_method="forkserver")
-        return json.loads(Path(f"{folder}/times").read_text())
+        return json.loads(Path(folder, "times").read_text())
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ needs() {
 # folder_name OPTIONS: what a folder of their own is called. Names end at 255 letters: a long one ends in a sum of all.
 folder_name() {
     local name=${1//[^[:alnum:].,=_-]/_}
-    if [ ${#name} -gt 200 ]; then name=${name:0:180}-$(cksum <<<"$1" | cut -d" " -f1); fi
+    if [ ${#name} -gt 255 ]; then name=${name:0:240}-$(cksum <<<"$1" | cut -d" " -f1); fi
     echo "$name"
 }
 

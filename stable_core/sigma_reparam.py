@@ -2,9 +2,9 @@
 
 Source: Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse" (ICML 2023), Section 3.2
 and Algorithm 1 (Appendix C). sigma(W) = u^T W v, where u (out,) and v (in,) follow the top singular vectors by power
-iteration. u and v advance in a hook after each optimizer step, that is exactly once per change of W: never in the forward
-pass, so evaluation, gradient accumulation and activation checkpointing leave them alone, `torch.compile` sees a pure
-function, and a checkpoint written between two steps resumes bitwise.
+iteration. u and v advance in a hook after each optimizer step (advancing.py), that is exactly once per change of W: never
+in the forward pass, so evaluation, gradient accumulation and activation checkpointing leave them alone, `torch.compile`
+sees a pure function, and a checkpoint written between two steps resumes bitwise.
 """
 
 import inspect

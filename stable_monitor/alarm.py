@@ -18,7 +18,7 @@ class AlarmConfig:
     of the present size allow [σ, Theorem 3.1]. (The highest, because the median goes down with a collapse that takes several
     records. Half, because small logits have a bound close to uniform attention, and that is no collapse.)
     Entropy that is no longer a number counts too. A layer raises one alarm each time it falls through, and has recovered
-    once it is back above.
+    once it is back above twice the threshold, or half-way to the reference if that is less: one that hovers rings once.
 
     Attributes:
         fraction: how much of the room between the bound and the past may be left, in (0, 1).
@@ -116,7 +116,8 @@ class Watch:
                         alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound))
                     self._collapsed.add(name)
                     continue
-            self._collapsed.discard(name)
+                if entropy > min(2 * threshold, (threshold + reference) / 2):
+                    self._collapsed.discard(name)
             if not math.isnan(entropy):
                 bisect.insort(past, entropy)
         return alarms

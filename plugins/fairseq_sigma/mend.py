@@ -2,7 +2,7 @@
 
 fairseq imports the user dir before it parses the full command line, so what is replaced here is in
 place when arguments are parsed, processes spawned, data batched and checkpoints read. A process
-that fairseq spawns imports the user dir again, first thing in ``main``. Out of reach: what
+that fairseq spawns imports the user dir again, at the latest first thing in ``main``. Out of reach: what
 fairseq-hydra-train does before ``main``, because it imports the user dir only there.
 
 Each mend looks for its fault first, and leaves alone a fairseq that does not show it.
@@ -141,11 +141,14 @@ def spawn_on_cpu():
                 f"{group.distributed_world_size} --distributed-backend gloo --distributed-init-method tcp://HOST:PORT"
             )
         group.distributed_rank = None  # distributed_main then counts the ranks from 0
+        given, port = group.distributed_init_method, group.distributed_port
         with tempfile.TemporaryDirectory() as folder:  # they meet there: a port that is free may be taken by then
-            if group.distributed_init_method is None:
-                port = group.distributed_port
-                group.distributed_init_method = f"tcp://127.0.0.1:{port}" if port > 0 else f"file://{folder}/rendezvous"
-            torch.multiprocessing.spawn(_rank, args=(main, cfg, kwargs), nprocs=group.distributed_world_size)
+            here = f"tcp://127.0.0.1:{port}" if port > 0 else f"file://{folder}/rendezvous"
+            group.distributed_init_method = given or here
+            try:
+                torch.multiprocessing.spawn(_rank, args=(main, cfg, kwargs), nprocs=group.distributed_world_size)
+            finally:
+                group.distributed_init_method = given
 
     distributed_utils.call_main = call_main
 
@@ -272,11 +275,15 @@ def log_lines_once():
     if not _source_has(original, "handler = logging.FileHandler(filename=log_file)"):
         return
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def once(iterator, log_format=None, log_interval=100, log_file=None, **kwargs):
+    def once(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
         opened = {h.baseFilename for h in progress_bar.logger.handlers if isinstance(h, logging.FileHandler)}
-        if log_file is not None and os.path.abspath(log_file) in opened:
-            log_file = None
-        return original(iterator, log_format, log_interval, log_file, **kwargs)
+        path = given.arguments.get("log_file")
+        if path is not None and os.path.abspath(path) in opened and os.path.exists(path):
+            given.arguments["log_file"] = None
+        return original(*given.args, **given.kwargs)
 
     progress_bar.progress_bar = once

@@ -1,4 +1,4 @@
-"""Which comes first? Loss and entropy of the plain models' runs that collapse, side by side, from the logs in results/."""
+"""Which comes first, collapse or divergence? The runs in results/ and of the vision grid whose loss turns, side by side."""
 
 import argparse
 import json
@@ -10,6 +10,8 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
+from recipes.vision.grid import MODELS
+
 from .experiments import EXPERIMENTS
 from .run import halved
 
@@ -17,59 +19,65 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-SHOWN = {  # where from: the log, the model, the learning rate
-    "pre-LN, 18L-18L": ("translation", "preln", 0.02),
-    "DeepNorm, 18L-18L": ("translation", "deepnorm", 0.02),
-    "DeepNorm, 100L-100L": ("depth", "deepnorm", 0.02),
-    "ViT": ("sn_wn", "vit", 0.03),
-    "ViT, weight norm": ("sn_wn", "wn", 0.03),
-}
+GRID = Path(__file__).parents[1] / "vision" / "results" / "grid.jsonl"
+RISE = 0.4  # nats; the loss of runs that go well is up to 0.38 above its lowest before
 
 
-def runs(log: str, model: str, lr: float) -> list[dict]:
-    """Entropy as a share of log(keys)."""
-    lines = [json.loads(line) for line in (RESULTS / f"{log}.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["model"] == model and line["lr"] == lr]
-    for line in lines if log not in EXPERIMENTS else ():  # the vision grid's: nats, 17 keys
-        line |= {"recorded": line["steps"], "entropy": [nats / math.log(17) for nats in line["entropy"]]}
-    return lines
+def runs() -> list[dict]:
+    """Each run once, with a label, and entropy as a share of log(keys)."""
+    result = {}
+    for path in [*sorted(RESULTS.glob("*.jsonl")), GRID]:
+        experiment = EXPERIMENTS.get(path.stem)
+        for line in map(json.loads, path.read_text().splitlines()):
+            models = experiment.models if experiment else MODELS
+            line["label"] = f"{path.stem}: {models[line['model']].label}, lr {line['lr']:g}, seed {line['seed']}"
+            if not experiment:  # nats, 17 keys
+                line |= {"recorded": line["steps"], "entropy": [nats / math.log(17) for nats in line["entropy"]]}
+            result.setdefault((line["name"], *line["losses"]), line)  # logs of ViT share runs
+    return list(result.values())
 
 
-def rise(run: dict) -> tuple[float, int]:
-    """How far the loss was above its lowest before, at most, nats; and at which update it was that low."""
-    lowest, result = (math.inf, 0), (0.0, 0)
+def turned(run: dict) -> int | None:
+    """The update at which the loss was first seen `RISE` above its lowest before."""
+    lowest = math.inf
     for update, loss in zip(run["steps"], run["losses"], strict=True):
-        result, lowest = max(result, (loss - lowest[0], lowest[1])), min(lowest, (loss, update))
-    return result
+        if loss >= lowest + RISE:
+            return update
+        lowest = min(lowest, loss)
+    return None
 
 
-def rows() -> list[tuple[str, ...]]:
-    result = []
-    for label, source in SHOWN.items():
-        lines = runs(*source)
-        rises, since = zip(*map(rise, lines), strict=True)
-        cells = (map(halved, lines), (f"{nats:.2f}" for nats in rises), map(str, since))
-        result.append((label, f"{source[2]:g}", *map(" / ".join, cells)))
-    return result
+def row(run: dict) -> tuple[str, ...]:
+    end = run["losses"][-1] - min(run["losses"])
+    return run["label"], halved(run), str(turned(run)), f"{end:.2f}", f"{min(run['entropy']):.2f}"
 
 
-def picture(path: Path) -> None:
-    figure, axes = plt.subplots(2, len(SHOWN), figsize=(3.2 * len(SHOWN), 5.5), sharex="col", layout="constrained")
-    for (label, source), (loss, entropy) in zip(SHOWN.items(), axes.T, strict=True):
-        lines = runs(*source)
-        for line, color in zip(lines, ("tab:blue", "tab:orange", "tab:green"), strict=True):
-            loss.plot(line["steps"], line["losses"], color=color, label=f"seed {line['seed']}")
-            entropy.plot(line["recorded"], line["entropy"], color=color)
-            for axis in (loss, entropy) if halved(line) != "-" else ():
-                axis.axvline(int(halved(line)), color=color, linestyle=":")
-        loss.set(title=f"{label}, lr {source[2]:g}", ylim=(0, 1.15 * max(line["losses"][0] for line in lines)))
-        entropy.set(xlabel="update", ylim=(0, 1.05))
+def summary(all_runs: list[dict]) -> str:
+    collapsed = [run for run in all_runs if halved(run) != "-"]
+    both = sum(turned(run) is not None for run in collapsed)
+    neither = sum(turned(run) is not None for run in all_runs) - both
+    return (
+        f"{len(all_runs)} runs. Entropy falls below half of log(keys) in {len(collapsed)}: the loss turns in {both} of them, "
+        f"and in {neither} of the others"
+    )
+
+
+def picture(shown: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(2, len(shown), figsize=(3 * len(shown), 5), sharex="col", layout="constrained")
+    for run, (loss, entropy) in zip(shown, axes.T, strict=True):
+        loss.plot(run["steps"], run["losses"])
+        entropy.plot(run["recorded"], run["entropy"])
         for axis in (loss, entropy):
+            axis.axvline(turned(run), color="tab:red", linestyle=":", label="loss turns")
+            if halved(run) != "-":
+                axis.axvline(int(halved(run)), color="tab:green", linestyle="--", label="entropy below half")
             axis.grid(alpha=0.3)
+        loss.set_title(run["label"].replace(", lr", "\nlr"), fontsize=9)
+        loss.set_ylim(0, 1.15 * run["losses"][0])
+        entropy.set(xlabel="update", ylim=(0, 1.05))
     axes[0][0].set_ylabel("training loss, nats")
     axes[1][0].set_ylabel("least layer's entropy / log(keys)")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle("dotted: the first record in which entropy is below half")
+    axes[0][0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -80,14 +88,16 @@ def main(arguments: list[str] | None = None) -> int:
     output = parser.parse_args(arguments).output
     if not output.absolute().parent.is_dir():
         parser.error(f"output {output}: there is no directory {output.parent}")
-    columns = ("", "learning rate", "entropy below half at update", "loss rises by, at most, nats", "from update")
+    all_runs = runs()
+    shown = [run for run in all_runs if turned(run) is not None]
+    columns = ("", "entropy below half at update", f"loss {RISE} nats up at", "at the end, nats up", "least entropy")
     table = Table(*columns)
-    for row in rows():
-        table.add_row(*row)
-    picture(output)
+    for run in shown:
+        table.add_row(*row(run))
+    picture(shown, output)
     console = Console()
     console.print(table)
-    console.print(f"picture: {output}")
+    console.print(f"{summary(all_runs)}\npicture: {output}")
     return 0
 
 

@@ -170,13 +170,24 @@ def test_two_cpu_processes_train_as_one(data, trained, tmp_path):
     assert_same_training(tmp_path, trained)
 
 
-def test_every_cpu_process_runs_what_is_registered_for_its_exit(data, tmp_path):
+def test_cpu_processes_run_what_is_registered_for_their_exit_and_do_not_finalize(data, tmp_path):
     (tmp_path / "own").mkdir()
-    script = f"import atexit, sys\nsys.path.insert(0, {str(USER_DIR.parent)!r})\nimport fairseq_sigma\n"
-    (tmp_path / "own" / "__init__.py").write_text(script + "atexit.register(print, 'closed')\n")
+    (tmp_path / "own" / "__init__.py").write_text(f"""
+import atexit, sys
+sys.path.insert(0, {str(USER_DIR.parent)!r})
+import fairseq_sigma
+
+class Last:
+    def __del__(self, write=sys.__stdout__.write):
+        write("finalized")
+
+last = Last()
+atexit.register(print, "closed")
+""")
     arguments = train(data, tmp_path, "--max-update", 1, "--distributed-world-size", 2)
     arguments[arguments.index(USER_DIR)] = tmp_path / "own"
-    assert fairseq(*arguments).count("closed") == 1 + 2
+    output = fairseq(*arguments)
+    assert output.count("closed") == 1 + 2 and output.count("finalized") == 1
 
 
 def test_two_ranks_started_by_hand_resume_as_one(data, trained, resumed, tmp_path):

@@ -84,15 +84,17 @@ def test_a_translation_experiment_from_the_command_line(tmp_path, monkeypatch, c
     assert path.read_text() == before and f"{lines[0]['result']:.3g}" in capsys.readouterr().out
 
 
-def test_a_rise_is_from_the_lowest_loss_before_it():
-    losses = [3.0, 1.0, 1.2, 0.9, 1.4, 0.5, 0.6]  # 0.5 above 0.9, which was at update 15
-    assert collapse.rise({"steps": range(0, 35, 5), "losses": losses}) == (pytest.approx(0.5), 15)
+def test_a_loss_turns_where_it_is_well_above_its_lowest_before():
+    losses = [3.0, 1.0, 1.35, 0.9, 1.25, 1.31, 0.5]
+    assert collapse.turned({"steps": range(0, 35, 5), "losses": losses}) == 25
+    assert collapse.turned({"steps": range(0, 25, 5), "losses": losses[:5]}) is None
 
 
 def test_which_comes_first_is_that_of_the_logs(tmp_path, capsys):
-    text = (EVIDENCE / "README.md").read_text()
-    for row in collapse.rows():
-        assert f"| {' | '.join(row)} |" in text
+    text = " ".join((EVIDENCE / "README.md").read_text().split())
+    for run_ in collapse.runs():
+        assert (f"| {' | '.join(collapse.row(run_))} |" in text) == (collapse.turned(run_) is not None)
+    assert collapse.summary(collapse.runs()) in text
     assert collapse.main([str(tmp_path / "collapse.png")]) == 0
     assert (tmp_path / "collapse.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):

@@ -21,11 +21,15 @@ def test_it_rings_once_for_each_fall_below_a_part_of_the_past():
     assert alarms([4.0, 3.9, 4.1, 0.41]) == []
     assert alarms([4.0, 3.9, 4.1, 0.38, 0.1, 0.1]) == [3]
     assert alarms([4.0, 0.3, 4.0, 0.3]) == [1, 3]
+    assert alarms([4.0, *[0.41, 0.39] * 9]) == [2]  # it hovers
+    assert alarms([4.0, 0.39, 0.79, 0.39, 0.81, 0.39]) == [1, 5]  # recovered above twice the threshold
+    assert alarms([4.0, 1.9, 2.9, 1.9, 3.1, 1.9], bound=3.9) == [1, 5]  # or half-way, where the threshold is half
     assert alarms([4.0, 3.0, 2.0, 1.2, 0.8, 0.5]) == []  # slow learning is no collapse
     assert alarms([4.0, 3.0, 2.2, 1.5, 1.0, 0.7, 0.5, 0.35, 0.2]) == [7]  # but to go to a tenth is,
     assert alarms([4.0 * 0.93**n for n in range(300)]) == [32]  # however slowly
     assert alarms([1.0, 4.0, 4.0, 4.0, 0.39]) == [4]  # a tenth of the highest, not of the first
-    assert alarms([1.0, 1.0, 1.0, 40.0, 1.0]) == []  # and not of a single record
+    assert alarms([1.0, 1.0, 1.0, 40.0, 1.0]) == []  # and not of a single record,
+    assert alarms([4.0, *[1.0] * 100, 0.39]) == [101]  # but for the first: an untrained model attends evenly
     assert alarms([4.0, 1.9], fraction=0.5) == [1]
     assert alarms([4.0, 2.1], fraction=0.9) == []
     assert alarms([4.0, 0.3, 4.0, 0.3], patience=2) == [3]
