@@ -38,10 +38,10 @@ def runs() -> list[dict]:
 
 
 def turned(run: dict) -> int | None:
-    """The update at which the loss was first seen `RISE` above its lowest before."""
+    """The update at which the loss was first seen `RISE` above its lowest before, or NaN."""
     lowest = math.inf
     for update, loss in zip(run["steps"], run["losses"], strict=True):
-        if loss >= lowest + RISE:
+        if not loss < lowest + RISE:
             return update
         lowest = min(lowest, loss)
     return None

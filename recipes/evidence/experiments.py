@@ -152,11 +152,8 @@ EXPERIMENTS = {
             "deepnorm": Model("DeepNorm", "tab:orange", arch("deepnorm_transformer_100l")),
             "sigma": Model("DeepNorm + σReparam", "tab:blue", arch("sigma_transformer_100l")),
         },
-        lrs=(
-            1.4e-3,
-            4.5e-3,
-            2e-2,
-        ),  # the paper's, of plain models and with σReparam; and one at which DeepNorm diverges
+        # The paper's, of plain models and with σReparam; and one at which DeepNorm diverges.
+        lrs=(1.4e-3, 4.5e-3, 2e-2),
         length=60,
         result="validation loss, nats a letter",
         loss="training loss, nats a letter",

@@ -88,6 +88,7 @@ def test_a_loss_turns_where_it_is_well_above_its_lowest_before():
     losses = [3.0, 1.0, 1.35, 0.9, 1.25, 1.31, 0.5]
     assert collapse.turned({"steps": range(0, 35, 5), "losses": losses}) == 25
     assert collapse.turned({"steps": range(0, 25, 5), "losses": losses[:5]}) is None
+    assert collapse.turned({"steps": range(0, 15, 5), "losses": [3.0, math.nan, 1.0]}) == 5
 
 
 def test_which_comes_first_is_that_of_the_logs(tmp_path, capsys):
