@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from benchmarks import attention, scaling
-from benchmarks.models import PlainAlgorithm1, Step, peers, translation
+from benchmarks.families import PlainAlgorithm1, Step, peers
+from benchmarks.models import translation
 from benchmarks.paired import Report, arguments, interleave, quartiles, ratios
 from stable_core import sigma_reparam
 
