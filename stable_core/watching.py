@@ -25,6 +25,7 @@ class Watch:
     def forget(self) -> None:
         """Nothing is known: the next pass is believed, unless somebody writes to a weight before it."""
         self.expect([], None)
+        self.look_soon()
 
     def rebind(self, weights: list[Tensor]) -> None:
         """The same values lie in these tensors from now on."""
@@ -32,7 +33,7 @@ class Watch:
 
     def expect(self, weights: list[Tensor], sigma: Tensor | list[float] | None, slack: float = EXACT) -> None:
         """u belongs to `weights` as they are: sigma will be as given, or up to `slack` of it more."""
-        self._low, self._slack, self._seen, self._passes, self.announced = sigma, slack, versions(weights), 0, False
+        self._low, self._slack, self._seen, self.announced = sigma, slack, versions(weights), False
 
     def look_soon(self) -> None:
         """The next pass is the first again."""
