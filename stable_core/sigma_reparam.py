@@ -10,8 +10,10 @@ two steps resumes bitwise. A weight that changed unannounced is found in the for
 
 import math
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -114,30 +116,27 @@ def measure(W: Tensor, u: Tensor, rows: tuple[int, ...]) -> tuple[list[Tensor], 
 
 
 class ScaleBySigma(torch.autograd.Function):
-    """(W, gamma, u) -> (gamma / sigma * W in `dtype`, sigma), sigma = |W^T u| / |u|, in at least fp32 whatever autocast says.
+    """(W, gamma) -> gamma / sigma * W in `dtype`, sigma = |W^T u| / |u|, in at least fp32 whatever autocast says.
 
-    W (out, in) is cut into blocks of `rows`; gamma and sigma (blocks,), u (out,). With v = W^T u / |W^T u| and |u| = 1, each
-    block has dL/dgamma = <G, W> / sigma and dL/dW = gamma / sigma * (G - dL/dgamma * u v^T), where G = dL/dW_hat. It keeps no
-    copy of W, where plain autograd would keep W / sigma too.
+    W (out, in) is cut into blocks of `rows`; gamma and sigma (blocks,), u (out,); `find(W)` does what `measure` does. With
+    v = W^T u / |W^T u| and |u| = 1, each block has dL/dgamma = <G, W> / sigma and
+    dL/dW = gamma / sigma * (G - dL/dgamma * u v^T), where G = dL/dW_hat. It keeps no copy of W, where plain autograd would keep
+    W / sigma too.
     """
 
     @staticmethod
-    def forward(ctx, W, gamma, u, rows: tuple[int, ...], stop_gradient: bool, dtype: torch.dtype):
-        unit, images, sigma = measure(W, u, rows)
+    def forward(ctx, W, gamma, find, rows: tuple[int, ...], stop_gradient: bool, dtype: torch.dtype):
+        unit, images, sigma = find(W)
         scale = gamma.to(sigma.dtype) / sigma
         factor = _per_row(scale, rows)
         in_place = None if dtype == W.dtype == factor.dtype else torch.empty_like(W, dtype=dtype)
         W_hat = torch.mul(W, factor, out=in_place)  # no matrix in fp32 between
         ctx.save_for_backward(W, gamma, sigma, scale, *unit, *images)
         ctx.rows, ctx.stop_gradient, ctx.dtype = rows, stop_gradient, dtype
-        ctx.mark_non_differentiable(sigma)
-        ctx.set_materialize_grads(False)
-        return W_hat, sigma
+        return W_hat
 
     @staticmethod
-    def backward(ctx, G: Tensor | None, _):
-        if G is None:
-            return (None,) * 6
+    def backward(ctx, G: Tensor):
         W, gamma, sigma, scale, *vectors = ctx.saved_tensors
         unit, images = vectors[: len(ctx.rows)], vectors[len(ctx.rows) :]
         if torch.is_grad_enabled():  # somebody asks for second derivatives
@@ -280,21 +279,25 @@ class SigmaReparam(nn.Module):
         if torch.compiler.is_compiling() or is_transformed():
             return scale_plainly(stacked, self.gamma, self.u, self.rows, self.config.stop_gradient)[0].to(dtype)
         looks = can_look(stacked) and not is_sharded(stacked) and self.watch.is_due(originals)
-        while True:
-            u = self._u_of(originals)
-            W_hat, sigma = self._scale(stacked, u, dtype)
-            if not looks or self._is_right(originals, stacked.detach(), u, sigma.tolist()):
-                break
-        remember(W_hat, lambda: self._scale(stacked, u, dtype)[0])
+        W_hat = self._scale(stacked, partial(self._find, originals if looks else None, self._u_of(originals)), dtype)
+        remember(W_hat, lambda: self._scale(stacked, partial(self._find, None, self._u_of(originals)), dtype))
         return W_hat
+
+    def _scale(self, stacked: Tensor, find: Callable, dtype: torch.dtype) -> Tensor:
+        return ScaleBySigma.apply(stacked, self.gamma, find, self.rows, self.config.stop_gradient, dtype)
+
+    def _find(self, originals: list[Tensor] | None, u: Tensor, stacked: Tensor) -> tuple:
+        """What `measure` does with the u that belongs to the weights; with `originals` it is looked for."""
+        while True:
+            found = measure(stacked, u, self.rows)
+            if originals is None or self._is_right(originals, stacked, u, found[2].tolist()):
+                return found
+            u = self._u_of(originals)
 
     def _u_of(self, originals: list[Tensor]) -> Tensor:
         """u, or in evaluation that of weights which u does not belong to."""
         kept = self._evaluated
         return kept[1] if kept is not None and kept[0] == versions(originals) else self.u
-
-    def _scale(self, stacked: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return ScaleBySigma.apply(stacked, self.gamma, u, self.rows, self.config.stop_gradient, dtype)
 
     # ------------------------------------------------------------------------------------------------ u and its weights
 
@@ -377,7 +380,7 @@ class SigmaReparam(nn.Module):
             return right
         watch, changed = self.watch, self.watch.moved(originals) or self.watch.announced
         averaged = not (watch.exact or self.training or is_unit(u, self.rows))
-        if (watch.agrees(sigma, strictly=changed) and not averaged) or not all(0 < x < math.inf for x in sigma):
+        if (watch.agrees(sigma, changed, stacked.dtype) and not averaged) or not all(0 < x < math.inf for x in sigma):
             watch.expect(originals, sigma)
             return True  # or NaN, inf, zeros, which have no u: the loss shows them
         if not self.training:  # an average, or swapped in for one; training goes on with u as it is
@@ -409,7 +412,7 @@ class SigmaReparam(nn.Module):
         originals = self.originals()
         if not self.watch.exact and not self.watch.announced and not self.watch.moved(originals):
             sigma = estimate(self._stacked(), self.u, self.rows).tolist()
-            if self.watch.agrees(sigma, strictly=False) and is_unit(self.u, self.rows):
+            if self.watch.agrees(sigma, False, originals[0].dtype) and is_unit(self.u, self.rows):
                 self.watch.expect(originals, sigma)
 
     def _apply(self, fn, recurse=True):

@@ -65,14 +65,19 @@ class Watch:
         scheduled = self._passes % EVERY == 0 or (self._passes < EVERY and self._passes & (self._passes - 1) == 0)
         return scheduled or self.announced or self.moved(weights)
 
-    def agrees(self, sigma: list[float], strictly: bool) -> bool:
-        """Whether sigma is as it was expected; `strictly`: bitwise that of weights which were swapped and are back."""
+    def agrees(self, sigma: list[float], strictly: bool, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether sigma is as it was expected; `strictly`: bitwise that of weights which were swapped and are back.
+
+        In mixed precision FSDP2 hands over weights that are rounded to `dtype`.
+        """
+        rounding = max(EXACT, torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0)
         if isinstance(self._low, Tensor):
             self._low = self._low.tolist()
         if strictly:
             return self.exact and sigma == self._low
         return self._low is None or all(
-            (1 - EXACT) * low <= x <= (1 + EXACT + self._slack) * low for x, low in zip(sigma, self._low, strict=True)
+            (1 - rounding) * low <= x <= (1 + rounding + self._slack) * low
+            for x, low in zip(sigma, self._low, strict=True)
         )
 
 
