@@ -144,7 +144,7 @@ class Monitor:
     def _prepare(self) -> None:
         """Makes ready for the next update."""
         self.is_recording = not self._closed and self.updates % self.every == 0
-        self._seen: dict[str, tuple[str, Tensor, dict[str, Tensor]]] = {}  # layer: kind, numbers by head, sigmas
+        self._seen: dict[str, tuple] = {}  # layer: kind, numbers by head, spectral norms
         self._modules: dict[str, nn.Module] = {}
         self._gradients: dict[str, Tensor] = {}  # "" is the whole model
         self._loss = None
@@ -168,8 +168,8 @@ class Monitor:
         site = call.site
         if self._model.training and site.name not in self._seen:
             with self._warning(site.name):  # sigma first: all processes that take part in it do, whatever happens then
-                sigmas = self._sigma.measure(site.name, site.module, site.parent)
-                self._seen[site.name] = *by_head(call), sigmas
+                norms = self._sigma.measure(site.name, site.module, site.parent)
+                self._seen[site.name] = *by_head(call), norms
                 self._modules[site.name] = site.module
         return call
 
@@ -205,12 +205,12 @@ class Monitor:
             "layers": {},
             "alarms": [],
         }
-        for name, (kind, numbers, sigmas) in self._seen.items():
+        for name, (kind, numbers, norms) in self._seen.items():
             entropy, entropy_min, max_logit, bound, log_keys = numbers
             heads = {"entropy": entropy, "entropy_min": entropy_min, "max_logit": max_logit, "bound": bound}
             record["layers"][name] = {
                 "kind": kind,
-                **plain({"keys": log_keys.mean().exp(), **heads, "sigma": sigmas}),
+                **plain({"keys": log_keys.mean().exp(), **heads, **norms}),
                 **self._gradient(name),
             }
         return record
