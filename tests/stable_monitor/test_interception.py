@@ -316,8 +316,7 @@ def test_what_cannot_be_measured_or_written_does_not_end_the_run(tmp_path, caplo
         monitor._model(torch.randn(2, 5, 16)).backward()
         assert "parts.attention" in monitor.step(loss)["layers"]
     assert "disk full" in caplog.text and "the alarm's history" in caplog.text
-    with pytest.raises(ValueError, match="line"):
-        read(tmp_path)
+    assert [record["step"] for record in read(tmp_path)] == [5, 6]
 
 
 def test_exact_numbers_of_keys():
