@@ -129,8 +129,11 @@ class ScaleBySigma(torch.autograd.Function):
         unit, images, sigma = find(W)
         scale = gamma.to(sigma.dtype) / sigma
         factor = _per_row(scale, rows)
-        in_place = None if dtype == W.dtype == factor.dtype else torch.empty_like(W, dtype=dtype)
-        W_hat = torch.mul(W, factor, out=in_place)  # no matrix in fp32 between
+        if torch.compiler.is_compiling():
+            W_hat = (W * factor).to(dtype)
+        else:  # no matrix in fp32 between
+            in_place = None if dtype == W.dtype == factor.dtype else torch.empty_like(W, dtype=dtype)
+            W_hat = torch.mul(W, factor, out=in_place)
         ctx.save_for_backward(W, gamma, sigma, scale, *unit, *images)
         ctx.rows, ctx.stop_gradient, ctx.dtype = rows, stop_gradient, dtype
         return W_hat
@@ -139,26 +142,32 @@ class ScaleBySigma(torch.autograd.Function):
     def backward(ctx, G: Tensor):
         W, gamma, sigma, scale, *vectors = ctx.saved_tensors
         unit, images = vectors[: len(ctx.rows)], vectors[len(ctx.rows) :]
-        if torch.is_grad_enabled():  # somebody asks for second derivatives
+        compiled = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiled:  # somebody asks for second derivatives
             W_hat, _ = scale_plainly(W, gamma, join(unit), ctx.rows, ctx.stop_gradient)
             wanted = [x for x, needed in zip((W, gamma), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(W_hat, wanted, G.to(W_hat.dtype), create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
-        with full_precision(W):
+        # A compiler would leave autocast off for what it traces next; it is given nothing that autocast rounds.
+        with nullcontext() if compiled else full_precision(W):
             G = wide(G)
             blocks = zip(cut(G, ctx.rows), cut(wide(W), ctx.rows), strict=True)
             d_gamma = join([_inner_product(g, block).view(1) for g, block in blocks]) / sigma
             d_W = G
             if not ctx.stop_gradient:
                 parts = zip(cut(G, ctx.rows), unit, images, cut(d_gamma / sigma, [1] * len(unit)), strict=True)
-                d_W = join([torch.addr(g, x, image * d, alpha=-1) for g, x, image, d in parts])
-            d_W = torch.mul(d_W, _per_row(scale, ctx.rows), out=None if d_W is G else d_W)
+                d_W = join([_minus_outer(g, x, image * d, compiled) for g, x, image, d in parts])
+            d_W = torch.mul(d_W, _per_row(scale, ctx.rows), out=None if compiled or d_W is G else d_W)
         return d_W.to(W.dtype), d_gamma.to(gamma.dtype), None, None, None, None
 
 
 def _per_row(scale: Tensor, rows: tuple[int, ...]) -> Tensor:
     """(blocks,) -> what a stacked weight (out, in) is multiplied by, in one pass over it."""
     return scale if len(rows) == 1 else torch.cat([x.expand(n) for x, n in zip(scale, rows, strict=True)])[:, None]
+
+
+def _minus_outer(G: Tensor, x: Tensor, y: Tensor, compiled: bool) -> Tensor:
+    return G - x[:, None] * y if compiled else torch.addr(G, x, y, alpha=-1)
 
 
 def _inner_product(A: Tensor, B: Tensor) -> Tensor:
@@ -276,7 +285,7 @@ class SigmaReparam(nn.Module):
 
     def _scaled(self, originals: list[Tensor], dtype: torch.dtype) -> Tensor:
         stacked = join([matrix(W, self.transposed) for W in originals])
-        if torch.compiler.is_compiling() or is_transformed():
+        if is_transformed():
             return scale_plainly(stacked, self.gamma, self.u, self.rows, self.config.stop_gradient)[0].to(dtype)
         looks = can_look(stacked) and not is_sharded(stacked) and self.watch.is_due(originals)
         W_hat = self._scale(stacked, partial(self._find, originals if looks else None, self._u_of(originals)), dtype)
