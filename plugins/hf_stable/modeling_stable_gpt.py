@@ -47,7 +47,9 @@ class StableGPTAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(q if kind == "l2_tied" else k)
         if kv_cache is not None:
             k, v = kv_cache.update(k, v, self.layer_idx)
-        kwargs.update(position_ids=position_ids, l2=kind.startswith("l2"))  # flash attention finds packed sequences by them
+        kwargs.update(
+            position_ids=position_ids, l2=kind.startswith("l2")
+        )  # flash attention finds packed sequences by them
         y, weights = attend(self, q, k, v, attention_mask, self.config.dropout, **kwargs)
         return self.c_proj(y.flatten(2)), weights
 
