@@ -123,13 +123,8 @@ def test_settings_of_no_meaning_are_refused_and_transformers_own_are_not(family)
     config, settings, _ = CONFIGS[family]
     with pytest.raises(ValueError, match=rf"^{family}Config has no zzz: print\(config\) shows what it has"):
         config(zzz=1)
-    own = {
-        "torch_dtype": "float16",
-        "attn_implementation": "eager",
-        "id2label": {0: "a"},
-        "problem_type": None,
-        "name_or_path": "x",
-    }
+    own = {"torch_dtype": "float16", "attn_implementation": "eager", "problem_type": None, "name_or_path": "x"}
+    own |= {"id2label": {i: f"class {i}" for i in range(99)}}
     made = config(**settings | own, output_attentions=True)
     assert (made.dtype, made._attn_implementation, made.num_labels) == (torch.float16, "eager", 99)
     for again in (config(**made.to_dict()), config.from_dict(made.to_dict()), copy.deepcopy(made)):

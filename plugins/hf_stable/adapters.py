@@ -1,0 +1,70 @@
+"""Adapters (PEFT) that are merged into reparametrised layers.
+
+PEFT merges by writing to `layer.weight.data`, which for a reparametrised layer is W_hat, computed anew at each look: the
+adapter would be lost. So it merges into a plain weight that takes its place meanwhile; the layer is assigned what comes out.
+"""
+
+from contextlib import contextmanager
+from functools import wraps
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from stable_core.folding import _is_ours as is_reparametrised
+
+MERGES = ("merge", "unmerge")
+
+
+def watch_adapters() -> None:
+    """From now on every class of adapters whose layers wrap a reparametrised one merges as `plain_weights` has it."""
+    register_module_module_registration_hook(_on_registration)
+
+
+def _on_registration(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
+    if name == "base_layer" and layer is not None and is_reparametrised(layer):
+        for owner in type(parent).__mro__:
+            for merge in MERGES:
+                method = vars(owner).get(merge)
+                if callable(method) and not hasattr(method, "into_plain_weights"):
+                    setattr(owner, merge, _into_plain_weights(method))
+
+
+def _into_plain_weights(merge):
+    @wraps(merge)
+    def merged(self, *args, **kwargs):
+        layer = self.base_layer
+        if not is_reparametrised(layer):
+            return merge(self, *args, **kwargs)
+        with plain_weights(layer):
+            return merge(self, *args, **kwargs)
+
+    merged.into_plain_weights = True
+    return merged
+
+
+@contextmanager
+def plain_weights(layer: nn.Module):
+    """A reparametrised layer is a plain one inside; afterwards its effective weights are what was made of the plain ones.
+
+    Raises:
+        ValueError: kind = "spectral", whose norm stays 1, or weights that are sharded. The layer is then as it was.
+    """
+    cls, names = type(layer), list(layer.parametrizations)
+    before = {name: getattr(layer, name).detach().clone() for name in names}
+    layer.__class__ = cls.__bases__[0]
+    try:
+        for name in names:
+            layer.register_parameter(name, nn.Parameter(before[name].clone(), requires_grad=False))
+        yield
+    finally:
+        after = {name: layer._parameters.pop(name).detach() for name in names}
+        layer.__class__ = cls
+    for name in names:
+        if not torch.equal(after[name], before[name]):
+            try:
+                setattr(layer, name, after[name])
+            except ValueError as error:
+                raise ValueError(
+                    f"the adapter does not fit into it: {error}; hf_stable.fold the model, then merge"
+                ) from error
