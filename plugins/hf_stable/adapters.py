@@ -48,23 +48,24 @@ def plain_weights(layer: nn.Module):
     """A reparametrised layer is a plain one inside; afterwards its effective weights are what was made of the plain ones.
 
     Raises:
-        ValueError: kind = "spectral", whose norm stays 1, or weights that are sharded. The layer is then as it was.
+        ValueError: kind = "spectral", whose norm stays 1; or, at the end, weights that are sharded.
     """
-    cls, names = type(layer), list(layer.parametrizations)
-    before = {name: getattr(layer, name).detach().clone() for name in names}
+    cls, chains = type(layer), dict(layer.parametrizations.items())
+    for name, chain in chains.items():
+        if hasattr(chain[0], "leader") and chain[0].leader().config.kind == "spectral":
+            raise ValueError(
+                f"{chain[0].leader().name}: kind = 'spectral' keeps the norm of its {name} at 1, whatever an adapter adds; "
+                "merge into a model that was folded (hf_stable.fold)"
+            )
+    before = {name: getattr(layer, name).detach().clone() for name in chains}
     layer.__class__ = cls.__bases__[0]
     try:
-        for name in names:
-            layer.register_parameter(name, nn.Parameter(before[name].clone(), requires_grad=False))
+        for name, weight in before.items():
+            layer.register_parameter(name, nn.Parameter(weight.clone(), requires_grad=False))
         yield
     finally:
-        after = {name: layer._parameters.pop(name).detach() for name in names}
+        after = {name: layer._parameters.pop(name).detach() for name in chains}
         layer.__class__ = cls
-    for name in names:
-        if not torch.equal(after[name], before[name]):
-            try:
-                setattr(layer, name, after[name])
-            except ValueError as error:
-                raise ValueError(
-                    f"the adapter does not fit into it: {error}; hf_stable.fold the model, then merge"
-                ) from error
+    for name, weight in after.items():
+        if not torch.equal(weight, before[name]):
+            setattr(layer, name, weight)

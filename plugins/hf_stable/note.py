@@ -6,6 +6,8 @@ Where hf_stable is imported, the note is taken out while the file is read, and t
 """
 
 import json
+import os
+import tempfile
 from functools import wraps
 from pathlib import Path
 
@@ -42,5 +44,9 @@ def annotate(path: Path) -> bool:
     config = json.loads(path.read_text(encoding="utf-8"))
     if (config.get("quantization_config") or {}).get("quant_method") != METHOD or config.get(KEY) == NOTE:
         return False
-    path.write_text(json.dumps({**config, KEY: NOTE}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps({**config, KEY: NOTE}, indent=2, ensure_ascii=False) + "\n"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".config-") as scratch:
+        whole = Path(scratch, path.name)
+        whole.write_text(text, encoding="utf-8")
+        os.replace(whole, path)
     return True
