@@ -17,12 +17,19 @@ MERGES = ("merge", "unmerge")
 
 
 def watch_adapters() -> None:
-    """From now on every class of adapters whose layers wrap a reparametrised one merges as `plain_weights` has it."""
+    """From now on every class of adapters that wraps a layer merges as `plain_weights` has it, if that is reparametrised."""
     register_module_module_registration_hook(_on_registration)
 
 
+def watch_adapters_of(model: nn.Module) -> None:
+    """The same of adapters that are there already."""
+    for module in model.modules():
+        for name, layer in module.named_children():
+            _on_registration(module, name, layer)
+
+
 def _on_registration(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
-    if name == "base_layer" and layer is not None and is_reparametrised(layer):
+    if name == "base_layer":
         for owner in type(parent).__mro__:
             for merge in MERGES:
                 method = vars(owner).get(merge)

@@ -19,7 +19,7 @@ from stable_core import SigmaReparamConfig
 from stable_core.folding import _is_ours as is_reparametrised
 from stable_core.targets import FilterFn, layers
 
-from .adapters import watch_adapters
+from .adapters import watch_adapters, watch_adapters_of
 from .modeling_stable import StablePreTrainedModel, built_reparametrised, own_config
 from .note import METHOD, leave_notes
 
@@ -58,6 +58,7 @@ def sigma_reparam(
             f"{type(model).__name__}: its config has quant_method = {method!r}; fold or dequantize it first, allowed is none"
         )
     stable_core.sigma_reparam(model, config, filter_fn)
+    watch_adapters_of(model)
     record(model)
     return model
 
@@ -97,7 +98,8 @@ def save_what_it_is(save_pretrained):
 
     @wraps(save_pretrained)
     def save(self, *args, **kwargs):
-        record(self)
+        if not getattr(self, "_hf_peft_config_loaded", False):  # else transformers saves the adapter alone
+            record(self)
         return save_pretrained(self, *args, **kwargs)
 
     return save

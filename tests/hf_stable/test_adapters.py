@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import hf_stable
+import stable_core
 from stable_core import SigmaReparamConfig, sigma_layers
 
 from .models import stable_gpt, tokens
@@ -120,5 +121,17 @@ def test_layers_that_are_not_reparametrised_merge_as_they_do():
     adapted("llama", "lora", gamma_init="spectral")
     model = peft.get_peft_model(llama(), KINDS["lora"](target_modules=["q_proj"])).eval()
     expected = model(IDS).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", [hf_stable.sigma_reparam, stable_core.sigma_reparam], ids=["hf_stable", "stable_core"])
+@torch.no_grad()
+def test_a_model_that_is_reparametrised_under_its_adapter_merges_too(by):
+    model = peft.get_peft_model(llama(), KINDS["lora"](target_modules=["q_proj", "up_proj"])).eval()
+    base = model.get_base_model()
+    by(base, SigmaReparamConfig(gamma_init="spectral"), lambda _, name: name.endswith("base_layer"))
+    expected = model(IDS).logits
+    assert len(list(sigma_layers(model))) == 4
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
