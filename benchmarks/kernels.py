@@ -3,8 +3,8 @@
 For the weights of a model: one power iteration, W_hat of each weight, and the gradients of each, as they are called (which a
 GPU with much to launch waits for) and replayed as a CUDA graph (which is the GPU's own time; a small weight has none else).
 GB/s are of W read twice and what is written, for every method, so that they may exceed those of the copy where a second
-reading finds W in the cache. On the CPU there is `--tiny` alone, under Triton's interpreter: it shows that everything runs,
-and measures nothing.
+reading finds W in the cache. Then entropy and largest logit of attention. On the CPU there is `--tiny` alone, under Triton's
+interpreter: it shows that everything runs, and measures nothing.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.paired import Report, arguments, interleave, seconds
-from stable_core import kernels
+from stable_core import attention_statistics, kernels
 from stable_core.kernels import Tile, power_iteration_, scale, scale_backward
 
 Rows = tuple[int, ...]
@@ -163,6 +163,37 @@ def _backward_64(G: Tensor, *rest) -> tuple[Tensor, Tensor]:
     return torch.cat([d for d, _ in parts]), torch.stack([c for _, c in parts])
 
 
+def dense(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Entropy and largest logit of causal attention from the whole matrix."""
+    q, k = (x if x.dtype == torch.float64 else x.float() for x in (q, k))
+    x = scale * q @ k.mT
+    x = x.masked_fill(torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+    log_p = x.log_softmax(-1)
+    return -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1), x.amax(-1)
+
+
+def attention(report: Report, rounds: int, device: torch.device, shape: tuple[int, int, int, int]) -> None:
+    """Entropy and largest logit, causal; shape (batch, heads, tokens, head_dim)."""
+    from stable_core.kernels_attention import entropy_and_largest_logit
+
+    compiled = torch.compile(dense, backend="inductor" if device.type == "cuda" else "aot_eager", dynamic=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k = torch.randn(2, *shape, device=device).to(dtype)
+        scale = shape[-1] ** -0.5
+        work = {
+            "attention_statistics": partial(attention_statistics, q, k, scale=scale, is_causal=True),
+            "dense": partial(dense, q, k, scale),
+            "dense, torch.compile": partial(compiled, q, k, scale),
+            "σ kernel": partial(entropy_and_largest_logit, q, k, scale=scale, is_causal=True),
+        }
+        title = f"entropy and largest logit, {shape}, {str(dtype).removeprefix('torch.')}"
+        truth, ours = dense(q[:1].double(), k[:1].double(), scale), work["σ kernel"]()
+        errors = [(y[:1] - x).abs().max().item() for x, y in zip(truth, ours, strict=True)]
+        report.add(f"{title}: largest errors", {"entropy": errors[:1], "largest logit": errors[1:]}, [], "nats", 1)
+        times = interleave(work, rounds, device, title, warm_up=2)
+        report.add(title, times, ["attention_statistics", "dense, torch.compile"], "ms", 1000)
+
+
 def captured(work: Callable[[], object]) -> Callable[[], object]:
     """The same as a CUDA graph, warmed up before."""
     work()
@@ -225,6 +256,7 @@ def main() -> None:
                 rates = {name: [1e-9 * weights.bytes(operation) / t for t in own] for name, own in times.items()}
                 report.add(f"{title}, bytes over time", rates, [], "GB/s", 1)
             del weights
+    attention(report, args.rounds, args.device, (1, 2, 70, 16) if args.tiny else (8, 12, 1024, 64))
     report.save(args.out)
 
 

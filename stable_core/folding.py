@@ -56,7 +56,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _W_hats(found: list[tuple[str, nn.Module, str]]) -> list[Tensor]:
-    """In the precision that the layers keep, whatever autocast says, and as in evaluation: an average has its own sigma there."""
+    """In the layers' own precision, whatever autocast says, and as in evaluation, where an average has its own sigma."""
     keepers = [module.parametrizations[tensor][0] for _, module, tensor in found]
     keepers = [keeper.leader() if hasattr(keeper, "leader") else keeper for keeper in keepers]
     modes = [keeper.training for keeper in keepers]

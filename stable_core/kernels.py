@@ -99,7 +99,7 @@ def power_iteration_(weights: Sequence[Tensor], us: Sequence[Tensor], n: int) ->
         groups.setdefault((W.device, W.dtype), []).append((W.data_ptr(), W.shape, W.stride(), u.data_ptr()))
     for (device, dtype), found in groups.items():
         plan = _plan_of_models(tuple(found), device, dtype, TILE)
-        with _on(device):
+        with on_device(device):
             _advance(plan, dtype, n)
 
 
@@ -128,7 +128,7 @@ def scale(
     plan = _plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W, W_hat), W.device, TILE)
     partials, z_norms = torch.empty(plan.partials, **like), torch.empty(2 * len(plan.ins), **like)
     k = _kernels()
-    with _on(W.device):
+    with on_device(W.device):
         _products(plan, partials, z, z_norms, W.data_ptr(), u.data_ptr(), False, W.dtype)
         _add_up(plan, plan.ins, partials, z, z_norms, False)
         k.scale[(len(plan.strips),)](
@@ -152,7 +152,7 @@ def scale_backward(
     plan = _plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W, G), W.device, TILE)
     sums = torch.empty(len(plan.strips), dtype=torch.float32, device=W.device)
     k = _kernels()
-    with _on(W.device):
+    with on_device(W.device):
         k.overlaps[(len(plan.strips),)](
             plan.strips, plan.table, sums, G.data_ptr(), W.data_ptr(),
             G_DTYPE=k.DTYPES[G.dtype], DTYPE=k.DTYPES[W.dtype], **_tile(),
@@ -183,7 +183,7 @@ def _tile() -> dict[str, int]:
     return {"BM": TILE.rows, "BN": TILE.columns, "num_warps": TILE.warps}
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def on_device(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()

@@ -12,6 +12,7 @@ import math
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .recomputing import remember
 from .sharding import Piece, gathered, is_sharded, pieces
 from .sigma_layers import sigma_layers
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
-from .watching import Notice, Watch, can_look, is_transformed, same, versions
+from .watching import Notice, Watch, can_look, is_transformed, versions
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,19 @@ def scale_plainly(
     return join(scaled), join(sigmas)
 
 
+def measure(W: Tensor, u: Tensor, rows: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """u / |u| and W^T u / |u| of each block, and their sigma (blocks,), in at least fp32."""
+    unit, images, norms = [], [], []
+    with full_precision(W):
+        for block, x in zip(cut(wide(W), rows), cut(u, rows), strict=True):
+            x = x.to(block.dtype)
+            unit.append(x / torch.linalg.vector_norm(x))  # its own memory: DDP broadcasts u in place before a backward
+            images.append(torch.mv(block.T, unit[-1]))
+            # In fp64, as the squares of large and small weights are out of the range of fp32.
+            norms.append(torch.linalg.vector_norm(images[-1], dtype=torch.float64).to(block.dtype).view(1))
+    return unit, images, join(norms)
+
+
 class ScaleBySigma(torch.autograd.Function):
     """(W, gamma, u) -> (gamma / sigma * W in `dtype`, sigma), sigma = |W^T u| / |u|, in at least fp32 whatever autocast says.
 
@@ -109,23 +123,11 @@ class ScaleBySigma(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, W, gamma, u, rows: tuple[int, ...], stop_gradient: bool, dtype: torch.dtype):
-        with full_precision(W):
-            unit, images, norms = [], [], []
-            for block, x in zip(cut(wide(W), rows), cut(u, rows), strict=True):
-                x = x.to(block.dtype)
-                unit.append(
-                    x / torch.linalg.vector_norm(x)
-                )  # its own memory: DDP broadcasts u in place before a backward
-                images.append(torch.mv(block.T, unit[-1]))
-                norms.append(_length(images[-1]))
-            sigma = join(norms)
-            scale = gamma.to(sigma.dtype) / sigma
-            factor = _per_row(scale, rows)
-            W_hat = (
-                W * factor
-                if dtype == W.dtype == factor.dtype
-                else torch.mul(W, factor, out=torch.empty_like(W, dtype=dtype))
-            )
+        unit, images, sigma = measure(W, u, rows)
+        scale = gamma.to(sigma.dtype) / sigma
+        factor = _per_row(scale, rows)
+        in_place = None if dtype == W.dtype == factor.dtype else torch.empty_like(W, dtype=dtype)
+        W_hat = torch.mul(W, factor, out=in_place)  # no matrix in fp32 between
         ctx.save_for_backward(W, gamma, sigma, scale, *unit, *images)
         ctx.rows, ctx.stop_gradient, ctx.dtype = rows, stop_gradient, dtype
         ctx.mark_non_differentiable(sigma)
@@ -160,11 +162,6 @@ def _per_row(scale: Tensor, rows: tuple[int, ...]) -> Tensor:
     return scale if len(rows) == 1 else torch.cat([x.expand(n) for x, n in zip(scale, rows, strict=True)])[:, None]
 
 
-def _length(x: Tensor) -> Tensor:
-    """(1,); summed in fp64, as the squares of large and small weights are out of the range of fp32."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64).to(x.dtype).view(1)
-
-
 def _inner_product(A: Tensor, B: Tensor) -> Tensor:
     """<A, B>, without a copy of transposed matrices."""
     if not B.is_contiguous():
@@ -174,14 +171,8 @@ def _inner_product(A: Tensor, B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def estimate(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """sigma = |W^T u| / |u| of each block, shape (blocks,)."""
-    with full_precision(stacked):
-        return join(
-            [
-                _length(torch.mv(W.T, x.to(W.dtype))) / torch.linalg.vector_norm(x)
-                for W, x in zip(cut(wide(stacked), rows), cut(u, rows), strict=True)
-            ]
-        )
+    """sigma = |W^T u| / |u| of each block, shape (blocks,), bitwise the forward pass's."""
+    return measure(stacked, u, rows)[2]
 
 
 @torch.no_grad()
@@ -197,8 +188,12 @@ def top_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 def sound_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
     """u, or where it is an average of several, as averages of checkpoints have it, the u of the weights at hand."""
-    norms = torch.stack([x.norm() for x in cut(u, rows)])
-    return top_u(stacked, u, rows) if ((norms - 1).abs() > 1e-5).any() else u
+    return u if is_unit(u, rows) else top_u(stacked, u, rows)
+
+
+def is_unit(u: Tensor, rows: tuple[int, ...]) -> bool:
+    """Whether the u of each block has length 1, as power iteration leaves it."""
+    return not bool(((torch.stack([x.norm() for x in cut(u, rows)]) - 1).abs() > 1e-5).any())
 
 
 class SigmaReparam(nn.Module):
@@ -284,15 +279,19 @@ class SigmaReparam(nn.Module):
         stacked = join([matrix(W, self.transposed) for W in originals])
         if torch.compiler.is_compiling() or is_transformed():
             return scale_plainly(stacked, self.gamma, self.u, self.rows, self.config.stop_gradient)[0].to(dtype)
-        u = self._evaluated[1] if self._evaluated and self._evaluated[0] == versions(originals) else self.u
-        W_hat, sigma = self._scale(stacked, u, dtype)
-        if can_look(stacked) and not is_sharded(stacked) and self.watch.is_due(originals):
-            right = self._look(originals, stacked.detach(), u, sigma.tolist())
-            if right is not u:
-                u = right
-                W_hat, _ = self._scale(stacked, u, dtype)
+        looks = can_look(stacked) and not is_sharded(stacked) and self.watch.is_due(originals)
+        while True:
+            u = self._u_of(originals)
+            W_hat, sigma = self._scale(stacked, u, dtype)
+            if not looks or self._is_right(originals, stacked.detach(), u, sigma.tolist()):
+                break
         remember(W_hat, lambda: self._scale(stacked, u, dtype)[0])
         return W_hat
+
+    def _u_of(self, originals: list[Tensor]) -> Tensor:
+        """u, or in evaluation that of weights which u does not belong to."""
+        kept = self._evaluated
+        return kept[1] if kept is not None and kept[0] == versions(originals) else self.u
 
     def _scale(self, stacked: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return ScaleBySigma.apply(stacked, self.gamma, u, self.rows, self.config.stop_gradient, dtype)
@@ -370,39 +369,48 @@ class SigmaReparam(nn.Module):
         return W
 
     @torch.no_grad()
-    def _look(self, originals: list[Tensor], stacked: Tensor, u: Tensor, sigma: list[float]) -> Tensor:
-        """The u that a forward pass should have taken, which took `u` and found `sigma`."""
+    def _is_right(self, originals: list[Tensor], stacked: Tensor, u: Tensor, sigma: list[float]) -> bool:
+        """Whether a forward pass took the right u, which took `u` and found `sigma`; where not, the next one does."""
         if u is not self.u:
-            if same(sigma, self._evaluated[2]):
-                return u
-            self._evaluated, sigma = None, estimate(stacked, self.u, self.rows).tolist()
-        watch, unannounced = self.watch, not self.watch.announced
-        moved = watch.moved(originals)
-        if watch.agrees(sigma) and (watch.exact or (unannounced and not moved)):
+            right = self._evaluated[2] in (None, sigma)
+            self._evaluated = (*self._evaluated[:2], sigma) if right else None
+            return right
+        watch, changed = self.watch, self.watch.moved(originals) or self.watch.announced
+        averaged = not (watch.exact or self.training or is_unit(u, self.rows))
+        if (watch.agrees(sigma, strictly=changed) and not averaged) or not all(0 < x < math.inf for x in sigma):
             watch.expect(originals, sigma)
-            return self.u
-        if not all(0 < x < math.inf for x in sigma):
-            return self.u  # NaN, inf and zeros have no u; the loss shows them
+            return True  # or NaN, inf, zeros, which have no u: the loss shows them
         if not self.training:  # an average, or swapped in for one; training goes on with u as it is
-            u = top_u(stacked, self.u, self.rows)
-            self._evaluated = versions(originals), u, estimate(stacked, u, self.rows).tolist()
-            return u
-        if unannounced and not moved:
+            self._evaluated = versions(originals), top_u(stacked, u, self.rows), None
+            return False
+        if not changed:
             self._notice.warn(self.name)
-        self.u.copy_(join([x / torch.linalg.vector_norm(x) for x in cut(self.u, self.rows)]))
-        blocks = zip(cut(stacked, self.rows), cut(self.u, self.rows), strict=True)
-        iterates = [Iterate([Piece(W)], u, W.shape[1]) for W, u in blocks]
+        u.copy_(join([x / torch.linalg.vector_norm(x) for x in cut(u, self.rows)]))
+        blocks = zip(cut(stacked, self.rows), cut(u, self.rows), strict=True)
+        iterates = [Iterate([Piece(W)], x, W.shape[1]) for W, x in blocks]
         before, after = power_iteration(iterates, self.config.n_power_iterations)
         if (after > 1.1 * before).any():  # more than a step changes
-            self.u.copy_(top_u(stacked, self.u, self.rows))
-        watch.expect(originals, estimate(stacked, self.u, self.rows).tolist())
-        return self.u
+            u.copy_(top_u(stacked, u, self.rows))
+        watch.expect(originals, None)
+        return False
 
     def train(self, mode: bool = True):
+        if self.training and not mode:
+            self._settle()
         super().train(mode)
         self._evaluated = None
         self.watch.look_soon()
         return self
+
+    def _settle(self) -> None:
+        """Evaluation may see other weights for a while: sigma is made known exactly, by which these are known again."""
+        if None in self._members or self.u.is_meta or is_sharded(self.originals()[0]) or torch.compiler.is_compiling():
+            return
+        originals = self.originals()
+        if not self.watch.exact and not self.watch.announced and not self.watch.moved(originals):
+            sigma = estimate(self._stacked(), self.u, self.rows).tolist()
+            if self.watch.agrees(sigma, strictly=False) and is_unit(self.u, self.rows):
+                self.watch.expect(originals, sigma)
 
     def _apply(self, fn, recurse=True):
         # .half() and .bfloat16() must not round the state: it follows the model's device, not its dtype.
@@ -421,8 +429,7 @@ class SigmaReparam(nn.Module):
         if self.u.is_meta:
             return
         # An average of checkpoints has an average of u; a checkpoint without u leaves that of other weights.
-        norms = torch.stack([u.norm() for u in self.u.split(self.rows)])
-        if f"{prefix}u" not in state_dict or ((norms - 1).abs() > 1e-5).any():
+        if f"{prefix}u" not in state_dict or not is_unit(self.u, self.rows):
             self.converge()
 
     def __getstate__(self) -> dict:
@@ -501,7 +508,16 @@ def sigma_reparam(
             target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
         for target in group.members:
             Originals.take_over(target.module.parametrizations[target.tensor_name])
+            # Its class is its own, from torch; this is what parallelize_module asks a layer before it cuts its weights.
+            type(target.module)._distribute_module_applied = property(_refuse_tensor_parallelism)
     return model
+
+
+def _refuse_tensor_parallelism(layer: nn.Module) -> NoReturn:
+    raise ValueError(
+        f"{type(layer).__name__}: tensor parallelism cuts a weight whose norm σReparam needs whole; "
+        "shard with FSDP2 (fully_shard), or leave this layer out of the plan"
+    )
 
 
 def refuse_plain_weight(layer: nn.Module, state_dict, prefix: str, *_) -> None:

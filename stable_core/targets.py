@@ -4,8 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -162,6 +166,11 @@ def _picked(model: nn.Module, filter_fn: FilterFn | None) -> list[Target]:
             raise ValueError(f"{target.name}: already reparametrised; fold it first, or leave it out with filter_fn")
         if isinstance(target.weight, UninitializedParameter):
             raise ValueError(f"{target.name}: a lazy layer without a weight yet; run the model once before")
+        if dist.is_available() and isinstance(target.weight.data, DTensor):
+            raise ValueError(
+                f"{target.name}: its weight is sharded already; call sigma_reparam before fully_shard, and leave layers under "
+                "tensor parallelism out with filter_fn"
+            )
         if id(target.weight) in tied:
             raise ValueError(f"{target.name}: its weight is tied to another layer's; leave it out with filter_fn")
     return picked

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class Algorithm1:
     """σReparam of one weight, line by line from Algorithm 1 [σ, App. C]; autograd does the backward pass.
 
-    W (d, c); gamma (1,); u (d,); v (c,). `step` is the part under `if training`, which the paper runs once per update. Without v
-    it starts at v = W^T u of the W at hand, as the library does, which keeps u alone.
+    W (d, c); gamma (1,); u (d,); v (c,). `step` is the part under `if training`, which the paper runs once per update.
+    Without v it starts at v = W^T u of the W at hand, as the library does, which keeps u alone.
     """
 
     def __init__(self, W: Tensor, gamma: Tensor, u: Tensor, v: Tensor | None = None) -> None:
