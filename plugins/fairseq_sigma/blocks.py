@@ -44,6 +44,9 @@ class BlockConfig:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: allowed are {', '.join(allowed)}")
         if args.init_std is not None and not args.init_std > 0:
             raise ValueError(f"--init-std {args.init_std}: allowed are positive numbers")
+        for name in ("layernorm_embedding", "scale_attn", "scale_fc"):  # each a LayerNorm of its own
+            if args.residual == "none" and getattr(args, name, False):
+                raise ValueError(f"--{name.replace('_', '-')} contradicts --residual none; use another --residual")
         reparam = None
         if args.reparam != "none":
             fields = ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")

@@ -38,8 +38,6 @@ class SigmaTransformerLanguageModel(TransformerLanguageModel):
             args = Namespace(**{"tokens_per_sample": task.args.tokens_per_sample, **OmegaConf.to_container(args)})
         sigma_transformer_lm(args)
         config = BlockConfig.from_args(args, (0, args.decoder_layers))
-        if config.residual == "none" and args.layernorm_embedding:
-            raise ValueError("--layernorm-embedding contradicts --residual none; use another --residual")
         for name in ("adaptive_input_cutoff", "adaptive_softmax_cutoff"):
             _check_cutoffs(name, getattr(args, name), len(task.target_dictionary))
         model = super().build_model(args, task)

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, optim
+from omegaconf import OmegaConf
+from torch import nn
 
 from fairseq_sigma import average, export
-from stable_core import fold, fold_state_dict
+from stable_core import fold, fold_state_dict, sigma_reparam
 from stable_core.sigma_reparam import SigmaReparam
 from tests.stable_core.models import count_advances
 
@@ -87,6 +89,37 @@ def test_u_follows_every_optimizer(train, optimizer, lr, flags):
     moved = running_sigmas({**state["model"], **{key: value for key, value in initial.items() if key.endswith("0.u")}})
     assert any(kept < 0.95 * true for kept, true in moved)  # without its advances u would be wrong
     for kept, true in running_sigmas(state["model"]):
+        assert kept == pytest.approx(true, rel=0.05)
+
+
+def test_u_follows_the_composite_optimizer():
+    """Which no command line can set up: weights with Adam, and what has one dimension with fairseq's Nesterov SGD."""
+    torch.manual_seed(0)
+    model = sigma_reparam(nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 8)))
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.param_group = "matrices" if parameter.ndim > 1 else "vectors"
+    adam = {"_name": "adam", "lr": [0.03], "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.0,
+            "use_old_adam": False, "fp16_adam_stats": False, "tpu": False}  # fmt: skip
+    nag = {"_name": "nag", "lr": [0.01], "momentum": 0.9, "weight_decay": 0.0}
+    schedule = {"_name": "fixed", "force_anneal": None, "lr_shrink": 0.1, "warmup_updates": 0}
+    groups = {"matrices": adam, "vectors": nag}
+    groups = {name: {"optimizer": settings, "lr_scheduler": schedule} for name, settings in groups.items()}
+    optimizer = optim.build_optimizer(
+        OmegaConf.create({"_name": "composite", "groups": groups, "dynamic_groups": False}), parameters
+    )
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(16, 24)
+    for step in range(60):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.03 if step < 20 else 1e-7
+        optimizer.zero_grad()
+        optimizer.backward((model(x) - x[:, :8].sin()).square().mean())
+        optimizer.step()
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    left_behind = {**state, **{key: value for key, value in initial.items() if key.endswith("0.u")}}
+    assert any(kept < 0.95 * true for kept, true in running_sigmas(left_behind))
+    for kept, true in running_sigmas(state):
         assert kept == pytest.approx(true, rel=0.05)
 
 
@@ -296,6 +329,10 @@ def test_averaged_checkpoints_generate(train, generate, tmp_path):
             torch.testing.assert_close(module.weight, W * gamma / torch.linalg.svdvals(W)[0], rtol=2e-3, atol=1e-4)
             checked += 1
     assert checked == 2 * 6 + 2 * 10
+    # The exported average is the same one.
+    stock = export.export(torch.load(paths[2]))["model"]
+    name, alpha = "encoder.layers.1.fc2", model.encoder.layers[1].alpha
+    torch.testing.assert_close(stock[f"{name}.weight"] * alpha, model.get_submodule(name).weight, rtol=1e-3, atol=1e-4)
 
 
 def test_averaging_refuses_different_models(train, tmp_path, capsys):

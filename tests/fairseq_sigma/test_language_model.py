@@ -225,6 +225,8 @@ def test_parameter_counts_at_full_size(suffix, layers):
         ({"n_power_iterations": 0}, "n_power_iterations = 0: allowed are whole numbers from 1"),
         ({"decoder_normalize_before": True}, "--decoder-normalize-before contradicts --residual none"),
         ({"layernorm_embedding": True}, "--layernorm-embedding contradicts --residual none"),
+        ({"scale_attn": True}, "--scale-attn contradicts --residual none"),
+        ({"scale_fc": True}, "--scale-fc contradicts --residual none"),
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq 0.1: allowed with --reparam sigma is 0"),
         ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar 0.1: allowed with --reparam sigma is 0"),
         ({"adaptive_input_cutoff": "10,25"}, "--adaptive-input-cutoff 10,25: allowed are increasing .* from 1 to 24"),

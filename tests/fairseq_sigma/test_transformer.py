@@ -185,6 +185,7 @@ def test_joint_qkv_reaches_the_attention():
         ({"n_power_iterations": 0}, "n_power_iterations = 0: allowed are whole numbers from 1"),
         ({"gamma_init": "two"}, "gamma_init = 'two': allowed are 'one', 'spectral'"),
         ({"encoder_normalize_before": True}, "--encoder-normalize-before contradicts --residual deepnorm"),
+        ({"residual": "none", "layernorm_embedding": True}, "--layernorm-embedding contradicts --residual none"),
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq 0.1: allowed with --reparam sigma is 0"),
         (
             {"quant_noise_scalar": 0.5, "reparam": "weight"},
