@@ -70,16 +70,19 @@ FP16 = ("--fp16", "--fp16-no-flatten-grads")
 
 @pytest.mark.parametrize(
     "optimizer, lr, flags",
-    [
-        *((name, lr, ()) for name, lr in (("adam", 0.03), ("adamax", 0.03), ("adagrad", 0.1), ("adadelta", 10),
-                                          ("adafactor", 0.05), ("nag", 0.3), ("sgd", 1), ("lars", 50))),
-        *(("adam", 0.03, flags) for flags in (FP16, ("--bf16",), ("--memory-efficient-bf16",), ("--memory-efficient-fp16",),
-                                              ("--amp",), ("--update-freq", 2), ("--use-old-adam",),
-                                              ("--encoder-layerdrop", 0.5))),
-        ("adafactor", 0.05, FP16),
+    [  # those that fairseq wrote itself, one of torch's, one of timm's; then what stands between them and the model
+        ("adam", 0.03, ("--use-old-adam",)),
+        ("adamax", 0.03, ()),
+        ("adafactor", 0.05, ()),
+        ("nag", 0.3, ()),
+        ("sgd", 1, ("--update-freq", 2)),
+        ("lars", 50, ()),
+        ("adam", 0.03, FP16),
         ("nag", 0.3, ("--bf16",)),
+        ("adam", 0.03, ("--memory-efficient-fp16",)),
+        ("adam", 0.03, ("--encoder-layerdrop", 0.5)),
     ],
-)  # fmt: skip
+)
 def test_u_follows_every_optimizer(train, optimizer, lr, flags):
     """An epoch at a high rate, then updates that hardly change a weight: u has arrived at its top singular vector."""
     initial = train("initial", SIGMA, 1, "--optimizer", optimizer, "--lr", 1e-7, *flags)["model"]
@@ -168,15 +171,14 @@ PLAIN, OTHER = "holds plain weights and the model is reparametrised", "is repara
 
 
 @pytest.mark.parametrize(
-    "first, then, message",
+    "first, then, message, flag",
     [
-        ("deepnorm_transformer_6l", SIGMA, PLAIN),
-        (SIGMA, "deepnorm_transformer_6l", OTHER),
-        ("transformer", SIGMA, PLAIN),
-        (SIGMA, "transformer", OTHER),
+        ("deepnorm_transformer_6l", SIGMA, PLAIN, "--restore-file"),
+        (SIGMA, "deepnorm_transformer_6l", OTHER, "--restore-file"),
+        ("transformer", SIGMA, PLAIN, "--finetune-from-model"),
+        (SIGMA, "transformer", OTHER, "--finetune-from-model"),
     ],
 )
-@pytest.mark.parametrize("flag", ["--restore-file", "--finetune-from-model"])
 def test_training_ends_with_the_line_that_says_what_does_not_fit(train, first, then, message, flag, tmp_path):
     train("first", first, 1)
     path = tmp_path / "first" / "checkpoint_last.pt"
@@ -271,8 +273,7 @@ def test_export_loads_in_stock_fairseq_with_equal_outputs(train, generate, resid
         assert [line[2] for line in sorted(lines, key=lambda line: int(line[0][2:]))] == generate("ours")
 
 
-@pytest.mark.parametrize("limit", [(), ("--max-tokens", 300)])
-def test_no_sentence_is_lost_where_the_exports_own_words_are_followed(train, corpus, limit, tmp_path):
+def test_no_sentence_is_lost_where_the_exports_own_words_are_followed(train, corpus, tmp_path):
     """Long and short sentences, 43 of them, translated by a fairseq that has never seen the plugin."""
     train("ours", SIGMA, 1)
     draw = random.Random(1)
@@ -285,7 +286,7 @@ def test_no_sentence_is_lost_where_the_exports_own_words_are_followed(train, cor
     said = subprocess.run([sys.executable, "-m", "fairseq_sigma.export", str(ours), str(stock)], capture_output=True,
                           text=True, check=True).stdout  # fmt: skip
     advice = re.search("fairseq-generate (.*?) needs no --user-dir", said)[1].split()
-    flags = ["--cpu", "--beam", 1, "--max-len-b", 5, "--num-workers", 0, *advice, *limit]
+    flags = ["--cpu", "--beam", 1, "--max-len-b", 5, "--num-workers", 0, *advice, "--max-tokens", 300]
     command = [sys.executable, "-m", "fairseq_cli.generate", tmp_path / "data", *flags]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
