@@ -12,8 +12,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from stable_core import sigma_reparam
-from stable_core.sigma_reparam import SigmaReparam
+from stable_core import sigma_layers, sigma_reparam
 
 from .blocks import BlockConfig, EncoderLayer, add_flags, set_defaults
 from .cape import Cape
@@ -62,9 +61,9 @@ class SpeechEncoder(FairseqEncoder):
             layers = [checkpoint_wrapper(layer) for layer in layers]
         self.layers = LayerDropModuleList(args.layer_drop, layers)
         if args.gamma_lr_scale != 1:
-            for module in self.modules():
-                if isinstance(module, SigmaReparam):
-                    module.gamma.optim_overrides = {"optimizer": {"lr_scale": args.gamma_lr_scale}}  # see optim.py
+            for _, sigma in sigma_layers(self):
+                if isinstance(sigma.gamma, nn.Parameter):
+                    sigma.gamma.optim_overrides = {"optimizer": {"lr_scale": args.gamma_lr_scale}}  # see optim.py
 
     def forward(self, features: Tensor, frames: Tensor) -> dict[str, Tensor]:
         """-> encoder_out (frames / 3, batch, symbols) and padding_mask (batch, frames / 3), True where there is no audio.

@@ -7,7 +7,7 @@ from fairseq.models.ema.ema import EMA
 from fairseq.trainer import Trainer
 
 from stable_core import converge
-from stable_core.sigma_reparam import SigmaReparam
+from stable_core.sigma_layers import is_sigma
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def _with_skipped_vectors(init):
         self.skip_keys = set(self.skip_keys) | {
             f"{name}.{buffer}"
             for name, module in model.named_modules()
-            if isinstance(module, SigmaReparam)
+            if is_sigma(module)
             for buffer, _ in module.named_buffers()
         }
 
