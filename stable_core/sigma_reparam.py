@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
+from . import kernels
 from .advancing import hook_optimizers
+from .kernels import Measured, Place
 from .originals import Originals
 from .power_iteration import Iterate, power_iteration, top_singular_vectors
 from .recomputing import remember
 from .sharding import Piece, gathered, is_sharded, pieces
 from .sigma_layers import sigma_layers
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
-from .watching import Notice, Watch, can_look, is_transformed, same, versions
+from .together import Together
+from .watching import LAG, Notice, Watch, can_look, is_transformed, same, versions
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class SigmaReparamConfig:
         stop_gradient: treat sigma as a constant in the backward pass.
         kind: "sigma" is σReparam; "spectral" the spectral norm baseline, gamma = 1 and not learned; "weight" torch's
             weight norm, one learned norm per output row.
+        kernels: "auto" runs Triton's kernels where they are faster, which is on GPUs of CUDA from compute capability 8.0,
+            "torch" never, "triton" raises ValueError in the forward pass where they do not run.
     """
 
     gamma_init: str = "one"
@@ -48,6 +53,7 @@ class SigmaReparamConfig:
     n_power_iterations: int = 1
     stop_gradient: bool = False
     kind: str = "sigma"
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -55,6 +61,7 @@ class SigmaReparamConfig:
             ("qkv", ("separate", "joint", "qk_joint")),
             ("kind", ("sigma", "spectral", "weight")),
             ("stop_gradient", (False, True)),
+            ("kernels", ("auto", "torch", "triton")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(map(repr, allowed))}")
@@ -99,65 +106,120 @@ def scale_plainly(
     return join(scaled), join(sigmas)
 
 
-class ScaleBySigma(torch.autograd.Function):
-    """(W, gamma, u) -> (gamma / sigma * W in `dtype`, sigma), sigma = |W^T u| / |u|, in at least fp32 whatever autocast says.
+def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], is_unit: bool) -> Measured:
+    """As of `kernels.measure`, by torch; `is_unit`: each |u| is 1. With one block z is (in,), and s a number in fp64."""
+    W, many = wide(W), len(rows) > 1
+    u, gamma = u.to(W.dtype), gamma.to(W.dtype)
+    if _are_equal(rows, W):
+        z = torch.bmm(u.view(len(rows), 1, -1), _blocked(W, rows)).squeeze(1)
+    else:
+        images = [torch.mv(block.T, x) for block, x in zip(cut(W, rows), cut(u, rows), strict=True)]
+        z = torch.stack(images) if many else images[0]
+    # In fp64: the squares of large and small weights are out of the range of fp32.
+    s = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64)
+    if many:
+        s = s.to(W.dtype)
+    if is_unit:
+        return Measured(z, _over_rows(u, s, rows), s, gamma / s)
+    lengths = torch.linalg.vector_norm(u) if not many else join([x.norm().view(1) for x in cut(u, rows)])
+    s = s / lengths
+    return Measured(z, _over_rows(u, s * lengths.square(), rows), s, gamma / s)
 
-    W (out, in) is cut into blocks of `rows`; gamma and sigma (blocks,), u (out,). With v = W^T u / |W^T u| and |u| = 1, each
-    block has dL/dgamma = <G, W> / sigma and dL/dW = gamma / sigma * (G - dL/dgamma * u v^T), where G = dL/dW_hat. It keeps no
-    copy of W, where plain autograd would keep W / sigma too.
+
+class ScaleBySigma(torch.autograd.Function):
+    """(W, gamma, what was measured of them) -> gamma / s * W in `dtype`; s = |W^T u| / |u|.
+
+    W, a matrix (out, in), or what `matrix` makes one of, is cut into blocks of `rows`; gamma and s (blocks,), u (out,). With
+    z = W^T u and w = u / (|u|^2 s), each block has dL/dgamma = c = <G, W> / s and dL/dW = gamma / s * (G - c w z^T), where
+    G = dL/dW_hat. All in at least fp32 whatever autocast says: none of its operators is one that autocast casts. It keeps no
+    copy of W, where plain autograd would keep W / s too. With `fused` Triton's kernels do the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, W, gamma, u, rows: tuple[int, ...], stop_gradient: bool, dtype: torch.dtype):
-        with full_precision(W):
-            unit, images, norms = [], [], []
-            for block, x in zip(cut(wide(W), rows), cut(u, rows), strict=True):
-                x = x.to(block.dtype)
-                unit.append(
-                    x / torch.linalg.vector_norm(x)
-                )  # its own memory: DDP broadcasts u in place before a backward
-                images.append(torch.mv(block.T, unit[-1]))
-                norms.append(_length(images[-1]))
-            sigma = join(norms)
-            scale = gamma.to(sigma.dtype) / sigma
-            factor = _per_row(scale, rows)
-            W_hat = (
-                W * factor
-                if dtype == W.dtype == factor.dtype
-                else torch.mul(W, factor, out=torch.empty_like(W, dtype=dtype))
-            )
-        ctx.save_for_backward(W, gamma, sigma, scale, *unit, *images)
-        ctx.rows, ctx.stop_gradient, ctx.dtype = rows, stop_gradient, dtype
-        ctx.mark_non_differentiable(sigma)
+    def forward(ctx, W, gamma, z, w, s, factor, rows, transposed, stop_gradient, dtype, fused: Together | None):
+        ctx.save_for_backward(W, gamma, z, w, s, factor)
+        ctx.settings = rows, transposed, stop_gradient, fused
         ctx.set_materialize_grads(False)
-        return W_hat, sigma
+        return scaled(W, factor, rows, transposed, dtype)
 
     @staticmethod
-    def backward(ctx, G: Tensor | None, _):
+    def backward(ctx, G: Tensor | None):
         if G is None:
-            return (None,) * 6
-        W, gamma, sigma, scale, *vectors = ctx.saved_tensors
-        unit, images = vectors[: len(ctx.rows)], vectors[len(ctx.rows) :]
+            return (None,) * 11
+        W0, gamma, *measured = ctx.saved_tensors
+        rows, transposed, stop_gradient, fused = ctx.settings
+        W, G = matrix(W0, transposed), matrix(G, transposed)
+        z, w, s, factor = measured
         if torch.is_grad_enabled():  # somebody asks for second derivatives
-            W_hat, _ = scale_plainly(W, gamma, join(unit), ctx.rows, ctx.stop_gradient)
-            wanted = [x for x, needed in zip((W, gamma), ctx.needs_input_grad, strict=False) if needed]
+            W_hat, _ = scale_plainly(W, gamma, w, rows, stop_gradient)
+            wanted = [x for x, needed in zip((W0, gamma), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(W_hat, wanted, G.to(W_hat.dtype), create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
-        with full_precision(W):
-            G = wide(G)
-            blocks = zip(cut(G, ctx.rows), cut(wide(W), ctx.rows), strict=True)
-            d_gamma = join([_inner_product(g, block).view(1) for g, block in blocks]) / sigma
-            d_W = G
-            if not ctx.stop_gradient:
-                parts = zip(cut(G, ctx.rows), unit, images, cut(d_gamma / sigma, [1] * len(unit)), strict=True)
-                d_W = join([torch.addr(g, x, image * d, alpha=-1) for g, x, image, d in parts])
-            d_W = torch.mul(d_W, _per_row(scale, ctx.rows), out=None if d_W is G else d_W)
-        return d_W.to(W.dtype), d_gamma.to(gamma.dtype), None, None, None, None
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), *(None,) * 9
+        if fused:
+            fused.drop()
+        if fused and not is_transformed():
+            d_W, d_gamma = kernels.scale_backward(G, W, Measured(*measured), rows, stop_gradient)
+        else:
+            W, G, many = wide(W), wide(G), len(rows) > 1
+            products = [_inner_product(g, block) for g, block in zip(cut(G, rows), cut(W, rows), strict=True)]
+            d_gamma = (torch.stack(products) if many else products[0].view(1)) / s
+            scale = _per_row(factor, rows)
+            if stop_gradient:
+                d_W = (_blocked(G, rows) * scale).view_as(G)
+            elif many and not _are_equal(rows, W):
+                t = z * d_gamma[:, None]
+                parts = zip(cut(G, rows), cut(w, rows), t, strict=True)
+                d_W = join([torch.addcmul(g, x[:, None], y, value=-1) for g, x, y in parts]).mul_(scale)
+            else:
+                t = z * (d_gamma[:, None] if many else d_gamma)
+                left = w.view(len(rows), -1, 1) if many else w[:, None]
+                d_W = torch.addcmul(_blocked(G, rows), left, t[:, None] if many else t, value=-1).mul_(scale)
+                d_W = d_W.flatten(0, 1) if many else d_W
+        d_W = d_W.T if transposed else d_W.view_as(W0)
+        return d_W.to(W0.dtype), d_gamma.to(gamma.dtype), *(None,) * 9
 
 
-def _per_row(scale: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """(blocks,) -> what a stacked weight (out, in) is multiplied by, in one pass over it."""
-    return scale if len(rows) == 1 else torch.cat([x.expand(n) for x, n in zip(scale, rows, strict=True)])[:, None]
+def scaled(W: Tensor, factor: Tensor, rows: tuple[int, ...], transposed: bool, dtype: torch.dtype) -> Tensor:
+    """factor (blocks,) times W, as W lies; in one pass, and rounded once."""
+    same = dtype == W.dtype == factor.dtype
+    if len(rows) == 1:
+        return W * factor if same else torch.mul(W, factor, out=torch.empty_like(W, dtype=dtype))
+    blocks, factor = _blocked(matrix(W, transposed), rows), _per_row(factor, rows)
+    if same:
+        W_hat = blocks * factor
+        W_hat = W_hat.flatten(0, 1) if W_hat.ndim == 3 else W_hat
+        return W_hat.T if transposed else W_hat.view_as(W)
+    W_hat = torch.empty_like(W, dtype=dtype)
+    torch.mul(blocks, factor, out=_blocked(matrix(W_hat, transposed), rows))
+    return W_hat
+
+
+def _are_equal(rows: tuple[int, ...], x: Tensor) -> bool:
+    """Whether x is cut into several blocks of one size, which one operator takes together; not every one does if sharded."""
+    return len(rows) > 1 and len(set(rows)) == 1 and not is_sharded(x)
+
+
+def _blocked(x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """(out, in) -> (blocks, rows, in), where all blocks have as many rows."""
+    return x.unflatten(0, (len(rows), -1)) if _are_equal(rows, x) else x
+
+
+def _per_row(x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """(blocks,) -> what `_blocked` is multiplied by."""
+    if len(rows) == 1:
+        return x
+    if _are_equal(rows, x):
+        return x[:, None, None]
+    return torch.cat([one.expand(n) for one, n in zip(x, rows, strict=True)])[:, None]
+
+
+def _over_rows(u: Tensor, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """u (out,) / x (blocks,), each block by its own."""
+    if len(rows) == 1:
+        return u / x
+    if _are_equal(rows, x):
+        return (u.view(len(rows), -1) / x[:, None]).view(-1)
+    return torch.cat([part / one for part, one in zip(cut(u, rows), x, strict=True)])
 
 
 def _length(x: Tensor) -> Tensor:
@@ -211,13 +273,16 @@ class SigmaReparam(nn.Module):
     State, all of it in the state dict: gamma (blocks,) and u (out,), which stays in fp32.
     """
 
-    def __init__(self, group: Group, config: SigmaReparamConfig, notice: Notice | None = None) -> None:
+    def __init__(
+        self, group: Group, config: SigmaReparamConfig, shared: "tuple[Notice, Together] | None" = None
+    ) -> None:
         super().__init__()
         self.rows, self.transposed, self.config = tuple(group.rows), group.members[0].transposed, config
         self.name = group.members[group.leader].name
         self.index = group.leader  # which of the weights it is registered on
         self._members = [None] * len(group.members)  # weak links to their Originals: to own them would be a cycle
-        self.watch, self.before_rest, self._notice = Watch(), None, notice or Notice()
+        self.watch, self.before_rest, self._unit = Watch(), None, None
+        self._notice, self.together = shared or (Notice(), Together())
         self._evaluated: tuple | None = (
             None  # (versions, u, sigma) of weights that u does not belong to, while evaluated
         )
@@ -276,26 +341,85 @@ class SigmaReparam(nn.Module):
         dtype = originals[0].dtype
         if dtype == torch.float32:
             dtype = _autocast_dtype(originals[0]) or dtype
-        scaled = self._scaled(originals, dtype)
-        parts = cut(scaled, [W.shape[self.transposed] for W in originals])
+        if len(originals) == 1 and (originals[0].ndim == 2 or originals[0].is_contiguous()):
+            return [self._scaled(originals, originals[0], self.transposed, dtype)]
+        W_hat = self._scaled(originals, join([matrix(W, self.transposed) for W in originals]), False, dtype)
+        parts = cut(W_hat, [W.shape[self.transposed] for W in originals])
         return [(W.T if self.transposed else W).view_as(W0) for W, W0 in zip(parts, originals, strict=True)]
 
-    def _scaled(self, originals: list[Tensor], dtype: torch.dtype) -> Tensor:
-        stacked = join([matrix(W, self.transposed) for W in originals])
+    def _scaled(self, originals: list[Tensor], W: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
+        """W_hat of W, which is the only one of the originals as it is, or all of them stacked."""
+        rows, stop_gradient = self.rows, self.config.stop_gradient
         if torch.compiler.is_compiling() or is_transformed():
-            return scale_plainly(stacked, self.gamma, self.u, self.rows, self.config.stop_gradient)[0].to(dtype)
+            W_hat = scale_plainly(matrix(W, transposed), self.gamma, self.u, rows, stop_gradient)[0].to(dtype)
+            return W_hat.T if transposed else W_hat.view_as(W)
+        fused = self.takes_kernels(W)
         u = self._evaluated[1] if self._evaluated and self._evaluated[0] == versions(originals) else self.u
-        W_hat, sigma = self._scale(stacked, u, dtype)
-        if can_look(stacked) and not is_sharded(stacked) and self.watch.is_due(originals):
-            right = self._look(originals, stacked.detach(), u, sigma.tolist())
-            if right is not u:
-                u = right
-                W_hat, _ = self._scale(stacked, u, dtype)
-        remember(W_hat, lambda: self._scale(stacked, u, dtype)[0])
+        batch, index = None, 0
+        if fused and W is originals[0] and u is self.u:
+            batch, index = self.together.take(self, W)
+        found = batch.found[index] if batch else self._measure(W, transposed, u, fused)
+        if can_look(W) and not is_sharded(W) and self.watch.is_due(originals):
+            sigma = batch.sigma(index) if batch else found.s.view(-1).tolist()
+            before = u, u._version
+            u = self._look(originals, matrix(W.detach(), transposed), u, sigma)
+            if before[0] is not u or before[1] != u._version:
+                found = self._measure(W, transposed, u, fused)
+        W_hat = ScaleBySigma.apply(
+            W, self.gamma, *found, rows, transposed, stop_gradient, dtype, self.together if fused else None
+        )
+        remember(W_hat, lambda: scaled(W, found.factor, rows, transposed, dtype))
         return W_hat
 
-    def _scale(self, stacked: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return ScaleBySigma.apply(stacked, self.gamma, u, self.rows, self.config.stop_gradient, dtype)
+    def takes_kernels(self, W: Tensor) -> bool:
+        """Whether Triton's kernels do the work.
+
+        Raises:
+            ValueError: they should, and do not run there.
+        """
+        setting = self.config.kernels
+        if setting == "torch" or (setting == "auto" and W.device.type != "cuda"):
+            return False
+        if W.is_meta or is_sharded(W) or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+            return False
+        return kernels.chosen(setting, W.device, W.dtype) and self.u.device == self.gamma.device == W.device
+
+    @torch.no_grad()
+    def _measure(self, W: Tensor, transposed: bool, u: Tensor, fused: bool) -> Measured:
+        stacked, gamma = matrix(W.detach(), transposed), self.gamma.detach()
+        if fused:
+            dense = stacked if kernels.is_dense(stacked) else stacked.contiguous()
+            return kernels.measure(dense, u, gamma.float(), self.rows)
+        with full_precision(W):
+            return measure(stacked, u, gamma, self.rows, self._is_unit(u))
+
+    def _is_unit(self, u: Tensor) -> bool:
+        """Whether each |u| is known to be 1 (to 1e-5, whoever made it); only where asking waits for no device."""
+        if u.device.type != "cpu":
+            return False
+        if self.training and self._unit == versions([u]):
+            return True
+        if not can_look(u):
+            return False
+        is_unit = all(abs(x.norm().item() - 1) <= 1e-5 for x in cut(u, self.rows))
+        self._unit = versions([u]) if is_unit else None
+        return is_unit
+
+    def advanced(self, weights: list[Tensor], at_least: Tensor) -> None:
+        """u was brought to length 1 by power iteration, which found sigma (blocks,) to be `at_least` so much."""
+        self._unit = versions([self.u])
+        self.watch.expect(weights, at_least, slack=LAG)
+
+    def lone_weight(self) -> Tensor | None:
+        """Its weight, if it is one."""
+        return self.members()[0].original if len(self._members) == 1 else None
+
+    def place(self, W: Tensor) -> Place:
+        """Where its lone weight, contiguous, lies, and its state."""
+        out = W.shape[self.transposed]
+        width = W.numel() // out
+        stride = (1, out) if self.transposed else (width, 1)
+        return Place(W.data_ptr(), (out, width), stride, self.rows, self.u.data_ptr(), self.gamma.data_ptr())
 
     # ------------------------------------------------------------------------------------------------ u and its weights
 
@@ -493,8 +617,8 @@ def sigma_reparam(
             weight_norm(target.module, target.tensor_name, dim=1 if target.transposed else 0)
             target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
         return model
-    notice = Notice()
-    for group, leader in [(group, SigmaReparam(group, config, notice)) for group in groups]:
+    shared = Notice(), Together()
+    for group, leader in [(group, SigmaReparam(group, config, shared)) for group in groups]:
         for index, target in enumerate(group.members):
             parametrization = leader if index == group.leader else JointMember(leader, index)
             parametrize.register_parametrization(target.module, target.tensor_name, parametrization, unsafe=True)
