@@ -110,11 +110,12 @@ def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], is_unit:
     """As of `kernels.measure`, by torch; `is_unit`: each |u| is 1. With one block z is (in,), and s a number in fp64."""
     W, many = wide(W), len(rows) > 1
     u, gamma = u.to(W.dtype), gamma.to(W.dtype)
-    if _are_equal(rows, W):
+    if not many:
+        z = torch.mv(W.T, u)
+    elif _are_equal(rows, W):
         z = torch.bmm(u.view(len(rows), 1, -1), _blocked(W, rows)).squeeze(1)
     else:
-        images = [torch.mv(block.T, x) for block, x in zip(cut(W, rows), cut(u, rows), strict=True)]
-        z = torch.stack(images) if many else images[0]
+        z = torch.stack([torch.mv(block.T, x) for block, x in zip(cut(W, rows), cut(u, rows), strict=True)])
     # In fp64: the squares of large and small weights are out of the range of fp32.
     s = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64)
     if many:
@@ -317,7 +318,7 @@ class SigmaReparam(nn.Module):
 
     def members(self) -> tuple[Originals, ...]:
         """Where its weights live."""
-        members = tuple(link and link() for link in self._members)
+        members = tuple([link and link() for link in self._members])
         if None in members:
             raise ValueError(f"{self.name}: a layer that shares its sigma is gone; fold or copy the whole attention")
         return members
@@ -361,9 +362,9 @@ class SigmaReparam(nn.Module):
         found = batch.found[index] if batch else self._measure(W, transposed, u, fused)
         if can_look(W) and not is_sharded(W) and self.watch.is_due(originals):
             sigma = batch.sigma(index) if batch else found.s.view(-1).tolist()
-            before = u, u._version
+            before = versions([u])
             u = self._look(originals, matrix(W.detach(), transposed), u, sigma)
-            if before[0] is not u or before[1] != u._version:
+            if versions([u]) != before:
                 found = self._measure(W, transposed, u, fused)
         W_hat = ScaleBySigma.apply(
             W, self.gamma, *found, rows, transposed, stop_gradient, dtype, self.together if fused else None
@@ -378,13 +379,12 @@ class SigmaReparam(nn.Module):
             ValueError: they should, and do not run there.
         """
         setting = self.config.kernels
-        if setting == "torch" or (setting == "auto" and W.device.type != "cuda"):
+        if setting == "torch" or (setting == "auto" and not W.is_cuda):
             return False
         if W.is_meta or is_sharded(W) or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
             return False
         return kernels.chosen(setting, W.device, W.dtype) and self.u.device == self.gamma.device == W.device
 
-    @torch.no_grad()
     def _measure(self, W: Tensor, transposed: bool, u: Tensor, fused: bool) -> Measured:
         stacked, gamma = matrix(W.detach(), transposed), self.gamma.detach()
         if fused:
@@ -395,7 +395,7 @@ class SigmaReparam(nn.Module):
 
     def _is_unit(self, u: Tensor) -> bool:
         """Whether each |u| is known to be 1 (to 1e-5, whoever made it); only where asking waits for no device."""
-        if u.device.type != "cpu":
+        if not u.is_cpu:
             return False
         if self.training and self._unit == versions([u]):
             return True
@@ -412,7 +412,9 @@ class SigmaReparam(nn.Module):
 
     def lone_weight(self) -> Tensor | None:
         """Its weight, if it is one."""
-        return self.members()[0].original if len(self._members) == 1 else None
+        link = self._members[0]
+        member = link and link()
+        return member.original if member is not None and len(self._members) == 1 else None
 
     def place(self, W: Tensor) -> Place:
         """Where its lone weight, contiguous, lies, and its state."""
@@ -426,7 +428,10 @@ class SigmaReparam(nn.Module):
     def iterates(self) -> tuple[list[Iterate], object]:
         """What `power_iteration` advances, an iterate per block, and the process group over which W is cut up, if any."""
         originals = self.originals()
-        parts, group = pieces(originals, self.transposed)
+        if any(map(is_sharded, originals)) or len(originals) > 1:
+            parts, group = pieces(originals, self.transposed)
+        else:
+            parts, group = [Piece(matrix(originals[0].detach(), self.transposed))], None
         width = originals[0].shape[0] if self.transposed else originals[0].numel() // originals[0].shape[0]
         if len(self.rows) == 1:
             return [Iterate(parts, self.u, width)], group

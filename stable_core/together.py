@@ -39,6 +39,7 @@ class Together:
         self._layers: dict[int, weakref.ref] = {}
         self._ready: dict[int, tuple] = {}  # layer -> (what it is true of, batch, its index there)
         self._plan: tuple = (None, None)
+        self._misses = 0  # since the first layer asked last
 
     def __reduce__(self):
         return Together, ()  # a copied model's layers ask again
@@ -60,10 +61,17 @@ class Together:
         if link is None or link() is not layer:
             self._layers[mine] = weakref.ref(layer)
         state, batch, index = self._ready.pop(mine, (None, None, 0))
-        return (batch, index) if state is not None and state == _state(layer, W) else (None, 0)
+        if state is not None and state == _state(layer, W):
+            return batch, index
+        self._misses += 1
+        if self._misses > 4 * len(self._layers):  # it was frozen, or is not called any more: there may be another first
+            self._layers.clear()
+            self._misses = 0
+        return None, 0
 
     def _measure(self, like: Tensor) -> None:
         self.drop()
+        self._misses = 0
         layers, places = [], []
         for key, link in list(self._layers.items()):
             layer = link()
@@ -71,9 +79,11 @@ class Together:
                 del self._layers[key]
                 continue
             W = layer.lone_weight()
+            if W is None:
+                continue
             if type(W) is not nn.Parameter:
                 return  # sharded: each is whole in its own pass alone
-            if W.dtype == like.dtype and W.device == like.device and _is_plain(layer, W):
+            if W.dtype == like.dtype and W.device == like.device and _is_plain(layer, W) and layer.takes_kernels(W):
                 layers.append((layer, W))
                 places.append(layer.place(W))
         if len(places) < 2:
@@ -88,17 +98,18 @@ class Together:
 
 
 def _is_plain(layer: "SigmaReparam", W: Tensor) -> bool:
-    """Whether W is a parameter that learns, where it lies, and u its own."""
+    """Whether W is a parameter that learns, and lies as a plan says."""
     return (
-        type(W) is nn.Parameter
+        layer.training
+        and type(W) is nn.Parameter
         and W.requires_grad
         and W.is_leaf
         and W.is_contiguous()
-        and layer.training
         and layer.gamma.dtype == torch.float32
-        and layer.gamma.device == layer.u.device == W.device
     )
 
 
 def _state(layer: "SigmaReparam", W: Tensor) -> tuple:
-    return id(W), W.data_ptr(), W.shape, W._version, layer.u._version, layer.gamma._version
+    # On another stream it might not be there yet.
+    stream = torch.cuda.current_stream(W.device).cuda_stream if W.is_cuda else None
+    return id(W), W.data_ptr(), W.shape, W._version, layer.u._version, layer.gamma._version, stream

@@ -50,14 +50,15 @@ class Watch:
 
     def moved(self, weights: list[Tensor]) -> bool:
         """Whether a version counter says that a weight was written to since u was put right."""
+        now = versions(weights)
+        if now == self._seen:
+            return False
         # Another tensor in its place (FSDP2 unshards into one) has a counter of its own, which says nothing.
-        return any(
-            new[0] == old[0] and new[1] != old[1] for new, old in zip(versions(weights), self._seen, strict=False)
-        )
+        return any(new[0] == old[0] and new[1] != old[1] for new, old in zip(now, self._seen, strict=False))
 
     def is_due(self, weights: list[Tensor]) -> bool:
         """Whether this pass compares."""
-        if weights[0].device.type == "cpu":
+        if weights[0].is_cpu:
             return True
         self._passes += 1
         scheduled = self._passes % EVERY == 0 or (self._passes < EVERY and self._passes & (self._passes - 1) == 0)
@@ -110,4 +111,4 @@ def is_transformed() -> bool:
 
 def versions(weights: list[Tensor]) -> tuple:
     """Which tensors they are, and how often torch saw each written to; it does not count for those of inference mode."""
-    return tuple((id(W), 0 if W.is_inference() else W._version) for W in weights)
+    return tuple([(id(W), 0 if W.is_inference() else W._version) for W in weights])

@@ -89,7 +89,7 @@ class SigmaReparamRecord(QuantizationConfigMixin):
     def from_dict(cls, config_dict: dict) -> "SigmaReparamRecord":
         """Raises ValueError for a value that no `SigmaReparamConfig` has, say of an edited config.json."""
         settings = {key: value for key, value in config_dict.items() if key not in ("quant_method", "layers")}
-        allowed = [field.name for field in fields(SigmaReparamConfig)]
+        allowed = [field.name for field in fields(SigmaReparamConfig) if field.name != "kernels"]
         for name in settings:
             if name not in allowed:
                 raise ValueError(f"quantization_config: {name} is no setting; allowed are layers, {', '.join(allowed)}")
@@ -99,7 +99,9 @@ class SigmaReparamRecord(QuantizationConfigMixin):
         return cls(names, SigmaReparamConfig(**settings))
 
     def to_dict(self) -> dict:
-        return {"quant_method": METHOD, **asdict(self.config), "layers": self.layers}
+        settings = asdict(self.config)
+        del settings["kernels"]  # the machine's affair, not the model's
+        return {"quant_method": METHOD, **settings, "layers": self.layers}
 
 
 @register_quantizer(METHOD)
