@@ -1,10 +1,11 @@
 """u of σReparam advances after each step (Algorithm 1): by hooks of every torch optimizer, and by hand.
 
-At least once for each change of a weight. An optimizer inside another, or a step that calls `super().step()`, advances it
-twice, which does no harm: one power iteration more is a better sigma. What no step announces, watching.py finds.
+At least once for each change of a weight. Of optimizers inside of one another (SAM, Lookahead, ZeRO's), and of a step that
+calls `super().step()`, the outermost advances it, on all ranks alike. What no step announces, watching.py finds.
 """
 
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
@@ -39,12 +40,28 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> No
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
     # Neither gradients nor version counters tell what changed: some optimizers clear the ones, others (fairseq's Adam) write to
     # `.data`, which the others do not see.
-    changed = {}
+    changed, around = {}, set()
+    for outer in _steps_around():
+        around.update(id(p) for group in outer.param_groups for p in group["params"])
     for group in optimizer.param_groups:
-        for parametrization in _followed(group["params"]):
+        for parametrization in _followed(p for p in group["params"] if id(p) not in around):
             if not _rests(group) or _changed_at_rest(parametrization):
                 changed[parametrization] = None
     _advance(changed)
+
+
+def _steps_around() -> Iterator[torch.optim.Optimizer]:
+    """The optimizers whose steps the one that ends now is inside of.
+
+    They are on the call stack, where a step that raised is no more. A list of what has begun would have to guess that.
+    """
+    frame = sys._getframe(2)  # behind this function's and the hook's, that of the step itself
+    while (frame := frame.f_back) is not None:
+        if frame.f_code is _STEP:
+            yield frame.f_locals["self"]
+
+
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__  # what torch wraps around each step
 
 
 def _followed(weights: Iterable[Tensor]) -> Iterator[nn.Module]:

@@ -69,42 +69,26 @@ class _Matrix(NamedTuple):
     gamma: int
 
 
-@cache
 def available(device: torch.device) -> bool:
     """Whether the kernels run on this device."""
-    return not why_not(device)
+    return not why_not(device, torch.float32)
 
 
 @cache
-def why_not(device: torch.device) -> str:
-    """Why the kernels do not run on this device; empty where they do."""
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernels do not take weights of this type on this device; empty where they do."""
     if device.type not in ("cpu", "cuda"):
         return f"a weight is on {device}; allowed is a GPU of CUDA"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if device.type == "cpu":
-        return "" if _kernels().INTERPRETED else "a weight is on the CPU; allowed is a GPU of CUDA"
-    if _kernels().INTERPRETED:
+    k = _kernels()
+    if device.type == "cpu" and not k.INTERPRETED:
+        return "a weight is on the CPU; allowed is a GPU of CUDA"
+    if device.type == "cuda" and k.INTERPRETED:
         return "TRITON_INTERPRET is set, which is for the CPU"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return ""
-
-
-def chosen(setting: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a weight of this type goes through the kernels under `SigmaReparamConfig.kernels`.
-
-    Raises:
-        ValueError: "triton", and they do not run there.
-    """
-    if setting == "torch" or (setting == "auto" and device.type != "cuda"):
-        return False
-    reason = why_not(device)
-    if not reason and dtype not in _kernels().DTYPES:
-        reason = f"a weight is in {dtype}; allowed are {', '.join(map(str, _kernels().DTYPES))}"
-    if reason and setting == "triton":
-        raise ValueError(f"kernels = 'triton': {reason}; or set it to 'auto'")
-    return not reason
+    return "" if dtype in k.DTYPES else f"a weight is in {dtype}; allowed are {', '.join(map(str, k.DTYPES))}"
 
 
 @cache

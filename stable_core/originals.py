@@ -56,7 +56,7 @@ class Originals(ParametrizationList):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
         if param is not None:
-            setattr(param, _ATTRIBUTE, Owner(self))
+            self._settle()
 
     def __setattr__(self, name: str, value) -> None:
         super().__setattr__(

@@ -12,6 +12,7 @@ import math
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from .sharding import Piece, gathered, is_sharded, pieces
 from .sigma_layers import sigma_layers
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
 from .together import Together
-from .watching import LAG, Notice, Watch, can_look, is_transformed, same, versions
+from .watching import LAG, Notice, Watch, can_look, is_transformed, versions
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def scale_plainly(
     return join(scaled), join(sigmas)
 
 
-def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], is_unit: bool) -> Measured:
-    """As of `kernels.measure`, by torch; `is_unit`: each |u| is 1. With one block z is (in,), and s a number in fp64."""
+def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], unit: bool) -> Measured:
+    """As of `kernels.measure`, by torch; `unit`: each |u| is 1. With one block z is (in,), and s a number in fp64."""
     W, many = wide(W), len(rows) > 1
     u, gamma = u.to(W.dtype), gamma.to(W.dtype)
     if not many:
@@ -120,7 +121,7 @@ def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], is_unit:
     s = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64)
     if many:
         s = s.to(W.dtype)
-    if is_unit:
+    if unit:
         return Measured(z, _over_rows(u, s, rows), s, gamma / s)
     lengths = torch.linalg.vector_norm(u) if not many else join([x.norm().view(1) for x in cut(u, rows)])
     s = s / lengths
@@ -140,18 +141,15 @@ class ScaleBySigma(torch.autograd.Function):
     def forward(ctx, W, gamma, z, w, s, factor, rows, transposed, stop_gradient, dtype, fused: Together | None):
         ctx.save_for_backward(W, gamma, z, w, s, factor)
         ctx.settings = rows, transposed, stop_gradient, fused
-        ctx.set_materialize_grads(False)
         return scaled(W, factor, rows, transposed, dtype)
 
     @staticmethod
-    def backward(ctx, G: Tensor | None):
-        if G is None:
-            return (None,) * 11
+    def backward(ctx, G: Tensor):
         W0, gamma, *measured = ctx.saved_tensors
         rows, transposed, stop_gradient, fused = ctx.settings
         W, G = matrix(W0, transposed), matrix(G, transposed)
         z, w, s, factor = measured
-        if torch.is_grad_enabled():  # somebody asks for second derivatives
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # somebody asks for second derivatives
             W_hat, _ = scale_plainly(W, gamma, w, rows, stop_gradient)
             wanted = [x for x, needed in zip((W0, gamma), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(W_hat, wanted, G.to(W_hat.dtype), create_graph=True))
@@ -183,6 +181,8 @@ class ScaleBySigma(torch.autograd.Function):
 def scaled(W: Tensor, factor: Tensor, rows: tuple[int, ...], transposed: bool, dtype: torch.dtype) -> Tensor:
     """factor (blocks,) times W, as W lies; in one pass, and rounded once."""
     same = dtype == W.dtype == factor.dtype
+    if torch.compiler.is_compiling() and not same:  # which fuses the two
+        return scaled(wide(W), factor, rows, transposed, factor.dtype).to(dtype)
     if len(rows) == 1:
         return W * factor if same else torch.mul(W, factor, out=torch.empty_like(W, dtype=dtype))
     blocks, factor = _blocked(matrix(W, transposed), rows), _per_row(factor, rows)
@@ -223,28 +223,11 @@ def _over_rows(u: Tensor, x: Tensor, rows: tuple[int, ...]) -> Tensor:
     return torch.cat([part / one for part, one in zip(cut(u, rows), x, strict=True)])
 
 
-def _length(x: Tensor) -> Tensor:
-    """(1,); summed in fp64, as the squares of large and small weights are out of the range of fp32."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64).to(x.dtype).view(1)
-
-
 def _inner_product(A: Tensor, B: Tensor) -> Tensor:
     """<A, B>, without a copy of transposed matrices."""
     if not B.is_contiguous():
         A, B = A.T, B.T
     return torch.dot(A.reshape(-1), B.reshape(-1))
-
-
-@torch.no_grad()
-def estimate(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """sigma = |W^T u| / |u| of each block, shape (blocks,)."""
-    with full_precision(stacked):
-        return join(
-            [
-                _length(torch.mv(W.T, x.to(W.dtype))) / torch.linalg.vector_norm(x)
-                for W, x in zip(cut(wide(stacked), rows), cut(u, rows), strict=True)
-            ]
-        )
 
 
 @torch.no_grad()
@@ -260,8 +243,12 @@ def top_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 def sound_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
     """u, or where it is an average of several, as averages of checkpoints have it, the u of the weights at hand."""
-    norms = torch.stack([x.norm() for x in cut(u, rows)])
-    return top_u(stacked, u, rows) if ((norms - 1).abs() > 1e-5).any() else u
+    return u if is_unit(u, rows) else top_u(stacked, u, rows)
+
+
+def is_unit(u: Tensor, rows: tuple[int, ...]) -> bool:
+    """Whether the u of each block has length 1, as power iteration leaves it."""
+    return not bool(((torch.stack([x.norm() for x in cut(u, rows)]) - 1).abs() > 1e-5).any())
 
 
 class SigmaReparam(nn.Module):
@@ -293,7 +280,7 @@ class SigmaReparam(nn.Module):
         gamma = torch.ones(len(self.rows), **fp32)
         if not weight.is_meta:
             self.u.copy_(top_u(stacked, self.u, self.rows))
-            sigma = estimate(stacked, self.u, self.rows)
+            sigma = measure(stacked, self.u, gamma, self.rows, is_unit(self.u, self.rows)).s.view(-1)
             self.watch.expect([], sigma)
             if config.gamma_init == "spectral":
                 gamma = sigma
@@ -351,39 +338,52 @@ class SigmaReparam(nn.Module):
     def _scaled(self, originals: list[Tensor], W: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
         """W_hat of W, which is the only one of the originals as it is, or all of them stacked."""
         rows, stop_gradient = self.rows, self.config.stop_gradient
-        if torch.compiler.is_compiling() or is_transformed():
+        if is_transformed():
             W_hat = scale_plainly(matrix(W, transposed), self.gamma, self.u, rows, stop_gradient)[0].to(dtype)
             return W_hat.T if transposed else W_hat.view_as(W)
         fused = self.takes_kernels(W)
-        u = self._evaluated[1] if self._evaluated and self._evaluated[0] == versions(originals) else self.u
-        batch, index = None, 0
-        if fused and W is originals[0] and u is self.u:
-            batch, index = self.together.take(self, W)
-        found = batch.found[index] if batch else self._measure(W, transposed, u, fused)
-        if can_look(W) and not is_sharded(W) and self.watch.is_due(originals):
-            sigma = batch.sigma(index) if batch else found.s.view(-1).tolist()
-            before = versions([u])
-            u = self._look(originals, matrix(W.detach(), transposed), u, sigma)
-            if versions([u]) != before:
-                found = self._measure(W, transposed, u, fused)
+        if (
+            not fused
+            and self.config.kernels == "triton"
+            and can_look(W)
+            and (reason := kernels.why_not(W.device, W.dtype))
+        ):
+            raise ValueError(f"{self.name}: kernels = 'triton': {reason}; or set it to 'auto'")
+        looks = can_look(W) and not is_sharded(W) and self.watch.is_due(originals)
+        found = self._find(originals, W, transposed, fused, looks)
         W_hat = ScaleBySigma.apply(
             W, self.gamma, *found, rows, transposed, stop_gradient, dtype, self.together if fused else None
         )
         remember(W_hat, lambda: scaled(W, found.factor, rows, transposed, dtype))
         return W_hat
 
-    def takes_kernels(self, W: Tensor) -> bool:
-        """Whether Triton's kernels do the work.
+    def _find(self, originals: list[Tensor], W: Tensor, transposed: bool, fused: bool, looks: bool) -> Measured:
+        """What is measured with the u that belongs to the weights, which is looked for where `looks`."""
+        u, batch, index = self._u_of(originals), None, 0
+        if fused and W is originals[0] and u is self.u:
+            batch, index = self.together.take(self, W)
+        found = batch.found[index] if batch else self._measure(W, transposed, u, fused)
+        if looks:
+            sigma, stacked = batch.sigma(index) if batch else found.s.view(-1).tolist(), matrix(W.detach(), transposed)
+            while not self._is_right(originals, stacked, u, sigma):
+                u = self._u_of(originals)
+                found = self._measure(W, transposed, u, fused)
+                sigma = found.s.view(-1).tolist()
+        return found
 
-        Raises:
-            ValueError: they should, and do not run there.
-        """
+    def _u_of(self, originals: list[Tensor]) -> Tensor:
+        """u, or in evaluation that of weights which u does not belong to."""
+        kept = self._evaluated
+        return kept[1] if kept is not None and kept[0] == versions(originals) else self.u
+
+    def takes_kernels(self, W: Tensor) -> bool:
+        """Whether Triton's kernels do the work."""
         setting = self.config.kernels
-        if setting == "torch" or (setting == "auto" and not W.is_cuda):
+        if setting == "torch" or (setting == "auto" and not W.is_cuda) or torch.compiler.is_compiling():
             return False
         if W.is_meta or is_sharded(W) or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
             return False
-        return kernels.chosen(setting, W.device, W.dtype) and self.u.device == self.gamma.device == W.device
+        return not kernels.why_not(W.device, W.dtype) and self.u.device == self.gamma.device == W.device
 
     def _measure(self, W: Tensor, transposed: bool, u: Tensor, fused: bool) -> Measured:
         stacked, gamma = matrix(W.detach(), transposed), self.gamma.detach()
@@ -393,17 +393,21 @@ class SigmaReparam(nn.Module):
         with full_precision(W):
             return measure(stacked, u, gamma, self.rows, self._is_unit(u))
 
+    def _estimate(self, stacked: Tensor, u: Tensor) -> Tensor:
+        """sigma = |W^T u| / |u| of each block, (blocks,), bitwise the forward pass's."""
+        return self._measure(stacked, False, u, self.takes_kernels(stacked)).s.view(-1)
+
     def _is_unit(self, u: Tensor) -> bool:
         """Whether each |u| is known to be 1 (to 1e-5, whoever made it); only where asking waits for no device."""
-        if not u.is_cpu:
+        if not u.is_cpu or torch.compiler.is_compiling():
             return False
         if self.training and self._unit == versions([u]):
             return True
         if not can_look(u):
             return False
-        is_unit = all(abs(x.norm().item() - 1) <= 1e-5 for x in cut(u, self.rows))
-        self._unit = versions([u]) if is_unit else None
-        return is_unit
+        found = is_unit(u, self.rows)
+        self._unit = versions([u]) if found else None
+        return found
 
     def advanced(self, weights: list[Tensor], at_least: Tensor) -> None:
         """u was brought to length 1 by power iteration, which found sigma (blocks,) to be `at_least` so much."""
@@ -444,19 +448,20 @@ class SigmaReparam(nn.Module):
 
     def sigma(self) -> Tensor:
         """The estimate |W^T u| / |u| of each block's spectral norm, shape (blocks,), without gradient."""
-        return estimate(self._stacked(), self.u, self.rows)
+        stacked = self._stacked()
+        return self._estimate(stacked, self.u).to(wide(stacked).dtype)
 
     def true_sigma(self) -> Tensor:
         """Each block's spectral norm to 1e-3, shape (blocks,), without gradient and without touching u."""
         stacked = self._stacked()
-        return estimate(stacked, top_u(stacked, self.u, self.rows), self.rows)
+        return self._estimate(stacked, top_u(stacked, self.u, self.rows)).to(wide(stacked).dtype)
 
     def converge(self) -> None:
         """Finds u of the present weights."""
         stacked = self._stacked()
         with torch.no_grad():
             self.u.copy_(top_u(stacked, self.u, self.rows))
-        self.watch.expect(self.originals(), estimate(stacked, self.u, self.rows))
+        self.watch.expect(self.originals(), self._estimate(stacked, self.u))
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -486,7 +491,7 @@ class SigmaReparam(nn.Module):
         W = W_hat.clone() if len(originals) == 1 else (W_hat / ratio).to(W_hat.dtype)
         stacked = join([matrix(W if i == index else other, self.transposed) for i, other in enumerate(originals)])
         u = top_u(stacked, self.u, self.rows)
-        sigma = estimate(stacked, u, self.rows)
+        sigma = self._estimate(stacked, u).to(self.u.dtype)
         gamma = sigma if len(originals) == 1 else sigma * ratio
         if self.config.kind == "spectral":
             if not torch.allclose(gamma, torch.ones_like(gamma), atol=2e-3):
@@ -499,39 +504,48 @@ class SigmaReparam(nn.Module):
         return W
 
     @torch.no_grad()
-    def _look(self, originals: list[Tensor], stacked: Tensor, u: Tensor, sigma: list[float]) -> Tensor:
-        """The u that a forward pass should have taken, which took `u` and found `sigma`."""
+    def _is_right(self, originals: list[Tensor], stacked: Tensor, u: Tensor, sigma: list[float]) -> bool:
+        """Whether a forward pass took the right u, which took `u` and found `sigma`; where not, the next one does."""
         if u is not self.u:
-            if same(sigma, self._evaluated[2]):
-                return u
-            self._evaluated, sigma = None, estimate(stacked, self.u, self.rows).tolist()
-        watch, unannounced = self.watch, not self.watch.announced
-        moved = watch.moved(originals)
-        if watch.agrees(sigma) and (watch.exact or (unannounced and not moved)):
+            right = self._evaluated[2] in (None, sigma)
+            self._evaluated = (*self._evaluated[:2], sigma) if right else None
+            return right
+        watch, changed = self.watch, self.watch.moved(originals) or self.watch.announced
+        averaged = not (watch.exact or self.training or is_unit(u, self.rows))
+        if (watch.agrees(sigma, changed, stacked.dtype) and not averaged) or not all(0 < x < math.inf for x in sigma):
             watch.expect(originals, sigma)
-            return self.u
-        if not all(0 < x < math.inf for x in sigma):
-            return self.u  # NaN, inf and zeros have no u; the loss shows them
+            return True  # or NaN, inf, zeros, which have no u: the loss shows them
         if not self.training:  # an average, or swapped in for one; training goes on with u as it is
-            u = top_u(stacked, self.u, self.rows)
-            self._evaluated = versions(originals), u, estimate(stacked, u, self.rows).tolist()
-            return u
-        if unannounced and not moved:
+            self._evaluated = versions(originals), top_u(stacked, u, self.rows), None
+            return False
+        if not changed:
             self._notice.warn(self.name)
-        self.u.copy_(join([x / torch.linalg.vector_norm(x) for x in cut(self.u, self.rows)]))
-        blocks = zip(cut(stacked, self.rows), cut(self.u, self.rows), strict=True)
-        iterates = [Iterate([Piece(W)], u, W.shape[1]) for W, u in blocks]
+        u.copy_(join([x / torch.linalg.vector_norm(x) for x in cut(u, self.rows)]))
+        blocks = zip(cut(stacked, self.rows), cut(u, self.rows), strict=True)
+        iterates = [Iterate([Piece(W)], x, W.shape[1]) for W, x in blocks]
         before, after = power_iteration(iterates, self.config.n_power_iterations)
         if (after > 1.1 * before).any():  # more than a step changes
-            self.u.copy_(top_u(stacked, self.u, self.rows))
-        watch.expect(originals, estimate(stacked, self.u, self.rows).tolist())
-        return self.u
+            u.copy_(top_u(stacked, u, self.rows))
+        watch.expect(originals, None)
+        return False
 
     def train(self, mode: bool = True):
+        if self.training and not mode:
+            self._settle()
         super().train(mode)
         self._evaluated = None
         self.watch.look_soon()
         return self
+
+    def _settle(self) -> None:
+        """Evaluation may see other weights for a while: sigma is made known exactly, by which these are known again."""
+        if None in self._members or self.u.is_meta or is_sharded(self.originals()[0]) or torch.compiler.is_compiling():
+            return
+        originals = self.originals()
+        if not self.watch.exact and not self.watch.announced and not self.watch.moved(originals):
+            sigma = self._estimate(self._stacked(), self.u).tolist()
+            if self.watch.agrees(sigma, False, originals[0].dtype) and is_unit(self.u, self.rows):
+                self.watch.expect(originals, sigma)
 
     def _apply(self, fn, recurse=True):
         # .half() and .bfloat16() must not round the state: it follows the model's device, not its dtype.
@@ -550,8 +564,7 @@ class SigmaReparam(nn.Module):
         if self.u.is_meta:
             return
         # An average of checkpoints has an average of u; a checkpoint without u leaves that of other weights.
-        norms = torch.stack([u.norm() for u in self.u.split(self.rows)])
-        if f"{prefix}u" not in state_dict or ((norms - 1).abs() > 1e-5).any():
+        if f"{prefix}u" not in state_dict or not is_unit(self.u, self.rows):
             self.converge()
 
     def __getstate__(self) -> dict:
@@ -630,7 +643,16 @@ def sigma_reparam(
             target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
         for target in group.members:
             Originals.take_over(target.module.parametrizations[target.tensor_name])
+            # Its class is its own, from torch; this is what parallelize_module asks a layer before it cuts its weights.
+            type(target.module)._distribute_module_applied = property(_refuse_tensor_parallelism)
     return model
+
+
+def _refuse_tensor_parallelism(layer: nn.Module) -> NoReturn:
+    raise ValueError(
+        f"{type(layer).__name__}: tensor parallelism cuts a weight whose norm σReparam needs whole; "
+        "shard with FSDP2 (fully_shard), or leave this layer out of the plan"
+    )
 
 
 def refuse_plain_weight(layer: nn.Module, state_dict, prefix: str, *_) -> None:

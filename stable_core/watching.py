@@ -31,7 +31,7 @@ class Watch:
         """The same values lie in these tensors from now on."""
         self._seen = versions(weights)
 
-    def expect(self, weights: list[Tensor], sigma: Tensor | list[float] | None, slack: float = EXACT) -> None:
+    def expect(self, weights: list[Tensor], sigma: Tensor | list[float] | None, slack: float = 0.0) -> None:
         """u belongs to `weights` as they are: sigma will be as given, or up to `slack` of it more."""
         self._low, self._slack, self._seen, self.announced = sigma, slack, versions(weights), False
 
@@ -46,29 +46,40 @@ class Watch:
     @property
     def exact(self) -> bool:
         """Whether sigma is known, and not only how small it can be."""
-        return self._low is not None and self._slack == EXACT
+        return self._low is not None and self._slack == 0
 
     def moved(self, weights: list[Tensor]) -> bool:
         """Whether a version counter says that a weight was written to since u was put right."""
         now = versions(weights)
         if now == self._seen:
             return False
-        # Another tensor in its place (FSDP2 unshards into one) has a counter of its own, which says nothing.
+        # Another tensor in its place has a counter of its own, which says nothing.
         return any(new[0] == old[0] and new[1] != old[1] for new, old in zip(now, self._seen, strict=False))
 
     def is_due(self, weights: list[Tensor]) -> bool:
-        """Whether this pass compares."""
+        """Whether this pass compares; not with tensors that stand in for the weights (torch.func.functional_call)."""
+        if [id(W) for W in weights] != [name for name, _ in self._seen]:
+            return False
         if weights[0].is_cpu:
             return True
         self._passes += 1
         scheduled = self._passes % EVERY == 0 or (self._passes < EVERY and self._passes & (self._passes - 1) == 0)
         return scheduled or self.announced or self.moved(weights)
 
-    def agrees(self, sigma: list[float]) -> bool:
-        """Whether sigma is as it was expected; True where nothing is known."""
+    def agrees(self, sigma: list[float], strictly: bool, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether sigma is as it was expected; `strictly`: bitwise that of weights which were swapped and are back.
+
+        In mixed precision FSDP2 hands over weights that are rounded to `dtype`.
+        """
+        rounding = max(EXACT, torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0)
         if isinstance(self._low, Tensor):
             self._low = self._low.tolist()
-        return self._low is None or same(sigma, self._low, self._slack)
+        if strictly:
+            return self.exact and sigma == self._low
+        return self._low is None or all(
+            (1 - rounding) * low <= x <= (1 + rounding + self._slack) * low
+            for x, low in zip(sigma, self._low, strict=True)
+        )
 
 
 class Notice:
@@ -86,11 +97,6 @@ class Notice:
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-def same(sigma: list[float], low: list[float], slack: float = EXACT) -> bool:
-    """Whether sigma is `low`, or up to `slack` of it more."""
-    return all((1 - EXACT) * y <= x <= (1 + slack) * y for x, y in zip(sigma, low, strict=True))
 
 
 def can_look(W: Tensor) -> bool:

@@ -142,7 +142,7 @@ def test_an_average_of_checkpoints_has_the_sigma_of_the_averaged_weight(qkv):
         assert torch.linalg.svdvals(block.detach())[0] == pytest.approx(1, rel=1e-3)
 
 
-def test_an_optimizer_around_another_advances(monkeypatch):
+def test_an_optimizer_around_another_advances_once(monkeypatch):
     class Around(torch.optim.Optimizer):
         """As SAM, Lookahead and ZeroRedundancyOptimizer are built."""
 
@@ -160,7 +160,7 @@ def test_an_optimizer_around_another_advances(monkeypatch):
     model = mlp()
     calls = count_advances(monkeypatch)
     train(model, Around(torch.optim.SGD(model.parameters(), lr=0.1)), 3)
-    assert len(calls) >= 3 * 2
+    assert len(calls) == 3 * 2
 
 
 def test_a_step_that_fails_does_not_stop_the_next_from_advancing(monkeypatch):
@@ -174,7 +174,7 @@ def test_a_step_that_fails_does_not_stop_the_next_from_advancing(monkeypatch):
         optimizer.step(broken)
     calls = count_advances(monkeypatch)
     train(model, optimizer, 2)
-    assert len(calls) >= 2 * 2
+    assert len(calls) == 2 * 2
 
 
 def test_an_average_of_the_weights_converges():
