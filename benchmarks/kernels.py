@@ -17,7 +17,18 @@ from torch.nn.functional import normalize
 
 from benchmarks.paired import Report, arguments, interleave, seconds
 from stable_core import attention_statistics, kernels
-from stable_core.kernels import Tile, power_iteration_, scale, scale_backward
+from stable_core.kernels import (
+    Measured,
+    Place,
+    Plan,
+    Tile,
+    measure,
+    measure_all,
+    plan,
+    power_iteration_,
+    scale_backward,
+)
+from stable_core.sigma_reparam import scaled
 
 Rows = tuple[int, ...]
 EAGER, COMPILED, KERNELS = "torch", "torch.compile", "σ kernels"
@@ -95,6 +106,7 @@ class Weights:
             self.u = [torch.cat([normalize(torch.randn(n), dim=0) for n in rows]) for rows in self.rows]
             self.u_joint = [normalize(torch.randn(len(W)), dim=0) for W in self.W]
             self.gamma = [torch.linspace(0.5, 2, len(rows)) for rows in self.rows]
+        self.found: list[Measured] = []
         self.scaled = [forward(*some, self.dtype) for some in zip(self.W, self.u, self.gamma, self.rows, strict=True)]
 
     def bytes(self, operation: str) -> int:
@@ -112,14 +124,34 @@ class Weights:
                 KERNELS: partial(power_iteration_, self.W, self.u_joint, 1),
             },
             "W_hat": {
-                name: partial(self.forward, f) for name, f in ((EAGER, forward), (COMPILED, there), (KERNELS, scale))
+                EAGER: partial(self.forward, forward),
+                COMPILED: partial(self.forward, there),
+                KERNELS: self.forward_by_kernels,
             },
             "gradients": {
                 EAGER: partial(self.backward, backward),
                 COMPILED: partial(self.backward, back),
-                KERNELS: partial(self.backward, lambda *some: scale_backward(*some, False)),
+                KERNELS: self.backward_by_kernels,
             },
         }
+
+    def forward_by_kernels(self) -> Tensor:
+        for W, found, rows in zip(self.W, measure_all(self.plan(), torch.float32), self.rows, strict=True):
+            last = scaled(W, found.factor, rows, False, self.dtype)
+        return last
+
+    def plan(self) -> Plan:
+        places = (
+            Place(W.data_ptr(), W.shape, W.stride(), rows, u.data_ptr(), gamma.data_ptr())
+            for W, rows, u, gamma in zip(self.W, self.rows, self.u, self.gamma, strict=True)
+        )
+        return plan(tuple(places), self.device, torch.float32)
+
+    def backward_by_kernels(self) -> Tensor:
+        self.found = self.found or measure_all(self.plan(), torch.float32)
+        for G, W, found, rows in zip(self.G, self.W, self.found, self.rows, strict=True):
+            last = scale_backward(G, W, found, rows, False)
+        return last
 
     def forward(self, function: Callable) -> Tensor:
         for some in zip(self.W, self.u, self.gamma, self.rows, strict=True):
@@ -143,8 +175,9 @@ def largest_errors(weights: Weights) -> dict[str, float]:
         joint, joint_64 = weights.u_joint[i].clone(), weights.u_joint[i].double()
         power_iteration_([W], [joint], 1)
         advance_one(W.double(), joint_64)
-        W_hat, z, s = scale(W, u, gamma, rows, weights.dtype)
-        ours = joint, W_hat, *scale_backward(G, W, u, z, s, gamma, rows, False)
+        found = measure(W, u, gamma, rows)
+        W_hat = scaled(W, found.factor, rows, False, weights.dtype)
+        ours = joint, W_hat, *scale_backward(G, W, found, rows, False)
         W64, u64, gamma64 = W.double(), u.double(), gamma.double()
         W_hat, z, s = forward(W64, u64, gamma64, rows, torch.float64)
         truth = joint_64, W_hat, *_backward_64(G.double(), W64, u64, z, s, gamma64, rows)

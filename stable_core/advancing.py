@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from . import kernels
 from .originals import Owner, owner_of
 from .power_iteration import power_iteration
-from .watching import LAG
 
 
 @functools.cache
@@ -116,18 +116,25 @@ def advance(parameters: Iterable[Tensor]) -> None:
 
 
 def _advance(parametrizations: Iterable[nn.Module]) -> None:
-    together = defaultdict(list)
+    fused, together = defaultdict(list), defaultdict(list)
     # In the order of the parameters, which is the same on every rank: sharded weights need collectives.
     for parametrization in parametrizations:
-        iterates, group = parametrization.iterates()
-        together[parametrization.u.device, parametrization.config.n_power_iterations, group].append(
-            (parametrization, iterates)
-        )
-    for (_, n_power_iterations, group), members in together.items():
+        parametrization.together.drop()
+        n, W = parametrization.config.n_power_iterations, parametrization.lone_weight()
+        if W is not None and parametrization.takes_kernels(W) and W.is_contiguous():
+            fused[W.device, W.dtype, n].append((parametrization, W))
+        else:
+            iterates, group = parametrization.iterates()
+            together[parametrization.u.device, n, group].append((parametrization, iterates))
+    for (device, dtype, n), members in fused.items():
+        plan = kernels.plan(tuple(parametrization.place(W) for parametrization, W in members), device, dtype)
+        at_least = kernels.advance(plan, dtype, n).split(plan.blocks)
+        torch.autograd.graph.increment_version([parametrization.u for parametrization, _ in members])
+        for (parametrization, W), sigma in zip(members, at_least, strict=True):
+            parametrization.advanced([W], sigma)
+    for (_, n, group), members in together.items():
         every = [iterate for _, iterates in members for iterate in iterates]
-        _, at_least = power_iteration(every, n_power_iterations, group)
-        start = 0
-        for parametrization, iterates in members:
-            sigma = at_least[start : start + len(iterates)]
-            parametrization.watch.expect(parametrization.originals(), sigma, slack=LAG)
-            start += len(iterates)
+        _, at_least = power_iteration(every, n, group)
+        sigmas = at_least.split([len(iterates) for _, iterates in members])
+        for (parametrization, _), sigma in zip(members, sigmas, strict=True):
+            parametrization.advanced(parametrization.originals(), sigma)

@@ -1,8 +1,10 @@
-"""σReparam in Triton kernels: power iteration of all weights together, W_hat in one pass, the backward pass in two.
+"""σReparam in Triton kernels: power iteration and sigma of all weights together, the backward pass of each in two.
 
-For a block of rows W (out, in) of a weight, with u (out,) of length 1 [σ, Algorithm 1]:
+For a block of rows W (out, in) of a weight, with u (out,) [σ, Algorithm 1]:
 
-    z = W^T u, s = |z|, W_hat = gamma/s W;    dW = gamma/s (G - c u (z/s)^T), dgamma = c = <G, W>/s, where G = dL/dW_hat
+    z = W^T u, s = |z|/|u|, W_hat = gamma/s W;    dW = gamma/s (G - c w z^T), w = u/(|u|^2 s), dgamma = c = <G, W>/s
+
+where G = dL/dW_hat. W_hat itself is one multiplication, which torch does as well.
 
 Sums are in fp32 whatever the weight is in, in a fixed order and without atomics: a resumed run is bitwise the run that never
 stopped. Triton comes with torch's CUDA builds; nothing here imports it before it is used. On the CPU the kernels run under
@@ -33,13 +35,14 @@ TILE = Tile()
 CHUNK, PARTS = 256, 32  # entries of a vector that a program adds up, and how many parts at a time
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """Where the programs find their work, on the device.
 
     Attributes:
         table: a line for each matrix (kernels_sigma.py names the columns).
         strips: the matrix that each strip is of; `outs` and `ins`: that each chunk of a vector (out,) or (in,) is of.
         partials: how many partial sums the largest product leaves; `n_out` and `n_in`: the entries of all those vectors.
+        blocks, outs_of, ins_of: how many blocks, entries (out,), and entries (in,) of all its blocks, each weight has.
     """
 
     table: Tensor
@@ -49,10 +52,13 @@ class _Plan(NamedTuple):
     partials: int
     n_out: int
     n_in: int
+    blocks: list[int]
+    outs_of: list[int]
+    ins_of: list[int]
 
 
 class _Matrix(NamedTuple):
-    """Where a block of rows (out, in) is, and its u, in elements; `ld` from one contiguous row (or column) to the next."""
+    """Where a block of rows (out, in), its u and gamma are, in elements; `ld` from one contiguous row (column) to the next."""
 
     weight: int
     shape: tuple[int, int]
@@ -60,15 +66,29 @@ class _Matrix(NamedTuple):
     transposed: bool
     aligned: bool
     u: int
+    gamma: int
 
 
 def available(device: torch.device) -> bool:
     """Whether the kernels run on this device."""
-    if device.type not in ("cpu", "cuda") or find_spec("triton") is None:
-        return False
-    if device.type == "cpu":
-        return _kernels().INTERPRETED
-    return not _kernels().INTERPRETED and torch.cuda.get_device_capability(device) >= (8, 0)
+    return not why_not(device, torch.float32)
+
+
+@cache
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernels do not take weights of this type on this device; empty where they do."""
+    if device.type not in ("cpu", "cuda"):
+        return f"a weight is on {device}; allowed is a GPU of CUDA"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    k = _kernels()
+    if device.type == "cpu" and not k.INTERPRETED:
+        return "a weight is on the CPU; allowed is a GPU of CUDA"
+    if device.type == "cuda" and k.INTERPRETED:
+        return "TRITON_INTERPRET is set, which is for the CPU"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return "" if dtype in k.DTYPES else f"a weight is in {dtype}; allowed are {', '.join(map(str, k.DTYPES))}"
 
 
 @cache
@@ -76,6 +96,26 @@ def _kernels() -> ModuleType:
     from . import kernels_sigma
 
     return kernels_sigma
+
+
+class Place(NamedTuple):
+    """Addresses of a weight (out, in), which is cut into blocks of `rows`, and of the u and gamma of these."""
+
+    weight: int
+    shape: tuple[int, int]
+    stride: tuple[int, int]
+    rows: tuple[int, ...]
+    u: int
+    gamma: int = 0
+
+
+class Measured(NamedTuple):
+    """Of a weight's blocks: z = W^T u (blocks, in), w = u / (|u|^2 s) (out,), s = |z| / |u| and gamma/s (blocks,), in fp32."""
+
+    z: Tensor
+    w: Tensor
+    s: Tensor
+    factor: Tensor
 
 
 @torch.no_grad()
@@ -96,59 +136,68 @@ def power_iteration_(weights: Sequence[Tensor], us: Sequence[Tensor], n: int) ->
             raise ValueError(
                 f"u {u.dtype} {tuple(u.shape)}: allowed is a contiguous one in fp32 of {W.shape[0]} entries"
             )
-        groups.setdefault((W.device, W.dtype), []).append((W.data_ptr(), W.shape, W.stride(), u.data_ptr()))
+        place = Place(W.data_ptr(), W.shape, W.stride(), (W.shape[0],), u.data_ptr())
+        groups.setdefault((W.device, W.dtype), []).append(place)
     for (device, dtype), found in groups.items():
-        plan = _plan_of_models(tuple(found), device, dtype, TILE)
-        with on_device(device):
-            _advance(plan, dtype, n)
+        advance(plan(tuple(found), device, dtype), dtype, n)
 
 
-def _advance(plan: _Plan, dtype: torch.dtype, n: int) -> None:
+def advance(plan: Plan, dtype: torch.dtype, n: int) -> Tensor:
+    """The same of all weights of a plan; returns |W v| of the last iteration (blocks of all weights,), v of length 1."""
     k, like = _kernels(), {"dtype": torch.float32, "device": plan.table.device}
     partials, z, y = (torch.empty(size, **like) for size in (plan.partials, plan.n_in, plan.n_out))
     z_norms, y_norms = (torch.empty(2 * len(chunks), **like) for chunks in (plan.ins, plan.outs))
-    for _ in range(n):
-        for to_out, chunks, result, norms in ((False, plan.ins, z, z_norms), (True, plan.outs, y, y_norms)):
-            _products(plan, partials, z, z_norms, 0, 0, to_out, dtype)
-            _add_up(plan, chunks, partials, result, norms, to_out)
-        k.normalise[(len(plan.outs),)](plan.outs, plan.table, y, y_norms, CHUNK=CHUNK)
+    lengths = torch.empty(len(plan.table), **like)
+    with on_device(plan.table.device):
+        for _ in range(n):
+            for to_out, chunks, result, norms in ((False, plan.ins, z, z_norms), (True, plan.outs, y, y_norms)):
+                _products(plan, partials, z, z_norms, 0, 0, to_out, dtype)
+                _add_up(plan, chunks, partials, result, norms, to_out)
+            k.normalise[(len(plan.outs),)](plan.outs, plan.table, y, y_norms, lengths, CHUNK=CHUNK)
+    return lengths
 
 
-def scale(
-    W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """W_hat (out, in) in `dtype`, z (blocks, in) and s (blocks,) in fp32, of a weight in blocks of `rows`; three launches."""
-    W = W if _is_dense(W) else W.contiguous()
-    like = {"dtype": torch.float32, "device": W.device}
-    W_hat, z, s = (
-        torch.empty_like(W, dtype=dtype),
-        torch.empty(len(rows), W.shape[1], **like),
-        torch.empty_like(gamma, **like),
-    )
-    plan = _plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W, W_hat), W.device, TILE)
-    partials, z_norms = torch.empty(plan.partials, **like), torch.empty(2 * len(plan.ins), **like)
-    k = _kernels()
-    with on_device(W.device):
-        _products(plan, partials, z, z_norms, W.data_ptr(), u.data_ptr(), False, W.dtype)
+def measure_all(plan: Plan, dtype: torch.dtype) -> list[Measured]:
+    """Of all weights of a plan, in three launches; each bitwise what `measure` finds."""
+    found, sizes = _measure(plan, 0, 0, 0, dtype), (plan.ins_of, plan.outs_of, plan.blocks, plan.blocks)
+    return [
+        Measured(z.view(blocks, -1), w, s, factor)
+        for blocks, z, w, s, factor in zip(
+            plan.blocks, *(x.split(n) for x, n in zip(found, sizes, strict=True)), strict=True
+        )
+    ]
+
+
+def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...]) -> Measured:
+    """Of one weight, dense; u and gamma in fp32."""
+    plan = _plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W), W.device, TILE)
+    z, *rest = _measure(plan, W.data_ptr(), u.data_ptr(), gamma.data_ptr(), W.dtype)
+    return Measured(z.view(len(rows), -1), *rest)
+
+
+def _measure(plan: Plan, W: int, u: int, gamma: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    like = {"dtype": torch.float32, "device": plan.table.device}
+    sizes = plan.partials, 2 * len(plan.ins), plan.n_in, plan.n_out, len(plan.table), len(plan.table)
+    partials, z_norms, z, w, s, factor = (torch.empty(size, **like) for size in sizes)
+    with on_device(plan.table.device):
+        _products(plan, partials, z, z_norms, W, u, False, dtype)
         _add_up(plan, plan.ins, partials, z, z_norms, False)
-        k.scale[(len(plan.strips),)](
-            plan.strips, plan.table, z_norms, gamma, s, W.data_ptr(), W_hat.data_ptr(),
-            DTYPE=k.DTYPES[W.dtype], TO=k.DTYPES[dtype], CHUNK=CHUNK, **_tile(),
-        )  # fmt: skip
-    return W_hat, z, s
+        _kernels().measured[(len(plan.table),)](plan.table, z_norms, w, s, factor, u, gamma, CHUNK=CHUNK)
+    return z, w, s, factor
 
 
 def scale_backward(
-    G: Tensor, W: Tensor, u: Tensor, z: Tensor, s: Tensor, gamma: Tensor, rows: tuple[int, ...], stop_gradient: bool
+    G: Tensor, W: Tensor, measured: Measured, rows: tuple[int, ...], stop_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """dW (out, in) in W's type and dgamma (blocks,) in gamma's, from G (out, in) in any; two launches.
+    """dW (out, in) in W's type and dgamma (blocks,) in fp32, from G (out, in) in any; two launches.
 
     With `stop_gradient` s is a constant: dW = gamma/s G.
     """
-    W = W if _is_dense(W) else W.contiguous()
+    W = W if is_dense(W) else W.contiguous()
     if G.stride() != W.stride():
         G = torch.empty_like(W, dtype=G.dtype).copy_(G)
-    d_W, d_gamma = torch.empty_like(W), torch.empty_like(gamma)
+    z, w, s, factor = measured
+    d_W, d_gamma = torch.empty_like(W), torch.empty_like(s)
     plan = _plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W, G), W.device, TILE)
     sums = torch.empty(len(plan.strips), dtype=torch.float32, device=W.device)
     k = _kernels()
@@ -158,14 +207,14 @@ def scale_backward(
             G_DTYPE=k.DTYPES[G.dtype], DTYPE=k.DTYPES[W.dtype], **_tile(),
         )  # fmt: skip
         k.gradient[(len(plan.strips),)](
-            plan.strips, plan.table, sums, z, s, gamma, d_gamma, G.data_ptr(), u.data_ptr(), d_W.data_ptr(),
+            plan.strips, plan.table, sums, z, w, s, factor, d_gamma, G.data_ptr(), d_W.data_ptr(),
             STOP=stop_gradient, G_DTYPE=k.DTYPES[G.dtype], TO=k.DTYPES[W.dtype], **_tile(),
         )  # fmt: skip
     return d_W, d_gamma
 
 
 def _products(
-    plan: _Plan, partials: Tensor, z: Tensor, z_norms: Tensor, W: int, u: int, to_out: bool, dtype: torch.dtype
+    plan: Plan, partials: Tensor, z: Tensor, z_norms: Tensor, W: int, u: int, to_out: bool, dtype: torch.dtype
 ) -> None:
     k = _kernels()
     k.products[(len(plan.strips),)](
@@ -173,7 +222,7 @@ def _products(
     )  # fmt: skip
 
 
-def _add_up(plan: _Plan, chunks: Tensor, partials: Tensor, y: Tensor, norms: Tensor, to_out: bool) -> None:
+def _add_up(plan: Plan, chunks: Tensor, partials: Tensor, y: Tensor, norms: Tensor, to_out: bool) -> None:
     _kernels().add_up[(len(chunks),)](
         chunks, plan.table, partials, y, norms, TO_OUT=to_out, BM=TILE.rows, CHUNK=CHUNK, PARTS=PARTS
     )
@@ -190,7 +239,7 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
-def _is_dense(W: Tensor) -> bool:
+def is_dense(W: Tensor) -> bool:
     return W.is_contiguous() or W.T.is_contiguous()
 
 
@@ -207,6 +256,21 @@ def _layout(shape: tuple[int, int], stride: tuple[int, int]) -> tuple[bool, int]
     raise ValueError(f"a weight {tuple(shape)} of strides {stride}: rows or columns must be contiguous")
 
 
+def plan(places: tuple[Place, ...], device: torch.device, dtype: torch.dtype) -> Plan:
+    """Of many weights of one device and type.
+
+    Raises:
+        ValueError: a type or a layout that the kernels do not know.
+    """
+    found = _plan_of_model(places, device, dtype, TILE)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[id(found)] = found
+    return found
+
+
+_captured: dict[int, Plan] = {}  # those that a CUDA graph reads whenever it is replayed
+
+
 @lru_cache(maxsize=1024)
 def _plan_of_weight(
     shape: tuple[int, int],
@@ -215,34 +279,52 @@ def _plan_of_weight(
     aligned: bool,
     device: torch.device,
     tile: Tile,
-) -> _Plan:
-    transposed, ld = _layout(shape, stride)
-    matrices, start = [], 0
-    for size in rows:
-        at = start if transposed else start * ld
-        matrices.append(_Matrix(at, (size, shape[1]), ld, transposed, aligned and at % 16 == 0, start))
-        start += size
-    if start != shape[0]:
-        raise ValueError(f"rows = {rows}: their sum must be {shape[0]}, as the weight is {tuple(shape)}")
-    return _plan(matrices, device, tile)
+) -> Plan:
+    return _plan([_cut(0, shape, stride, rows, 0, 0, aligned)], device, tile)
 
 
 @lru_cache(maxsize=16)
-def _plan_of_models(found: tuple, device: torch.device, dtype: torch.dtype, tile: Tile) -> _Plan:
-    """Of tuples (address of W, its shape, its stride, address of u)."""
+def _plan_of_model(places: tuple[Place, ...], device: torch.device, dtype: torch.dtype, tile: Tile) -> Plan:
     if dtype not in _kernels().DTYPES:
         raise ValueError(f"a weight in {dtype}: allowed are {', '.join(map(str, _kernels().DTYPES))}")
-    matrices = []
-    for W, shape, stride, u in found:
-        transposed, ld = _layout(shape, stride)
-        matrices.append(_Matrix(W // dtype.itemsize, tuple(shape), ld, transposed, W % 16 == 0, u // 4))
-    return _plan(matrices, device, tile)
+    size = dtype.itemsize
+    return _plan(
+        [
+            _cut(W // size, shape, stride, rows, u // 4, gamma // 4, W % 16 == 0)
+            for W, shape, stride, rows, u, gamma in places
+        ],
+        device,
+        tile,
+    )
 
 
-def _plan(matrices: list[_Matrix], device: torch.device, tile: Tile) -> _Plan:
+def _cut(
+    weight: int,
+    shape: tuple[int, int],
+    stride: tuple[int, int],
+    rows: tuple[int, ...],
+    u: int,
+    gamma: int,
+    aligned: bool,
+) -> list[_Matrix]:
+    """The blocks of a weight."""
+    if sum(rows) != shape[0]:
+        raise ValueError(f"rows = {rows}: their sum must be {shape[0]}, as the weight is {tuple(shape)}")
+    transposed, ld = _layout(shape, stride)
+    matrices, start = [], 0
+    for i, size in enumerate(rows):
+        at = start if transposed else start * ld
+        matrices.append(
+            _Matrix(weight + at, (size, shape[1]), ld, transposed, aligned and at % 16 == 0, u + start, gamma + i)
+        )
+        start += size
+    return matrices
+
+
+def _plan(weights: list[list[_Matrix]], device: torch.device, tile: Tile) -> Plan:
     table, strips, outs, ins = [], [], [], []
     partials = n_out = n_in = 0
-    for i, matrix in enumerate(matrices):
+    for i, matrix in enumerate(matrix for matrices in weights for matrix in matrices):
         out_size, in_size = matrix.shape
         m, n = (in_size, out_size) if matrix.transposed else (out_size, in_size)
         aligned = matrix.aligned and matrix.ld % 16 == 0 and n % 16 == 0
@@ -250,14 +332,19 @@ def _plan(matrices: list[_Matrix], device: torch.device, tile: Tile) -> _Plan:
         steps = _ceil(down, tile.down)
         down = _ceil(down, steps)
         place = matrix.weight, m, n, matrix.ld, matrix.transposed, aligned
-        table.append((*place, len(strips), across, steps, partials, matrix.u, n_out, n_in, len(outs), len(ins)))
+        starts = n_out, n_in, len(outs), len(ins)
+        table.append((*place, len(strips), across, steps, partials, matrix.u, *starts, matrix.gamma))
         strips += [i] * (down * across)
         outs += [i] * _ceil(out_size, CHUNK)
         ins += [i] * _ceil(in_size, CHUNK)
         partials, n_out, n_in = partials + max(down * n, across * m), n_out + out_size, n_in + in_size
     to = {"dtype": torch.int32, "device": device}
     lists = (torch.tensor(x, **to) for x in (strips, outs, ins))
-    return _Plan(torch.tensor(table, dtype=torch.int64, device=device), *lists, partials, n_out, n_in)
+    of_weights = (
+        [function(matrices) for matrices in weights]
+        for function in (len, lambda some: sum(x.shape[0] for x in some), lambda some: sum(x.shape[1] for x in some))
+    )
+    return Plan(torch.tensor(table, dtype=torch.int64, device=device), *lists, partials, n_out, n_in, *of_weights)
 
 
 def _ceil(a: int, b: int) -> int:

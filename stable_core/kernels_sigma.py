@@ -14,9 +14,25 @@ INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # The columns of the table.
-WEIGHT, M, N, LD, TRANSPOSED, ALIGNED, FIRST, ACROSS, STEPS, PARTIALS, U, OUT, IN, OUT_CHUNK, IN_CHUNK, FIELDS = (
-    tl.constexpr(i) for i in range(16)
-)
+(
+    WEIGHT,
+    M,
+    N,
+    LD,
+    TRANSPOSED,
+    ALIGNED,
+    FIRST,
+    ACROSS,
+    STEPS,
+    PARTIALS,
+    U,
+    OUT,
+    IN,
+    OUT_CHUNK,
+    IN_CHUNK,
+    GAMMA,
+    FIELDS,
+) = (tl.constexpr(i) for i in range(17))
 
 
 @triton.jit
@@ -156,14 +172,16 @@ def add_up(
 
 
 @triton.jit
-def normalise(chunks, table, y, y_norms, CHUNK: tl.constexpr):
-    """u <- y / |y|. Where y is zero, as W is then, u stays: from zero it could not come back."""
+def normalise(chunks, table, y, y_norms, lengths, CHUNK: tl.constexpr):
+    """u <- y / |y|, and |y|. Where y is zero, as W is then, u stays: from zero it could not come back."""
     matrix = tl.load(chunks + tl.program_id(0))
     line = table + matrix * FIELDS
     size = tl.where(tl.load(line + TRANSPOSED) != 0, tl.load(line + N), tl.load(line + M)).to(tl.int32)
     first = tl.load(line + OUT_CHUNK)
     index = (tl.program_id(0) - first.to(tl.int32)) * CHUNK + tl.arange(0, CHUNK)
     length = _length(y_norms + 2 * first, tl.cdiv(size, CHUNK))
+    if tl.program_id(0) == first:
+        tl.store(lengths + matrix, length)
     u = _floats(0, tl.load(line + U))
     old = tl.load(u + index, mask=index < size, other=0.0)
     new = tl.load(y + tl.load(line + OUT) + index, mask=index < size, other=0.0)
@@ -171,24 +189,26 @@ def normalise(chunks, table, y, y_norms, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def scale(
-    strips, table, z_norms, gamma, s, W_base, to_base,
-    DTYPE: tl.constexpr, TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """W_hat = gamma/s W, s = |z|; the first strip of each block writes s."""
-    matrix, line, number, i, j = _strip(strips, table, tl.program_id(0))
-    m, n, ld, steps, aligned = _shape(line)
-    inputs = tl.where(tl.load(line + TRANSPOSED) != 0, m, n)
-    length = _length(z_norms + 2 * tl.load(line + IN_CHUNK), tl.cdiv(inputs, CHUNK))
-    if number == 0:
-        tl.store(s + matrix, length)
-    factor = tl.load(gamma + matrix).to(tl.float32) / length
-    W, to = _address(W_base, tl.load(line + WEIGHT), DTYPE), _address(to_base, tl.load(line + WEIGHT), TO)
-    columns = j * BN + tl.arange(0, BN)
-    for step in range(steps):
-        rows = (i * steps + step) * BM + tl.arange(0, BM)
-        tile = _load_tile(W, rows, columns, m, n, ld, aligned, DTYPE)
-        _store_tile(to, factor * tile, rows, columns, m, n, ld, aligned, TO)
+def measured(table, z_norms, w, s, factor, u_base, gamma_base, CHUNK: tl.constexpr):
+    """s = |z| / |u|, gamma/s and w = u / (|u|^2 s); a program does a matrix."""
+    matrix = tl.program_id(0)
+    line = table + matrix * FIELDS
+    m, n = tl.load(line + M).to(tl.int32), tl.load(line + N).to(tl.int32)
+    transposed = tl.load(line + TRANSPOSED) != 0
+    outputs, inputs = tl.where(transposed, n, m), tl.where(transposed, m, n)
+    u, to = _floats(u_base, tl.load(line + U)), w + tl.load(line + OUT)
+    squares = 0.0
+    for k in range(0, outputs, CHUNK):
+        index = k + tl.arange(0, CHUNK)
+        x = tl.load(u + index, mask=index < outputs, other=0.0)
+        squares += tl.sum(x * x)
+    length = _length(z_norms + 2 * tl.load(line + IN_CHUNK), tl.cdiv(inputs, CHUNK)) / tl.sqrt(squares)
+    tl.store(s + matrix, length)
+    tl.store(factor + matrix, tl.load(_floats(gamma_base, tl.load(line + GAMMA))) / length)
+    for k in range(0, outputs, CHUNK):
+        index = k + tl.arange(0, CHUNK)
+        x = tl.load(u + index, mask=index < outputs, other=0.0)
+        tl.store(to + index, x / squares / length, mask=index < outputs)
 
 
 @triton.jit
@@ -210,12 +230,13 @@ def overlaps(
     tl.store(sums + strip, total)
 
 
-@triton.jit
+# Parts of what was measured of a model start anywhere.
+@triton.jit(do_not_specialize_on_alignment=["z", "w", "s", "factor"])
 def gradient(
-    strips, table, sums, z, s, gamma, d_gamma, G_base, u_base, to_base,
+    strips, table, sums, z, w, s, factor, d_gamma, G_base, to_base,
     STOP: tl.constexpr, G_DTYPE: tl.constexpr, TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dW = gamma/s (G - c u (z/s)^T), c = <G, W>/s; the first strip of each block writes c, which is dgamma."""
+    """dW = gamma/s (G - c w z^T), c = <G, W>/s; the first strip of each block writes c, which is dgamma."""
     strip = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the last of G is still in the cache
     matrix, line, number, i, j = _strip(strips, table, strip)
     m, n, ld, steps, aligned = _shape(line)
@@ -224,24 +245,20 @@ def gradient(
     for k in range(0, count, 512):
         part = k + tl.arange(0, 512)
         total += tl.sum(tl.load(sums + first + part, mask=part < count, other=0.0))
-    length = tl.load(s + matrix)
-    c = total / length
+    c = total / tl.load(s + matrix)
     if number == 0:
         tl.store(d_gamma + matrix, c)
-    factor = tl.load(gamma + matrix).to(tl.float32) / length
+    scale = tl.load(factor + matrix)
     G, to = _address(G_base, tl.load(line + WEIGHT), G_DTYPE), _address(to_base, tl.load(line + WEIGHT), TO)
-    u = _floats(u_base, tl.load(line + U))
-    v = z + tl.load(line + IN)
-    columns = j * BN + tl.arange(0, BN)
+    left, right = w + tl.load(line + OUT), z + tl.load(line + IN)
     if tl.load(line + TRANSPOSED) != 0:
-        left, left_by, right, right_by = v, length, u, 1.0
-    else:
-        left, left_by, right, right_by = u, 1.0, v, length
-    across = tl.load(right + columns, mask=columns < n, other=0.0) / right_by
+        left, right = right, left
+    columns = j * BN + tl.arange(0, BN)
+    across = tl.load(right + columns, mask=columns < n, other=0.0)
     for step in range(steps):
         rows = (i * steps + step) * BM + tl.arange(0, BM)
         d = _load_tile(G, rows, columns, m, n, ld, aligned, G_DTYPE)
         if not STOP:
-            down = c * (tl.load(left + rows, mask=rows < m, other=0.0) / left_by)
+            down = c * tl.load(left + rows, mask=rows < m, other=0.0)
             d -= down[:, None] * across[None, :]
-        _store_tile(to, factor * d, rows, columns, m, n, ld, aligned, TO)
+        _store_tile(to, scale * d, rows, columns, m, n, ld, aligned, TO)

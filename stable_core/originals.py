@@ -25,7 +25,7 @@ class Owner:
     def parametrization(self) -> nn.Module | None:
         """The SigmaReparam that follows the weight, or None where it was folded."""
         originals = self._originals()
-        return None if originals is None else originals[0].leader()
+        return None if originals is None else originals._modules["0"].leader()
 
     def __reduce__(self):
         # A saved parameter takes its attributes along, and torch.load(weights_only=True) takes this class and no other.
@@ -35,7 +35,7 @@ class Owner:
 def owner_of(weight: Tensor) -> Owner | None:
     """The link of a weight that `sigma_reparam` reparametrised, also of one that has its own copy of this source."""
     owner = getattr(weight, _ATTRIBUTE, None)
-    return owner if hasattr(owner, "parametrization") else None
+    return owner if owner is not None and hasattr(owner, "parametrization") else None
 
 
 class Originals(ParametrizationList):
@@ -47,6 +47,11 @@ class Originals(ParametrizationList):
         originals.__class__ = cls
         originals._settle()
         return originals
+
+    def forward(self) -> Tensor:
+        if len(self._modules) == 1 and self.is_tensor:  # as torch does it, without asking for a second parametrization
+            return self._modules["0"](self.original)
+        return super().forward()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)

@@ -10,10 +10,8 @@ two steps resumes bitwise. A weight that changed unannounced is found in the for
 
 import math
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import NoReturn
 
 import torch
@@ -21,14 +19,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
+from . import kernels
 from .advancing import hook_optimizers
+from .kernels import Measured, Place
 from .originals import Originals
 from .power_iteration import Iterate, power_iteration, top_singular_vectors
 from .recomputing import remember
 from .sharding import Piece, gathered, is_sharded, pieces
 from .sigma_layers import sigma_layers
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
-from .watching import Notice, Watch, can_look, is_transformed, versions
+from .together import Together
+from .watching import LAG, Notice, Watch, can_look, is_transformed, versions
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class SigmaReparamConfig:
         stop_gradient: treat sigma as a constant in the backward pass.
         kind: "sigma" is σReparam; "spectral" the spectral norm baseline, gamma = 1 and not learned; "weight" torch's
             weight norm, one learned norm per output row.
+        kernels: "auto" runs Triton's kernels where they are faster, which is on GPUs of CUDA from compute capability 8.0,
+            "torch" never, "triton" raises ValueError in the forward pass where they do not run.
     """
 
     gamma_init: str = "one"
@@ -51,6 +54,7 @@ class SigmaReparamConfig:
     n_power_iterations: int = 1
     stop_gradient: bool = False
     kind: str = "sigma"
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -58,6 +62,7 @@ class SigmaReparamConfig:
             ("qkv", ("separate", "joint", "qk_joint")),
             ("kind", ("sigma", "spectral", "weight")),
             ("stop_gradient", (False, True)),
+            ("kernels", ("auto", "torch", "triton")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(map(repr, allowed))}")
@@ -102,72 +107,120 @@ def scale_plainly(
     return join(scaled), join(sigmas)
 
 
-def measure(W: Tensor, u: Tensor, rows: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """u / |u| and W^T u / |u| of each block, and their sigma (blocks,), in at least fp32."""
-    unit, images, norms = [], [], []
-    with full_precision(W):
-        for block, x in zip(cut(wide(W), rows), cut(u, rows), strict=True):
-            x = x.to(block.dtype)
-            unit.append(x / torch.linalg.vector_norm(x))  # its own memory: DDP broadcasts u in place before a backward
-            images.append(torch.mv(block.T, unit[-1]))
-            # In fp64, as the squares of large and small weights are out of the range of fp32.
-            norms.append(torch.linalg.vector_norm(images[-1], dtype=torch.float64).to(block.dtype).view(1))
-    return unit, images, join(norms)
+def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], unit: bool) -> Measured:
+    """As of `kernels.measure`, by torch; `unit`: each |u| is 1. With one block z is (in,), and s a number in fp64."""
+    W, many = wide(W), len(rows) > 1
+    u, gamma = u.to(W.dtype), gamma.to(W.dtype)
+    if not many:
+        z = torch.mv(W.T, u)
+    elif _are_equal(rows, W):
+        z = torch.bmm(u.view(len(rows), 1, -1), _blocked(W, rows)).squeeze(1)
+    else:
+        z = torch.stack([torch.mv(block.T, x) for block, x in zip(cut(W, rows), cut(u, rows), strict=True)])
+    # In fp64: the squares of large and small weights are out of the range of fp32.
+    s = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64)
+    if many:
+        s = s.to(W.dtype)
+    if unit:
+        return Measured(z, _over_rows(u, s, rows), s, gamma / s)
+    lengths = torch.linalg.vector_norm(u) if not many else join([x.norm().view(1) for x in cut(u, rows)])
+    s = s / lengths
+    return Measured(z, _over_rows(u, s * lengths.square(), rows), s, gamma / s)
 
 
 class ScaleBySigma(torch.autograd.Function):
-    """(W, gamma) -> gamma / sigma * W in `dtype`, sigma = |W^T u| / |u|, in at least fp32 whatever autocast says.
+    """(W, gamma, what was measured of them) -> gamma / s * W in `dtype`; s = |W^T u| / |u|.
 
-    W (out, in) is cut into blocks of `rows`; gamma and sigma (blocks,), u (out,); `find(W)` does what `measure` does. With
-    v = W^T u / |W^T u| and |u| = 1, each block has dL/dgamma = <G, W> / sigma and
-    dL/dW = gamma / sigma * (G - dL/dgamma * u v^T), where G = dL/dW_hat. It keeps no copy of W, where plain autograd would keep
-    W / sigma too.
+    W, a matrix (out, in), or what `matrix` makes one of, is cut into blocks of `rows`; gamma and s (blocks,), u (out,). With
+    z = W^T u and w = u / (|u|^2 s), each block has dL/dgamma = c = <G, W> / s and dL/dW = gamma / s * (G - c w z^T), where
+    G = dL/dW_hat. All in at least fp32 whatever autocast says: none of its operators is one that autocast casts. It keeps no
+    copy of W, where plain autograd would keep W / s too. With `fused` Triton's kernels do the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, W, gamma, find, rows: tuple[int, ...], stop_gradient: bool, dtype: torch.dtype):
-        unit, images, sigma = find(W)
-        scale = gamma.to(sigma.dtype) / sigma
-        factor = _per_row(scale, rows)
-        if torch.compiler.is_compiling():
-            W_hat = (W * factor).to(dtype)
-        else:  # no matrix in fp32 between
-            in_place = None if dtype == W.dtype == factor.dtype else torch.empty_like(W, dtype=dtype)
-            W_hat = torch.mul(W, factor, out=in_place)
-        ctx.save_for_backward(W, gamma, sigma, scale, *unit, *images)
-        ctx.rows, ctx.stop_gradient, ctx.dtype = rows, stop_gradient, dtype
-        return W_hat
+    def forward(ctx, W, gamma, z, w, s, factor, rows, transposed, stop_gradient, dtype, fused: Together | None):
+        ctx.save_for_backward(W, gamma, z, w, s, factor)
+        ctx.settings = rows, transposed, stop_gradient, fused
+        return scaled(W, factor, rows, transposed, dtype)
 
     @staticmethod
     def backward(ctx, G: Tensor):
-        W, gamma, sigma, scale, *vectors = ctx.saved_tensors
-        unit, images = vectors[: len(ctx.rows)], vectors[len(ctx.rows) :]
-        compiled = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiled:  # somebody asks for second derivatives
-            W_hat, _ = scale_plainly(W, gamma, join(unit), ctx.rows, ctx.stop_gradient)
-            wanted = [x for x, needed in zip((W, gamma), ctx.needs_input_grad, strict=False) if needed]
+        W0, gamma, *measured = ctx.saved_tensors
+        rows, transposed, stop_gradient, fused = ctx.settings
+        W, G = matrix(W0, transposed), matrix(G, transposed)
+        z, w, s, factor = measured
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # somebody asks for second derivatives
+            W_hat, _ = scale_plainly(W, gamma, w, rows, stop_gradient)
+            wanted = [x for x, needed in zip((W0, gamma), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(W_hat, wanted, G.to(W_hat.dtype), create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
-        # A compiler would leave autocast off for what it traces next; it is given nothing that autocast rounds.
-        with nullcontext() if compiled else full_precision(W):
-            G = wide(G)
-            blocks = zip(cut(G, ctx.rows), cut(wide(W), ctx.rows), strict=True)
-            d_gamma = join([_inner_product(g, block).view(1) for g, block in blocks]) / sigma
-            d_W = G
-            if not ctx.stop_gradient:
-                parts = zip(cut(G, ctx.rows), unit, images, cut(d_gamma / sigma, [1] * len(unit)), strict=True)
-                d_W = join([_minus_outer(g, x, image * d, compiled) for g, x, image, d in parts])
-            d_W = torch.mul(d_W, _per_row(scale, ctx.rows), out=None if compiled or d_W is G else d_W)
-        return d_W.to(W.dtype), d_gamma.to(gamma.dtype), None, None, None, None
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), *(None,) * 9
+        if fused:
+            fused.drop()
+        if fused and not is_transformed():
+            d_W, d_gamma = kernels.scale_backward(G, W, Measured(*measured), rows, stop_gradient)
+        else:
+            W, G, many = wide(W), wide(G), len(rows) > 1
+            products = [_inner_product(g, block) for g, block in zip(cut(G, rows), cut(W, rows), strict=True)]
+            d_gamma = (torch.stack(products) if many else products[0].view(1)) / s
+            scale = _per_row(factor, rows)
+            if stop_gradient:
+                d_W = (_blocked(G, rows) * scale).view_as(G)
+            elif many and not _are_equal(rows, W):
+                t = z * d_gamma[:, None]
+                parts = zip(cut(G, rows), cut(w, rows), t, strict=True)
+                d_W = join([torch.addcmul(g, x[:, None], y, value=-1) for g, x, y in parts]).mul_(scale)
+            else:
+                t = z * (d_gamma[:, None] if many else d_gamma)
+                left = w.view(len(rows), -1, 1) if many else w[:, None]
+                d_W = torch.addcmul(_blocked(G, rows), left, t[:, None] if many else t, value=-1).mul_(scale)
+                d_W = d_W.flatten(0, 1) if many else d_W
+        d_W = d_W.T if transposed else d_W.view_as(W0)
+        return d_W.to(W0.dtype), d_gamma.to(gamma.dtype), *(None,) * 9
 
 
-def _per_row(scale: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """(blocks,) -> what a stacked weight (out, in) is multiplied by, in one pass over it."""
-    return scale if len(rows) == 1 else torch.cat([x.expand(n) for x, n in zip(scale, rows, strict=True)])[:, None]
+def scaled(W: Tensor, factor: Tensor, rows: tuple[int, ...], transposed: bool, dtype: torch.dtype) -> Tensor:
+    """factor (blocks,) times W, as W lies; in one pass, and rounded once."""
+    same = dtype == W.dtype == factor.dtype
+    if torch.compiler.is_compiling() and not same:  # which fuses the two
+        return scaled(wide(W), factor, rows, transposed, factor.dtype).to(dtype)
+    if len(rows) == 1:
+        return W * factor if same else torch.mul(W, factor, out=torch.empty_like(W, dtype=dtype))
+    blocks, factor = _blocked(matrix(W, transposed), rows), _per_row(factor, rows)
+    if same:
+        W_hat = blocks * factor
+        W_hat = W_hat.flatten(0, 1) if W_hat.ndim == 3 else W_hat
+        return W_hat.T if transposed else W_hat.view_as(W)
+    W_hat = torch.empty_like(W, dtype=dtype)
+    torch.mul(blocks, factor, out=_blocked(matrix(W_hat, transposed), rows))
+    return W_hat
 
 
-def _minus_outer(G: Tensor, x: Tensor, y: Tensor, compiled: bool) -> Tensor:
-    return G - x[:, None] * y if compiled else torch.addr(G, x, y, alpha=-1)
+def _are_equal(rows: tuple[int, ...], x: Tensor) -> bool:
+    """Whether x is cut into several blocks of one size, which one operator takes together; not every one does if sharded."""
+    return len(rows) > 1 and len(set(rows)) == 1 and not is_sharded(x)
+
+
+def _blocked(x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """(out, in) -> (blocks, rows, in), where all blocks have as many rows."""
+    return x.unflatten(0, (len(rows), -1)) if _are_equal(rows, x) else x
+
+
+def _per_row(x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """(blocks,) -> what `_blocked` is multiplied by."""
+    if len(rows) == 1:
+        return x
+    if _are_equal(rows, x):
+        return x[:, None, None]
+    return torch.cat([one.expand(n) for one, n in zip(x, rows, strict=True)])[:, None]
+
+
+def _over_rows(u: Tensor, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """u (out,) / x (blocks,), each block by its own."""
+    if len(rows) == 1:
+        return u / x
+    if _are_equal(rows, x):
+        return (u.view(len(rows), -1) / x[:, None]).view(-1)
+    return torch.cat([part / one for part, one in zip(cut(u, rows), x, strict=True)])
 
 
 def _inner_product(A: Tensor, B: Tensor) -> Tensor:
@@ -175,12 +228,6 @@ def _inner_product(A: Tensor, B: Tensor) -> Tensor:
     if not B.is_contiguous():
         A, B = A.T, B.T
     return torch.dot(A.reshape(-1), B.reshape(-1))
-
-
-@torch.no_grad()
-def estimate(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """sigma = |W^T u| / |u| of each block, shape (blocks,), bitwise the forward pass's."""
-    return measure(stacked, u, rows)[2]
 
 
 @torch.no_grad()
@@ -214,13 +261,16 @@ class SigmaReparam(nn.Module):
     State, all of it in the state dict: gamma (blocks,) and u (out,), which stays in fp32.
     """
 
-    def __init__(self, group: Group, config: SigmaReparamConfig, notice: Notice | None = None) -> None:
+    def __init__(
+        self, group: Group, config: SigmaReparamConfig, shared: "tuple[Notice, Together] | None" = None
+    ) -> None:
         super().__init__()
         self.rows, self.transposed, self.config = tuple(group.rows), group.members[0].transposed, config
         self.name = group.members[group.leader].name
         self.index = group.leader  # which of the weights it is registered on
         self._members = [None] * len(group.members)  # weak links to their Originals: to own them would be a cycle
-        self.watch, self.before_rest, self._notice = Watch(), None, notice or Notice()
+        self.watch, self.before_rest, self._unit = Watch(), None, None
+        self._notice, self.together = shared or (Notice(), Together())
         self._evaluated: tuple | None = (
             None  # (versions, u, sigma) of weights that u does not belong to, while evaluated
         )
@@ -230,7 +280,7 @@ class SigmaReparam(nn.Module):
         gamma = torch.ones(len(self.rows), **fp32)
         if not weight.is_meta:
             self.u.copy_(top_u(stacked, self.u, self.rows))
-            sigma = estimate(stacked, self.u, self.rows)
+            sigma = measure(stacked, self.u, gamma, self.rows, is_unit(self.u, self.rows)).s.view(-1)
             self.watch.expect([], sigma)
             if config.gamma_init == "spectral":
                 gamma = sigma.clone()  # it learns, and the expectation does not
@@ -255,7 +305,7 @@ class SigmaReparam(nn.Module):
 
     def members(self) -> tuple[Originals, ...]:
         """Where its weights live."""
-        members = tuple(link and link() for link in self._members)
+        members = tuple([link and link() for link in self._members])
         if None in members:
             raise ValueError(f"{self.name}: a layer that shares its sigma is gone; fold or copy the whole attention")
         return members
@@ -279,41 +329,108 @@ class SigmaReparam(nn.Module):
         dtype = originals[0].dtype
         if dtype == torch.float32:
             dtype = _autocast_dtype(originals[0]) or dtype
-        scaled = self._scaled(originals, dtype)
-        parts = cut(scaled, [W.shape[self.transposed] for W in originals])
+        if len(originals) == 1 and (originals[0].ndim == 2 or originals[0].is_contiguous()):
+            return [self._scaled(originals, originals[0], self.transposed, dtype)]
+        W_hat = self._scaled(originals, join([matrix(W, self.transposed) for W in originals]), False, dtype)
+        parts = cut(W_hat, [W.shape[self.transposed] for W in originals])
         return [(W.T if self.transposed else W).view_as(W0) for W, W0 in zip(parts, originals, strict=True)]
 
-    def _scaled(self, originals: list[Tensor], dtype: torch.dtype) -> Tensor:
-        stacked = join([matrix(W, self.transposed) for W in originals])
+    def _scaled(self, originals: list[Tensor], W: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
+        """W_hat of W, which is the only one of the originals as it is, or all of them stacked."""
+        rows, stop_gradient = self.rows, self.config.stop_gradient
         if is_transformed():
-            return scale_plainly(stacked, self.gamma, self.u, self.rows, self.config.stop_gradient)[0].to(dtype)
-        looks = can_look(stacked) and not is_sharded(stacked) and self.watch.is_due(originals)
-        W_hat = self._scale(stacked, partial(self._find, originals if looks else None, self._u_of(originals)), dtype)
-        remember(W_hat, lambda: self._scale(stacked, partial(self._find, None, self._u_of(originals)), dtype))
+            W_hat = scale_plainly(matrix(W, transposed), self.gamma, self.u, rows, stop_gradient)[0].to(dtype)
+            return W_hat.T if transposed else W_hat.view_as(W)
+        fused, can = self.takes_kernels(W), can_look(W)
+        if self.config.kernels == "triton" and not fused and can and (why := kernels.why_not(W.device, W.dtype)):
+            raise ValueError(f"{self.name}: kernels = 'triton': {why}; or set it to 'auto'")
+        looks = can and not is_sharded(W) and self.watch.is_due(originals)
+        found = self._find(originals, W, transposed, fused, looks)
+        W_hat = ScaleBySigma.apply(
+            W, self.gamma, *found, rows, transposed, stop_gradient, dtype, self.together if fused else None
+        )
+        remember(W_hat, lambda: scaled(W, found.factor, rows, transposed, dtype))
         return W_hat
 
-    def _scale(self, stacked: Tensor, find: Callable, dtype: torch.dtype) -> Tensor:
-        return ScaleBySigma.apply(stacked, self.gamma, find, self.rows, self.config.stop_gradient, dtype)
-
-    def _find(self, originals: list[Tensor] | None, u: Tensor, stacked: Tensor) -> tuple:
-        """What `measure` does with the u that belongs to the weights; with `originals` it is looked for."""
-        while True:
-            found = measure(stacked, u, self.rows)
-            if originals is None or self._is_right(originals, stacked, u, found[2].tolist()):
-                return found
-            u = self._u_of(originals)
+    def _find(self, originals: list[Tensor], W: Tensor, transposed: bool, fused: bool, looks: bool) -> Measured:
+        """What is measured with the u that belongs to the weights, which is looked for where `looks`."""
+        u, batch, index = self._u_of(originals), None, 0
+        if fused and W is originals[0] and u is self.u:
+            batch, index = self.together.take(self, W)
+        found = batch.found[index] if batch else self._measure(W, transposed, u, fused)
+        if looks:
+            sigma, stacked = batch.sigma(index) if batch else found.s.view(-1).tolist(), matrix(W.detach(), transposed)
+            while not self._is_right(originals, stacked, u, sigma):
+                u = self._u_of(originals)
+                found = self._measure(W, transposed, u, fused)
+                sigma = found.s.view(-1).tolist()
+        return found
 
     def _u_of(self, originals: list[Tensor]) -> Tensor:
         """u, or in evaluation that of weights which u does not belong to."""
         kept = self._evaluated
         return kept[1] if kept is not None and kept[0] == versions(originals) else self.u
 
+    def takes_kernels(self, W: Tensor) -> bool:
+        """Whether Triton's kernels do the work."""
+        setting = self.config.kernels
+        if setting == "torch" or (setting == "auto" and not W.is_cuda) or torch.compiler.is_compiling():
+            return False
+        if W.is_meta or is_sharded(W) or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+            return False
+        return not kernels.why_not(W.device, W.dtype) and self.u.device == self.gamma.device == W.device
+
+    def _measure(self, W: Tensor, transposed: bool, u: Tensor, fused: bool) -> Measured:
+        stacked, gamma = matrix(W.detach(), transposed), self.gamma.detach()
+        if fused:
+            dense = stacked if kernels.is_dense(stacked) else stacked.contiguous()
+            return kernels.measure(dense, u, gamma.float(), self.rows)
+        with full_precision(W):
+            return measure(stacked, u, gamma, self.rows, self._is_unit(u))
+
+    def _estimate(self, stacked: Tensor, u: Tensor) -> Tensor:
+        """sigma = |W^T u| / |u| of each block, (blocks,), bitwise the forward pass's."""
+        return self._measure(stacked, False, u, self.takes_kernels(stacked)).s.view(-1)
+
+    def _is_unit(self, u: Tensor) -> bool:
+        """Whether each |u| is known to be 1 (to 1e-5, whoever made it); only where asking waits for no device."""
+        if not u.is_cpu or torch.compiler.is_compiling():
+            return False
+        if self.training and self._unit == versions([u]):
+            return True
+        if not can_look(u):
+            return False
+        found = is_unit(u, self.rows)
+        self._unit = versions([u]) if found else None
+        return found
+
+    def advanced(self, weights: list[Tensor], at_least: Tensor) -> None:
+        """u was brought to length 1 by power iteration, which found sigma (blocks,) to be `at_least` so much."""
+        self._unit = versions([self.u])
+        self.watch.expect(weights, at_least, slack=LAG)
+
+    def lone_weight(self) -> Tensor | None:
+        """Its weight, if it is one."""
+        link = self._members[0]
+        member = link and link()
+        return member.original if member is not None and len(self._members) == 1 else None
+
+    def place(self, W: Tensor) -> Place:
+        """Where its lone weight, contiguous, lies, and its state."""
+        out = W.shape[self.transposed]
+        width = W.numel() // out
+        stride = (1, out) if self.transposed else (width, 1)
+        return Place(W.data_ptr(), (out, width), stride, self.rows, self.u.data_ptr(), self.gamma.data_ptr())
+
     # ------------------------------------------------------------------------------------------------ u and its weights
 
     def iterates(self) -> tuple[list[Iterate], object]:
         """What `power_iteration` advances, an iterate per block, and the process group over which W is cut up, if any."""
         originals = self.originals()
-        parts, group = pieces(originals, self.transposed)
+        if any(map(is_sharded, originals)) or len(originals) > 1:
+            parts, group = pieces(originals, self.transposed)
+        else:
+            parts, group = [Piece(matrix(originals[0].detach(), self.transposed))], None
         width = originals[0].shape[0] if self.transposed else originals[0].numel() // originals[0].shape[0]
         if len(self.rows) == 1:
             return [Iterate(parts, self.u, width)], group
@@ -326,19 +443,20 @@ class SigmaReparam(nn.Module):
 
     def sigma(self) -> Tensor:
         """The estimate |W^T u| / |u| of each block's spectral norm, shape (blocks,), without gradient."""
-        return estimate(self._stacked(), self.u, self.rows)
+        stacked = self._stacked()
+        return self._estimate(stacked, self.u).to(wide(stacked).dtype)
 
     def true_sigma(self) -> Tensor:
         """Each block's spectral norm to 1e-3, shape (blocks,), without gradient and without touching u."""
         stacked = self._stacked()
-        return estimate(stacked, top_u(stacked, self.u, self.rows), self.rows)
+        return self._estimate(stacked, top_u(stacked, self.u, self.rows)).to(wide(stacked).dtype)
 
     def converge(self) -> None:
         """Finds u of the present weights."""
         stacked = self._stacked()
         with torch.no_grad():
             self.u.copy_(top_u(stacked, self.u, self.rows))
-        self.watch.expect(self.originals(), estimate(stacked, self.u, self.rows))
+        self.watch.expect(self.originals(), self._estimate(stacked, self.u))
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -368,7 +486,7 @@ class SigmaReparam(nn.Module):
         W = W_hat.clone() if len(originals) == 1 else (W_hat / ratio).to(W_hat.dtype)
         stacked = join([matrix(W if i == index else other, self.transposed) for i, other in enumerate(originals)])
         u = top_u(stacked, self.u, self.rows)
-        sigma = estimate(stacked, u, self.rows)
+        sigma = self._estimate(stacked, u).to(self.u.dtype)
         gamma = sigma if len(originals) == 1 else sigma * ratio
         if self.config.kind == "spectral":
             if not torch.allclose(gamma, torch.ones_like(gamma), atol=2e-3):
@@ -389,7 +507,8 @@ class SigmaReparam(nn.Module):
             return right
         watch, changed = self.watch, self.watch.moved(originals) or self.watch.announced
         averaged = not (watch.exact or self.training or is_unit(u, self.rows))
-        if (watch.agrees(sigma, changed, stacked.dtype) and not averaged) or not all(0 < x < math.inf for x in sigma):
+        agrees = watch.agrees(sigma, changed, stacked.dtype)
+        if (agrees and not averaged) or not all(0 < x < math.inf for x in sigma):
             watch.expect(originals, sigma)
             return True  # or NaN, inf, zeros, which have no u: the loss shows them
         if not self.training:  # an average, or swapped in for one; training goes on with u as it is
@@ -420,7 +539,7 @@ class SigmaReparam(nn.Module):
             return
         originals = self.originals()
         if not self.watch.exact and not self.watch.announced and not self.watch.moved(originals):
-            sigma = estimate(self._stacked(), self.u, self.rows).tolist()
+            sigma = self._estimate(self._stacked(), self.u).tolist()
             if self.watch.agrees(sigma, False, originals[0].dtype) and is_unit(self.u, self.rows):
                 self.watch.expect(originals, sigma)
 
@@ -512,8 +631,8 @@ def sigma_reparam(
             weight_norm(target.module, target.tensor_name, dim=1 if target.transposed else 0)
             target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
         return model
-    notice = Notice()
-    for group, leader in [(group, SigmaReparam(group, config, notice)) for group in groups]:
+    shared = Notice(), Together()
+    for group, leader in [(group, SigmaReparam(group, config, shared)) for group in groups]:
         for index, target in enumerate(group.members):
             parametrization = leader if index == group.leader else JointMember(leader, index)
             parametrize.register_parametrization(target.module, target.tensor_name, parametrization, unsafe=True)

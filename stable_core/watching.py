@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 EXACT = 3e-6  # what another order of summation may change
-LAG = 0.5  # how much more than power iteration's own lower bound sigma may be after it, before it is suspicious
+LAG = 3.0  # after a step sigma may be so much more than its lower bound, which is far more than it ever was
 EVERY = 64
 
 
@@ -50,16 +50,17 @@ class Watch:
 
     def moved(self, weights: list[Tensor]) -> bool:
         """Whether a version counter says that a weight was written to since u was put right."""
+        now = versions(weights)
+        if now == self._seen:
+            return False
         # Another tensor in its place has a counter of its own, which says nothing.
-        return any(
-            new[0] == old[0] and new[1] != old[1] for new, old in zip(versions(weights), self._seen, strict=False)
-        )
+        return any(new[0] == old[0] and new[1] != old[1] for new, old in zip(now, self._seen, strict=False))
 
     def is_due(self, weights: list[Tensor]) -> bool:
         """Whether this pass compares; not with tensors that stand in for the weights (torch.func.functional_call)."""
         if [id(W) for W in weights] != [name for name, _ in self._seen]:
             return False
-        if weights[0].device.type == "cpu":
+        if weights[0].is_cpu:
             return True
         self._passes += 1
         scheduled = self._passes % EVERY == 0 or (self._passes < EVERY and self._passes & (self._passes - 1) == 0)
@@ -116,4 +117,4 @@ def is_transformed() -> bool:
 
 def versions(weights: list[Tensor]) -> tuple:
     """Which tensors they are, and how often torch saw each written to; it does not count for those of inference mode."""
-    return tuple((id(W), 0 if W.is_inference() else W._version) for W in weights)
+    return tuple([(id(W), 0 if W.is_inference() else W._version) for W in weights])

@@ -127,7 +127,7 @@ class SigmaReparamRecord(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict) -> "SigmaReparamRecord":
         """Raises ValueError for a value that no `SigmaReparamConfig` has, say of an edited config.json."""
-        allowed = [field.name for field in fields(SigmaReparamConfig)]
+        allowed = [field.name for field in fields(SigmaReparamConfig) if field.name != "kernels"]
         first = {key: value for key, value in config_dict.items() if key not in ("quant_method", "further")}
         groups: dict[SigmaReparamConfig, list[str]] = {}
         for group in (first, *config_dict.get("further", ())):
@@ -144,7 +144,10 @@ class SigmaReparamRecord(QuantizationConfigMixin):
         return cls(groups)
 
     def to_dict(self) -> dict:
-        first, *further = ({**asdict(config), "layers": names} for config, names in self.groups.items())
+        groups = [{**asdict(config), "layers": names} for config, names in self.groups.items()]
+        for group in groups:
+            del group["kernels"]  # the machine's affair, not the model's
+        first, *further = groups
         return {"quant_method": METHOD, **first, **({"further": further} if further else {})}
 
 

@@ -1,0 +1,115 @@
+"""sigma of all weights of a model in three launches, when the first layer of a forward pass asks for its own.
+
+Each layer asks in its forward pass, as a weight may have changed just before, with nobody saying so. What is found for all is
+used once, by the layer's next pass, and dropped with the next backward pass or change of u: so it is never older than the
+forward pass that it is used in. It is bitwise what the layer would have found by itself (kernels.py).
+"""
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .kernels import Measured
+
+if TYPE_CHECKING:
+    from .sigma_reparam import SigmaReparam
+
+
+class Batch:
+    """What was measured together; `sigmas` are read off the device once for all."""
+
+    def __init__(self, found: list[Measured]) -> None:
+        self.found, self._sigmas = found, None
+
+    def sigma(self, index: int) -> list[float]:
+        """Of one weight, (blocks,)."""
+        if self._sigmas is None:
+            self._sigmas = torch.cat([measured.s for measured in self.found]).tolist()
+        start = sum(len(measured.s) for measured in self.found[:index])
+        return self._sigmas[start : start + len(self.found[index].s)]
+
+
+class Together:
+    """The layers of one `sigma_reparam` call that ask in training, in the order in which they first did."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, weakref.ref] = {}
+        self._ready: dict[int, tuple] = {}  # layer -> (what it is true of, batch, its index there)
+        self._plan: tuple = (None, None)
+        self._misses = 0  # since the first layer asked last
+
+    def __reduce__(self):
+        return Together, ()  # a copied model's layers ask again
+
+    def drop(self) -> None:
+        """What was not used by now is not used any more."""
+        self._ready.clear()
+
+    def take(self, layer: "SigmaReparam", W: Tensor) -> tuple[Batch | None, int]:
+        """The batch that a layer whose weight is W is in, and where in it; without one it has to measure by itself."""
+        # In a backward pass it is made again, for activation checkpointing: there layers come in another order.
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1 or not _is_plain(layer, W):
+            return None, 0
+        mine = id(layer)
+        first = next((key for key, link in self._layers.items() if link() is not None), mine)
+        if mine == first and mine not in self._ready:
+            self._measure(W)
+        link = self._layers.get(mine)
+        if link is None or link() is not layer:
+            self._layers[mine] = weakref.ref(layer)
+        state, batch, index = self._ready.pop(mine, (None, None, 0))
+        if state is not None and state == _state(layer, W):
+            return batch, index
+        self._misses += 1
+        if self._misses > 4 * len(self._layers):  # it was frozen, or is not called any more: there may be another first
+            self._layers.clear()
+            self._misses = 0
+        return None, 0
+
+    def _measure(self, like: Tensor) -> None:
+        self.drop()
+        self._misses = 0
+        layers, places = [], []
+        for key, link in list(self._layers.items()):
+            layer = link()
+            if layer is None:
+                del self._layers[key]
+                continue
+            W = layer.lone_weight()
+            if W is None:
+                continue
+            if type(W) is not nn.Parameter:
+                return  # sharded: each is whole in its own pass alone
+            if W.dtype == like.dtype and W.device == like.device and _is_plain(layer, W) and layer.takes_kernels(W):
+                layers.append((layer, W))
+                places.append(layer.place(W))
+        if len(places) < 2:
+            return
+        key = tuple(places)
+        if self._plan[0] != key:
+            if like.is_cuda and torch.cuda.is_current_stream_capturing():
+                return  # a graph must not wait for a new plan
+            self._plan = key, kernels.plan(key, like.device, like.dtype)
+        batch = Batch(kernels.measure_all(self._plan[1], like.dtype))
+        self._ready = {id(layer): (_state(layer, W), batch, i) for i, (layer, W) in enumerate(layers)}
+
+
+def _is_plain(layer: "SigmaReparam", W: Tensor) -> bool:
+    """Whether W is a parameter that learns, and lies as a plan says."""
+    return (
+        layer.training
+        and type(W) is nn.Parameter
+        and W.requires_grad
+        and W.is_leaf
+        and W.is_contiguous()
+        and layer.gamma.dtype == torch.float32
+    )
+
+
+def _state(layer: "SigmaReparam", W: Tensor) -> tuple:
+    # On another stream it might not be there yet.
+    stream = torch.cuda.current_stream(W.device).cuda_stream if W.is_cuda else None
+    return id(W), W.data_ptr(), W.shape, W._version, layer.u._version, layer.gamma._version, stream
