@@ -91,15 +91,13 @@ lint: $(STABLE_VENV)/ready
 	$(BIN)/ruff format --check .
 
 bench: $(STABLE_VENV)/ready
-	for which in step_time memory scaling attention monitor build; do $(BIN)/python -m benchmarks.$$which || exit 1; done
+	for which in step_time memory scaling attention monitor build calls; do $(BIN)/python -m benchmarks.$$which || exit 1; done
 
-# pdoc imports what a package's __all__ names. There is a command stable_core.fold, which would take the place of the function.
-PDOC := import stable_core.fold; stable_core.fold = stable_core.folding.fold; from pdoc.__main__ import cli; cli()
 PACKAGES := stable_core stable_monitor fairseq_sigma timm_stable hf_stable nanogpt_patch
 
 docs: $(STABLE_VENV)/ready
 	@rm -rf docs/api
-	@$(BIN)/python -W ignore -c '$(PDOC)' --docformat google --output-directory docs/api $(PACKAGES)
+	@$(BIN)/python -W ignore -m pdoc --docformat google --output-directory docs/api $(PACKAGES)
 	@echo "== the API reference is docs/api/index.html"
 
 clean:

@@ -12,9 +12,9 @@ import sys
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch.nn.utils import parametrize
 
-from benchmarks.models import FAMILIES, Step
+from benchmarks.families import Step, reparametrised_bytes
+from benchmarks.models import FAMILIES
 from benchmarks.paired import Report, arguments
 
 STEPS = 3
@@ -29,16 +29,6 @@ def peak(step: Step, device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def reparametrised(model: torch.nn.Module) -> int:
-    """Bytes of the weights under a parametrization, in fp32."""
-    return sum(
-        4 * chain.original.numel()
-        for module in model.modules()
-        if parametrize.is_parametrized(module)
-        for chain in module.parametrizations.values()
-    )
-
-
 def main() -> None:
     parser = arguments("memory", __doc__, rounds=3)
     parser.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="(default: all)")
@@ -49,7 +39,7 @@ def main() -> None:
     if args.only:
         family = FAMILIES[args.models[0]]()
         step = Step(family, args.only, args.size, args.device, args.autocast)
-        print(json.dumps({"peak": peak(step, args.device), "copy": reparametrised(step.model)}))
+        print(json.dumps({"peak": peak(step, args.device), "copy": reparametrised_bytes(step.model)}))
         return
     report = Report("peak memory, autocast to bfloat16" if args.autocast else "peak memory", args.device)
     for name in args.models:

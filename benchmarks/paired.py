@@ -3,11 +3,15 @@
 import argparse
 import json
 import logging
+import math
 import platform
 import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +25,12 @@ def arguments(module: str, doc: str, rounds: int) -> argparse.ArgumentParser:
     """What every benchmark takes."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=doc.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=rounds, help="(default: %(default)s)")
-    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument("--device", type=device_named, default=torch.device("cpu"), help="cpu (default) or cuda")
     parser.add_argument("--out", type=Path, help="writes OUT.txt (tables), OUT.json (every number) and OUT.png (plot)")
     return parser
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         allowed = "cpu or cuda" if torch.cuda.is_available() else "cpu; torch sees no GPU here"
         raise argparse.ArgumentTypeError(f"{name!r}: allowed are {allowed}")
@@ -34,16 +38,18 @@ def _device(name: str) -> torch.device:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    """On a GPU between two of its events, the first of which it meets idle."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
     start = time.perf_counter()
     work()
-    _wait(device)
     return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def interleave(
@@ -56,6 +62,28 @@ def interleave(
             taken = seconds(one, device)
             if i >= warm_up:
                 times[name].append(taken)
+    return times
+
+
+def interleave_within(
+    work: dict[str, Callable[[], object]], budget: float, device: torch.device, least: float = 0.15
+) -> dict[str, list[float]]:
+    """Seconds a call, in as many rounds as `budget` seconds hold, from 5 to 30.
+
+    In a round each is called as often as takes `least` seconds: a GPU works off a queue, which one call would find empty.
+    """
+    once = {name: [seconds(one, device) for _ in range(2)][1] for name, one in work.items()}  # the first warms up
+    calls = {name: max(1, min(50, math.ceil(least / taken))) for name, taken in once.items()}
+    rounds = max(5, min(30, int(budget / sum(calls[name] * taken for name, taken in once.items()))))
+
+    def repeated(name: str) -> None:
+        for _ in range(calls[name]):
+            work[name]()
+
+    times = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, own in times.items():
+            own.append(seconds(partial(repeated, name), device) / calls[name])
     return times
 
 
@@ -74,21 +102,34 @@ class Report:
     def __init__(self, what: str, device: torch.device) -> None:
         logging.getLogger().setLevel(logging.WARNING)  # fairseq asks every package for its debugging output
         self.what, self.machine = what, f"torch {torch.__version__}, {chip(device)}"
-        self.console = Console(record=True, width=120)
+        self.console = Console(record=True, width=140)
         self.console.print(f"{what}; {self.machine}")
         self.rows: list[dict] = []
 
-    def add(self, title: str, values: dict[str, list[float]], bases: list[str], unit: str, scale: float) -> None:
-        """A table: the medians of `values` * `scale` in `unit`, and of their ratios to each of the bases, with quartiles."""
-        table = Table("", unit, *(f"/ {base} (quartiles)" for base in bases), title=title, title_justify="left")
+    def add(
+        self,
+        title: str,
+        values: dict[str, list[float]],
+        bases: list[str],
+        unit: str,
+        scale: float,
+        more: dict[str, dict[str, float | str]] | None = None,
+    ) -> None:
+        """A table: the medians of `values` * `scale` in `unit`, and of their ratios to each of the bases, with quartiles.
+
+        more: further columns, from the same names to what stands there.
+        """
+        more = more or {}
+        table = Table("", unit, *(f"/ {base} (quartiles)" for base in bases), *more, title=title, title_justify="left")
         to = {base: ratios(values, base) for base in bases}
         for name, own in values.items():
             low_high = {base: quartiles(to[base][name]) for base in bases}
             cells = (
                 f"{statistics.median(to[b][name]):.3f} ({low_high[b][0]:.3f} - {low_high[b][1]:.3f})" for b in bases
             )
-            table.add_row(name, f"{scale * statistics.median(own):.4g}", *cells)
-            self.rows.append({"title": title, "name": name, "unit": unit, "values": [scale * x for x in own]})
+            also = {column: given[name] for column, given in more.items() if name in given}
+            table.add_row(name, f"{scale * statistics.median(own):.4g}", *cells, *(_cell(also.get(c)) for c in more))
+            self.rows.append({"title": title, "name": name, "unit": unit, "values": [scale * x for x in own], **also})
             self.rows[-1] |= {f"/ {base}": to[base][name] for base in bases}
         self.console.print(table)
 
@@ -121,6 +162,10 @@ class Report:
         return figure
 
 
+def _cell(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.5g}"
+
+
 def _rounded(row: dict) -> dict:
     return {key: [float(f"{x:.5g}") for x in value] if isinstance(value, list) else value for key, value in row.items()}
 
@@ -128,8 +173,15 @@ def _rounded(row: dict) -> dict:
 def chip(device: torch.device) -> str:
     """What it ran on."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()}, driver {_driver()}"
     return f"{_processor()}, {torch.get_num_threads()} thread(s)"
+
+
+def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.split("\n")[0] or "unknown"
 
 
 def _processor() -> str:

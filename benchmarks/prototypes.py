@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import stable_core  # noqa: F401
-from benchmarks.models import Step, translation
+from benchmarks.families import Step
+from benchmarks.models import translation
 from benchmarks.paired import Report, arguments, interleave, seconds
 
 module = sys.modules["stable_core.sigma_reparam"]  # its function of the same name hides it

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.models import Family, Step, translation
+from benchmarks.families import Family, Step
+from benchmarks.models import translation
 from benchmarks.paired import Report, arguments, interleave
 
 PLAIN, OURS = "post-LN", "σReparam + post-LN"

@@ -8,7 +8,8 @@ listing with autograd; torch's `spectral_norm` has no gamma to learn.
 import argparse
 import gc
 
-from benchmarks.models import FAMILIES, Family, Step
+from benchmarks.families import Family, Step
+from benchmarks.models import FAMILIES
 from benchmarks.paired import Report, arguments, interleave
 
 

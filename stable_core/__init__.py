@@ -4,9 +4,10 @@ from .advancing import advance
 from .attention import StableAttention
 from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
-from .folding import fold, fold_state_dict
+from .fold import fold, fold_state_dict
 from .param_groups import param_groups
 from .recomputing import recompute
+from .sigma_layers import sigma_layers
 from .sigma_reparam import SigmaReparamConfig, converge, sigma_reparam
 from .stable_init import stable_init_
 from .stable_norm import StableNorm
@@ -33,6 +34,7 @@ __all__ = [
     "param_groups",
     "qk_norm_logit_bound",
     "recompute",
+    "sigma_layers",
     "sigma_reparam",
     "stable_attention_logit_bound",
     "stable_init_",

@@ -1,65 +1,133 @@
-"""u and v of σReparam advance after each step (Algorithm 1): by hooks of every torch optimizer, and by hand."""
+"""u of σReparam advances after each step (Algorithm 1): by hooks of every torch optimizer, and by hand.
+
+At least once for each change of a weight. Of optimizers inside of one another (SAM, Lookahead, ZeRO's), and of a step that
+calls `super().step()`, the outermost advances it, on all ranks alike. What no step announces, watching.py finds.
+"""
 
 import functools
-import weakref
+import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .originals import Owner, owner_of
 from .power_iteration import power_iteration
-
-_instances: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # SigmaReparam, all of them
-_stepping: list[torch.optim.Optimizer] = []  # the outermost optimizer in its step first, then those it wraps
-
-
-def track(instance: nn.Module) -> None:
-    """From now on `instance`, a SigmaReparam, advances with the optimizers of its weights."""
-    _hook_optimizers()
-    _instances.add(instance)
+from .watching import LAG
 
 
 @functools.cache
-def _hook_optimizers() -> None:
+def hook_optimizers() -> None:
+    """From now on every torch optimizer's step advances what it changed."""
     register_optimizer_step_pre_hook(_before_optimizer_step)
     register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 def _before_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    if optimizer in _stepping:  # its last step ended in an exception
-        del _stepping[_stepping.index(optimizer) :]
-    _stepping.append(optimizer)
+    for group in optimizer.param_groups:
+        followed = _followed(group["params"])
+        if _rests(group):
+            for parametrization in followed:
+                parametrization.before_rest = _images(parametrization)
+        else:
+            for parametrization in followed:
+                parametrization.watch.announce()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    _stepping.remove(optimizer)
-    if _stepping:  # SAM, Lookahead and ZeRO's optimizer step another one inside, and may change the weights after it
-        return
-    # A version counter cannot tell that a weight changed: some optimizers, fairseq's Adam among them, write to `.data`.
-    advance(p for group in optimizer.param_groups if not _rests(group) for p in group["params"] if p.grad is not None)
+    # Neither gradients nor version counters tell what changed: some optimizers clear the ones, others (fairseq's Adam) write to
+    # `.data`, which the others do not see.
+    changed, around = {}, set()
+    for outer in _steps_around():
+        around.update(id(p) for group in outer.param_groups for p in group["params"])
+    for group in optimizer.param_groups:
+        for parametrization in _followed(p for p in group["params"] if id(p) not in around):
+            if not _rests(group) or _changed_at_rest(parametrization):
+                changed[parametrization] = None
+    _advance(changed)
+
+
+def _steps_around() -> Iterator[torch.optim.Optimizer]:
+    """The optimizers whose steps the one that ends now is inside of.
+
+    They are on the call stack, where a step that raised is no more. A list of what has begun would have to guess that.
+    """
+    frame = sys._getframe(2)  # behind this function's and the hook's, that of the step itself
+    while (frame := frame.f_back) is not None:
+        if frame.f_code is _STEP:
+            yield frame.f_locals["self"]
+
+
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__  # what torch wraps around each step
+
+
+def _followed(weights: Iterable[Tensor]) -> Iterator[nn.Module]:
+    """The parametrizations of the weights that learn; those of another copy of this source have hooks of their own."""
+    for weight in weights:
+        owner = owner_of(weight)
+        if isinstance(owner, Owner) and weight.requires_grad:
+            parametrization = owner.parametrization()
+            if parametrization is not None:
+                yield parametrization
 
 
 def _rests(group: dict) -> bool:
-    """Whether its learning rate is 0: in a schedule, or where torch fills a new optimizer's state to load or save it."""
+    """Whether its learning rate is 0.
+
+    So it is in a schedule, in a wrapper whose inner optimizer has the true one, and where torch fills a new optimizer's
+    state to load or save it, after the model may have been loaded: there u must stay as it was loaded.
+    """
     lr = group.get("lr")
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return False  # reading a GPU's would wait for it
     return lr == 0
 
 
+@torch.no_grad()
+def _images(parametrization: nn.Module) -> list[Tensor]:
+    """W^T u on this process, which differs where W does."""
+    return [iterate.Wt_u() for iterate in parametrization.iterates()[0]]
+
+
+def _changed_at_rest(parametrization: nn.Module) -> bool:
+    before, parametrization.before_rest = parametrization.before_rest, None
+    if before is None:
+        return True
+    changed = not all(torch.equal(old, new) for old, new in zip(before, _images(parametrization), strict=True))
+    _, group = parametrization.iterates()
+    if group is not None:  # of a sharded weight any part may have changed, and all processes must go the same way
+        flag = torch.tensor(float(changed), device=parametrization.u.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        changed = bool(flag)
+    return changed
+
+
 def advance(parameters: Iterable[Tensor]) -> None:
-    """Advances u and v of the σReparam weights among `parameters` by one step (Algorithm 1).
+    """Advances u of the σReparam weights among `parameters` by one step (Algorithm 1).
 
     torch optimizers that step the model's own parameters do this by themselves. Call it after each change of the weights
     by anything else: a loop without an optimizer, or one that steps a copy (fp32 masters) and copies the result back.
     """
-    owner = {id(W): instance for instance in _instances for W in instance.originals()}
+    owners = [owner for owner in map(owner_of, parameters) if owner is not None]
+    _advance(dict.fromkeys(found for owner in owners if (found := owner.parametrization()) is not None))
+
+
+def _advance(parametrizations: Iterable[nn.Module]) -> None:
     together = defaultdict(list)
     # In the order of the parameters, which is the same on every rank: sharded weights need collectives.
-    for instance in dict.fromkeys(owner[id(p)] for p in parameters if id(p) in owner):
-        iterates, group = instance.iterates()
-        together[instance.u.device, instance.config.n_power_iterations, group] += iterates
-    for (_, n_power_iterations, group), iterates in together.items():
-        power_iteration(iterates, n_power_iterations, group)
+    for parametrization in parametrizations:
+        iterates, group = parametrization.iterates()
+        together[parametrization.u.device, parametrization.config.n_power_iterations, group].append(
+            (parametrization, iterates)
+        )
+    for (_, n_power_iterations, group), members in together.items():
+        every = [iterate for _, iterates in members for iterate in iterates]
+        _, at_least = power_iteration(every, n_power_iterations, group)
+        start = 0
+        for parametrization, iterates in members:
+            sigma = at_least[start : start + len(iterates)]
+            parametrization.watch.expect(parametrization.originals(), sigma, slack=LAG)
+            start += len(iterates)

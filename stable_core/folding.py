@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .recomputing import keep
 from .sharding import is_sharded
-from .sigma_reparam import SigmaReparam, SigmaReparamConfig, full_precision, refuse_plain_weight
-from .targets import QKV_NAMES, Group, Target
+from .sigma_reparam import full_precision, refuse_plain_weight, scale_plainly, sound_u
+from .targets import QKV_NAMES, cut, join, matrix
 
 _ORIGINAL = re.compile(r"(?P<layer>.*?)parametrizations\.(?P<tensor>[^.]+)\.original(?P<weight_norm>0?)")
 
@@ -44,20 +44,30 @@ def fold(model: nn.Module) -> nn.Module:
                 f"{name}: it shares its sigma with a layer outside of what is folded; fold the whole attention"
             )
     # All before any is replaced: weights with a joint sigma need each other's originals.
-    folded = [_W_hat(module, tensor) for _, module, tensor in found]
+    folded = _W_hats(found)
     for (name, _, _), W_hat in zip(found, folded, strict=True):
         if not W_hat.isfinite().all():
             raise ValueError(f"{name}: its folded weight holds NaN or inf; fold an earlier checkpoint")
     for (_, module, tensor), W_hat in zip(found, folded, strict=True):
         _remove(module, tensor)
         getattr(module, tensor).copy_(W_hat)
+    keep(model)
     return model
 
 
-def _W_hat(module: nn.Module, tensor: str) -> Tensor:
-    """In the precision that the layer keeps, also inside of autocast."""
-    with full_precision(next(module.parametrizations[tensor].parameters())):
-        return getattr(module, tensor).detach()
+def _W_hats(found: list[tuple[str, nn.Module, str]]) -> list[Tensor]:
+    """In the layers' own precision, whatever autocast says, and as in evaluation, where an average has its own sigma."""
+    keepers = [module.parametrizations[tensor][0] for _, module, tensor in found]
+    keepers = [keeper.leader() if hasattr(keeper, "leader") else keeper for keeper in keepers]
+    modes = [keeper.training for keeper in keepers]
+    try:
+        for keeper in keepers:
+            keeper.eval()
+        with full_precision(next(found[0][1].parametrizations.parameters())):
+            return [getattr(module, tensor).detach() for _, module, tensor in found]
+    finally:
+        for keeper, mode in zip(keepers, modes, strict=True):
+            keeper.train(mode)
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -69,6 +79,11 @@ def _is_our_hook(hook) -> bool:
     return getattr(hook.hook, "__name__", "") == refuse_plain_weight.__name__
 
 
+def _came_with_ours(hook) -> bool:
+    """torch's weight norm leaves a hook for names of old checkpoints, a local function, which cannot be pickled."""
+    return _is_our_hook(hook) or getattr(hook.hook, "__name__", "") == "_weight_norm_compat_hook"
+
+
 def _remove(module: nn.Module, tensor: str) -> None:
     # A deep copy shares its parametrized class with the model it was copied from, and removing takes the property off the
     # class: without a class of its own, folding the copy would break the model.
@@ -78,7 +93,7 @@ def _remove(module: nn.Module, tensor: str) -> None:
     with torch.enable_grad():  # else torch leaves a weight of several originals as a buffer
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=weight_norm)
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
-        if _is_our_hook(hook):
+        if _came_with_ours(hook):
             del module._load_state_dict_pre_hooks[key]
 
 
@@ -109,39 +124,44 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fold_group(state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match]) -> dict[str, Tensor]:
-    """The folded weights of the sigma that is kept at `name`, by way of the module that trained them."""
-    kept = {part: state[f"{_prefix(originals[name])}0.{part}"] for part in ("gamma", "u", "v")}
-    names = [name]
-    if len(kept["u"]) * kept["v"].shape[1] > state[f"{_prefix(originals[name])}original"].numel():
-        names = _joint_names(name, len(kept["u"]), state, originals)
-    members = [SimpleNamespace(original=state[f"{_prefix(originals[n])}original"]) for n in names]
-    transposed = _is_transposed(members[0].original, kept["u"].float(), kept["v"].float())
-    third = len(kept["u"]) // 3
-    rows = {1: [len(kept["u"])], 2: [2 * third, third], 3: [third] * 3}[len(kept["gamma"])]
-    targets = [Target(member, n, "original", transposed) for member, n in zip(members, names, strict=True)]
-    parametrization = SigmaReparam(Group(targets, rows), SigmaReparamConfig())
-    parametrization.attach(members)
-    parametrization.load_state_dict(kept)
-    weights = parametrization.scaled_weights(parametrization.originals())
-    return {n: W_hat.detach() for n, W_hat in zip(names, weights, strict=True)}
+    """The folded weights of the sigma that is kept at `name`."""
+    gamma, u = (state[f"{_prefix(originals[name])}0.{part}"] for part in ("gamma", "u"))
+    names = _members(name, state, originals)
+    weights = [state[f"{_prefix(originals[n])}original"] for n in names]
+    transposed = _is_transposed(weights[0], u.float()) if len(names) == 1 else False
+    third = len(u) // 3
+    rows = {1: (len(u),), 2: (2 * third, third), 3: (third,) * 3}[len(gamma)]
+    stacked = join([matrix(W, transposed) for W in weights])
+    W_hat, _ = scale_plainly(stacked, gamma, sound_u(stacked, u.float(), rows), rows, stop_gradient=True)
+    parts = cut(W_hat, [W.shape[transposed] for W in weights])
+    return {
+        n: (part.T if transposed else part).reshape(W.shape).to(W.dtype)
+        for n, part, W in zip(names, parts, weights, strict=True)
+    }
 
 
-def _is_transposed(W: Tensor, u: Tensor, v: Tensor) -> bool:
-    """Whether W is (in, out), as HF's Conv1D has it. u and v fit a square one only one way around."""
-    if len(v) == 1 and W.ndim == 2 and W.shape[0] == W.shape[1] == len(u):
-        return bool((u @ W.float().T @ v[0]).abs() > (u @ W.float() @ v[0]).abs())
-    return W.flatten(1).shape[1] != v.shape[1]
+def _is_transposed(W: Tensor, u: Tensor) -> bool:
+    """Whether W is (in, out), as HF's Conv1D has it. The u of a square one says: its image is the longest there is."""
+    if W.ndim == 2 and W.shape[0] == W.shape[1] == len(u):
+        return bool((W.float() @ u).norm() > (W.float().T @ u).norm())
+    return W.shape[0] != len(u)
 
 
-def _joint_names(name: str, rows: int, state: Mapping[str, Tensor], originals: Mapping[str, re.Match]) -> list[str]:
-    """The weights over which the sigma kept at `name` was taken: q, k and v of its attention, or q and k."""
+def _members(name: str, state: Mapping[str, Tensor], originals: Mapping[str, re.Match]) -> list[str]:
+    """The weights over which the sigma kept at `name` was taken, in order: beside it, its attention's that keep none."""
     for group in QKV_NAMES:
         for leaf in group:
             if f".{leaf}." in f".{name}.":
                 siblings = [f".{name}.".replace(f".{leaf}.", f".{other}.")[1:-1] for other in group]
-                outputs = sum(len(state[f"{_prefix(originals[sibling])}original"]) for sibling in siblings)
-                return siblings if outputs == rows else siblings[:2]
-    raise ValueError(f"{name}: its u has {rows} entries, more than its weight has outputs")
+                shared = [s for s in siblings if s == name or (s in originals and _keeps_none(state, originals[s]))]
+                return (
+                    shared if name != siblings[2] or len(shared) == 3 else [name]
+                )  # the other two may share without v
+    return [name]
+
+
+def _keeps_none(state: Mapping[str, Tensor], match: re.Match) -> bool:
+    return not match["weight_norm"] and f"{_prefix(match)}0.gamma" not in state
 
 
 def _prefix(match: re.Match) -> str:

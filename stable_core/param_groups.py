@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .sigma_reparam import SigmaReparam
+from .sigma_layers import sigma_layers
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float, gamma_lr_scale: float = 1.0) -> list[dict]:
@@ -19,7 +19,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, gamma_lr_scal
             raise ValueError(f"{name} = {value!r}: allowed are positive numbers")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay = {weight_decay!r}: allowed are numbers from 0")
-    gammas = [m.gamma for m in model.modules() if isinstance(m, SigmaReparam) and isinstance(m.gamma, nn.Parameter)]
+    gammas = [sigma.gamma for _, sigma in sigma_layers(model) if isinstance(sigma.gamma, nn.Parameter)]
     ids = {id(gamma) for gamma in gammas}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     groups = [

@@ -16,52 +16,68 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where power iteration has come to: u (out,), v (in,), and the parts of W (out, in) that lie on this process."""
+    """Where power iteration has come to: u (out,), and the parts of W (out, in) that lie on this process."""
 
     pieces: list[Piece]
     u: Tensor
-    v: Tensor
+    width: int
 
-    def add_W_v(self, v: Tensor, out: Tensor) -> None:
+    def W_v(self, v: Tensor) -> Tensor:
+        """W v (out,), as far as it comes from the parts on this process."""
+        if len(self.pieces) == 1 and len(self.pieces[0].weight) == len(self.u):
+            return torch.mv(self.pieces[0].weight.float(), self.pieces[0].columns(v))
+        out = torch.zeros_like(self.u)
         for piece in self.pieces:
             piece.rows(out).addmv_(piece.weight.float(), piece.columns(v))
+        return out
 
-    def add_Wt_u(self, u: Tensor, out: Tensor) -> None:
+    def Wt_u(self) -> Tensor:
+        """W^T u (in,), likewise."""
+        if len(self.pieces) == 1 and self.pieces[0].weight.shape[1] == self.width:
+            return torch.mv(self.pieces[0].weight.float().T, self.pieces[0].rows(self.u))
+        out = self.u.new_zeros(self.width)
         for piece in self.pieces:
-            piece.columns(out).addmv_(piece.weight.float().T, piece.rows(u))
+            piece.columns(out).addmv_(piece.weight.float().T, piece.rows(self.u))
+        return out
 
 
 @torch.no_grad()
-def power_iteration(iterates: list[Iterate], n: int, group: "dist.ProcessGroup | None" = None) -> None:
-    """n times u <- W v / |W v|, v <- W^T u / |W^T u|, in place [σ, Algorithm 1], for many matrices of a device together.
+def power_iteration(iterates: list[Iterate], n: int, group: "dist.ProcessGroup | None" = None) -> tuple[Tensor, Tensor]:
+    """n times u <- W W^T u / |W W^T u|, in place [σ, Algorithm 1], for many matrices of a device together.
 
-    Lengths are divided out at the end, for all at once: one by one, small vectors take longer to ask for than to divide.
-    W v and W^T u of one matrix follow each other, as it is in the cache then; but where it is cut up over the processes of
-    `group`, those of all do, so that all take two messages and not two each.
+    Returns, of the last iteration, |W^T u| and |W v| / |v|, v = W^T u: two estimates of each norm for u of length 1, the second
+    no less than the first, and no more than what the new u gives.
+
+    Lengths are divided out at the end, for all at once: one by one, small vectors take longer to ask for than to divide. W^T u
+    and W v of one matrix follow each other, as it is in the cache then; but where it is cut up over the processes of `group`,
+    those of all do, so that all take two messages and not two each.
     """
-    us, vs = [iterate.u for iterate in iterates], [iterate.v for iterate in iterates]
+    us = [iterate.u for iterate in iterates]
     for _ in range(n):
-        (u_all, new_us), (v_all, new_vs) = _zeros_for(us), _zeros_for(vs)
-        for iterate, u, v in zip(iterates, new_us, new_vs, strict=True):
-            iterate.add_W_v(iterate.v, out=u)
-            if group is None:
-                iterate.add_Wt_u(u, out=v)
-        if group is not None:
-            dist.all_reduce(u_all, group=group)
-            for iterate, u, v in zip(iterates, new_us, new_vs, strict=True):
-                iterate.add_Wt_u(u, out=v)
-            dist.all_reduce(v_all, group=group)
-        for old, new in ((us, new_us), (vs, new_vs)):
-            # |W^T W v| is the square of a norm: what F.normalize takes for zero need not be one
-            lengths = torch.stack(torch._foreach_norm(new)).clamp_min_(torch.finfo(torch.float32).tiny)
-            torch._foreach_div_(new, list(lengths.unbind()))
-            torch._foreach_copy_(old, new)
+        if group is None:
+            vs, new = [], []
+            for iterate in iterates:
+                vs.append(iterate.Wt_u())
+                new.append(iterate.W_v(vs[-1]))
+        else:
+            vs = _sum([iterate.Wt_u() for iterate in iterates], group)
+            new = _sum([iterate.W_v(v) for iterate, v in zip(iterates, vs, strict=True)], group)
+        lengths_v, lengths_u = _lengths(vs), _lengths(new)
+        torch._foreach_div_(new, list(lengths_u.float().clamp_min_(torch.finfo(torch.float32).tiny).unbind()))
+        torch._foreach_copy_(us, new)
+    return lengths_v, lengths_u / lengths_v
 
 
-def _zeros_for(vectors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """One tensor, and its parts of the lengths of the vectors."""
-    together = torch.zeros(sum(len(x) for x in vectors), device=vectors[0].device)
-    return together, list(together.split([len(x) for x in vectors]))
+def _sum(vectors: list[Tensor], group: "dist.ProcessGroup") -> list[Tensor]:
+    """Of all processes, in one message."""
+    together = torch.cat(vectors)
+    dist.all_reduce(together, group=group)
+    return list(together.split([len(x) for x in vectors]))
+
+
+def _lengths(vectors: list[Tensor]) -> Tensor:
+    """In fp64: W W^T u of weights of 1e-15, or 1e12, has squares out of the range of fp32."""
+    return torch.stack(torch._foreach_norm(vectors, 2, torch.float64))
 
 
 def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:

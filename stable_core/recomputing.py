@@ -4,6 +4,7 @@ A layer keeps its weight for the backward pass. A plain one is a parameter, whic
 in between); W_hat is a copy, one of every weight on every process. Activation checkpointing does away with it too.
 """
 
+import functools
 from contextlib import contextmanager
 
 import torch
@@ -24,23 +25,27 @@ def recompute(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: `model` is one already.
     """
-    if hasattr(model, "_recomputes"):
+    if hasattr(model, "_recomputed"):
         raise ValueError(f"{type(model).__name__}: its W_hat is recomputed already")
-    model._recomputes = []
-    model.register_forward_pre_hook(_enter)
-    model.register_forward_hook(_leave, always_call=True)
+    cls = type(model)
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return cls.forward(self, *args, **kwargs)
+        with _recomputing():
+            return cls.forward(self, *args, **kwargs)
+
+    # A class of its own, as FSDP2 does it: hooks around the forward pass would not be left when Ctrl-C ends it.
+    model.__class__ = type(cls.__name__, (cls,), {"forward": forward, "_recomputed": cls, "__module__": cls.__module__})
     return model
 
 
-def _enter(model: nn.Module, args) -> None:
-    if not torch.compiler.is_compiling():
-        model._recomputes.append(_recomputing())
-        model._recomputes[-1].__enter__()
-
-
-def _leave(model: nn.Module, args, output) -> None:
-    if not torch.compiler.is_compiling():
-        model._recomputes.pop().__exit__(None, None, None)
+def keep(model: nn.Module) -> None:
+    """Takes `recompute` back, in the model and whatever is in it."""
+    for module in model.modules():
+        if "_recomputed" in type(module).__dict__:
+            module.__class__ = type(module)._recomputed
 
 
 @contextmanager

@@ -1,27 +1,34 @@
 """σReparam: W_hat = gamma / sigma(W) * W, and its baselines spectral norm and weight norm.
 
 Source: Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse" (ICML 2023), Section 3.2
-and Algorithm 1 (Appendix C). sigma(W) = u^T W v, where u (out,) and v (in,) follow the top singular vectors by power
-iteration. u and v advance in a hook after each optimizer step (advancing.py), that is exactly once per change of W: never
-in the forward pass, so evaluation, gradient accumulation and activation checkpointing leave them alone, `torch.compile`
-sees a pure function, and a checkpoint written between two steps resumes bitwise.
+and Algorithm 1 (Appendix C): sigma(W) = u^T W v, where u (out,) and v (in,) follow the top singular vectors by power
+iteration. v is W^T u / |W^T u|, so that sigma = |W^T u| / |u|, and u alone is kept: any u, an average of several too, gives a
+sigma that is near the norm. u advances after each optimizer step (advancing.py), not in the forward pass: evaluation, gradient
+accumulation and activation checkpointing leave it alone, `torch.compile` sees a pure function, and a checkpoint written between
+two steps resumes bitwise. A weight that changed unannounced is found in the forward pass (watching.py).
 """
 
-import inspect
-from collections.abc import Iterator
+import math
+import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from .advancing import track
-from .power_iteration import Iterate, top_singular_vectors
+from .advancing import hook_optimizers
+from .originals import Originals
+from .power_iteration import Iterate, power_iteration, top_singular_vectors
 from .recomputing import remember
-from .sharding import gathered, pieces
+from .sharding import Piece, gathered, is_sharded, pieces
+from .sigma_layers import sigma_layers
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
+from .watching import Notice, Watch, can_look, is_transformed, versions
 
 
 @dataclass(frozen=True)
@@ -74,63 +81,93 @@ def _autocast_dtype(W: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
-class _ScaleBySigma(torch.autograd.Function):
-    """(W, gamma) -> (gamma / sigma * W in `dtype`, sigma), sigma = u^T W v, in fp32 whatever autocast says.
+def wide(x: Tensor) -> Tensor:
+    """x in at least fp32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
-    W (out, in) is cut into blocks of `rows`; gamma and sigma (blocks,), u (out,), v (blocks, in). Of each block
-    dL/dW = gamma/sigma * G - gamma/sigma^2 <G, W> u v^T and dL/dgamma = <G, W> / sigma, where G = dL/dW_hat.
-    It keeps no copy of W, where plain autograd would keep W/sigma too. sigma is an output so that second derivatives
-    (Hessian-vector products) see it as a function of W.
+
+def scale_plainly(
+    W: Tensor, gamma: Tensor, u: Tensor, rows: tuple[int, ...], stop_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """(gamma / sigma * W, sigma) for torch to differentiate: under a compiler, torch.func, and for second derivatives.
+
+    As for `ScaleBySigma`. sigma is not a matrix product here, which autocast would round.
+    """
+    sigmas, scaled = [], []
+    for block, g, x in zip(cut(wide(W), rows), cut(gamma, [1] * len(rows)), cut(u, rows), strict=True):
+        x = x.to(block.dtype)
+        sigma = torch.linalg.vector_norm((block * x[:, None]).sum(0)) / torch.linalg.vector_norm(x)
+        sigmas.append(sigma.view(1))
+        scaled.append(block * (g.to(block.dtype) / (sigma.detach() if stop_gradient else sigma)))
+    return join(scaled), join(sigmas)
+
+
+def measure(W: Tensor, u: Tensor, rows: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """u / |u| and W^T u / |u| of each block, and their sigma (blocks,), in at least fp32."""
+    unit, images, norms = [], [], []
+    with full_precision(W):
+        for block, x in zip(cut(wide(W), rows), cut(u, rows), strict=True):
+            x = x.to(block.dtype)
+            unit.append(x / torch.linalg.vector_norm(x))  # its own memory: DDP broadcasts u in place before a backward
+            images.append(torch.mv(block.T, unit[-1]))
+            # In fp64, as the squares of large and small weights are out of the range of fp32.
+            norms.append(torch.linalg.vector_norm(images[-1], dtype=torch.float64).to(block.dtype).view(1))
+    return unit, images, join(norms)
+
+
+class ScaleBySigma(torch.autograd.Function):
+    """(W, gamma) -> gamma / sigma * W in `dtype`, sigma = |W^T u| / |u|, in at least fp32 whatever autocast says.
+
+    W (out, in) is cut into blocks of `rows`; gamma and sigma (blocks,), u (out,); `find(W)` does what `measure` does. With
+    v = W^T u / |W^T u| and |u| = 1, each block has dL/dgamma = <G, W> / sigma and
+    dL/dW = gamma / sigma * (G - dL/dgamma * u v^T), where G = dL/dW_hat. It keeps no copy of W, where plain autograd would keep
+    W / sigma too.
     """
 
     @staticmethod
-    def forward(W, gamma, u, v, rows: tuple[int, ...], stop_gradient: bool, dtype: torch.dtype):
-        with full_precision(W):
-            # W^T u, which reads W along its rows, takes two thirds of the time of W v
-            sigma = join([torch.dot(torch.mv(block.float().T, x), y).view(1) for block, x, y in _blocks(W, u, v, rows)])
-            scale = _per_row(gamma.float() / sigma, rows)
-            if torch.compiler.is_compiling():
-                return (W * scale).to(dtype), sigma
-            return torch.mul(W, scale, out=torch.empty_like(W, dtype=dtype)), sigma  # no matrix in fp32 between
+    def forward(ctx, W, gamma, find, rows: tuple[int, ...], stop_gradient: bool, dtype: torch.dtype):
+        unit, images, sigma = find(W)
+        scale = gamma.to(sigma.dtype) / sigma
+        factor = _per_row(scale, rows)
+        if torch.compiler.is_compiling():
+            W_hat = (W * factor).to(dtype)
+        else:  # no matrix in fp32 between
+            in_place = None if dtype == W.dtype == factor.dtype else torch.empty_like(W, dtype=dtype)
+            W_hat = torch.mul(W, factor, out=in_place)
+        ctx.save_for_backward(W, gamma, sigma, scale, *unit, *images)
+        ctx.rows, ctx.stop_gradient, ctx.dtype = rows, stop_gradient, dtype
+        return W_hat
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        W, gamma, u, v, ctx.rows, ctx.stop_gradient, _ = inputs
-        ctx.save_for_backward(W, gamma, u, v, output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, G: Tensor | None, g_sigma: Tensor | None):
-        # Nothing here is lowered by autocast; to switch it off would leave it off for what torch.compile traces next.
-        W, gamma, u, v, sigma = ctx.saved_tensors
-        if G is None:
-            G = torch.zeros_like(W)
-        G32, scale = G.float(), gamma.float() / sigma
-        blocks = zip(cut(G32, ctx.rows), cut(W.float(), ctx.rows), strict=True)
-        overlap = join([_inner_product(g, block).view(1) for g, block in blocks])
-        d_gamma = (overlap / sigma).to(gamma.dtype) if ctx.needs_input_grad[1] else None
-        d_W = G32 * _per_row(scale, ctx.rows)
-        if not ctx.stop_gradient:
-            d_sigma = -overlap * scale / sigma
-            if g_sigma is not None:
-                d_sigma = d_sigma + g_sigma
-            d_sigma = cut(d_sigma, [1] * len(ctx.rows))
-            for (block, x, y), d in zip(_blocks(d_W, u, v, ctx.rows), d_sigma, strict=True):
-                block.addr_(d * x, y)  # in place: a second matrix costs more than the sum
-        return d_W.to(W.dtype), d_gamma, None, None, None, None, None
-
-
-# `apply` asks for the signature at every call; reading it off the source of the function takes as long as a small layer.
-_ScaleBySigma.forward.__signature__ = inspect.signature(_ScaleBySigma.forward)
-
-
-def _blocks(W: Tensor, u: Tensor, v: Tensor, rows: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    return zip(cut(W, rows), cut(u, rows), v, strict=True)
+    def backward(ctx, G: Tensor):
+        W, gamma, sigma, scale, *vectors = ctx.saved_tensors
+        unit, images = vectors[: len(ctx.rows)], vectors[len(ctx.rows) :]
+        compiled = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiled:  # somebody asks for second derivatives
+            W_hat, _ = scale_plainly(W, gamma, join(unit), ctx.rows, ctx.stop_gradient)
+            wanted = [x for x, needed in zip((W, gamma), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(W_hat, wanted, G.to(W_hat.dtype), create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None, None
+        # A compiler would leave autocast off for what it traces next; it is given nothing that autocast rounds.
+        with nullcontext() if compiled else full_precision(W):
+            G = wide(G)
+            blocks = zip(cut(G, ctx.rows), cut(wide(W), ctx.rows), strict=True)
+            d_gamma = join([_inner_product(g, block).view(1) for g, block in blocks]) / sigma
+            d_W = G
+            if not ctx.stop_gradient:
+                parts = zip(cut(G, ctx.rows), unit, images, cut(d_gamma / sigma, [1] * len(unit)), strict=True)
+                d_W = join([_minus_outer(g, x, image * d, compiled) for g, x, image, d in parts])
+            d_W = torch.mul(d_W, _per_row(scale, ctx.rows), out=None if compiled or d_W is G else d_W)
+        return d_W.to(W.dtype), d_gamma.to(gamma.dtype), None, None, None, None
 
 
 def _per_row(scale: Tensor, rows: tuple[int, ...]) -> Tensor:
     """(blocks,) -> what a stacked weight (out, in) is multiplied by, in one pass over it."""
     return scale if len(rows) == 1 else torch.cat([x.expand(n) for x, n in zip(scale, rows, strict=True)])[:, None]
+
+
+def _minus_outer(G: Tensor, x: Tensor, y: Tensor, compiled: bool) -> Tensor:
+    return G - x[:, None] * y if compiled else torch.addr(G, x, y, alpha=-1)
 
 
 def _inner_product(A: Tensor, B: Tensor) -> Tensor:
@@ -140,6 +177,33 @@ def _inner_product(A: Tensor, B: Tensor) -> Tensor:
     return torch.dot(A.reshape(-1), B.reshape(-1))
 
 
+@torch.no_grad()
+def estimate(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """sigma = |W^T u| / |u| of each block, shape (blocks,), bitwise the forward pass's."""
+    return measure(stacked, u, rows)[2]
+
+
+@torch.no_grad()
+def top_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """The top left singular vector of each block, (out,); of the two, the one near u: an average goes on with it."""
+    found = []
+    for W, x in zip(cut(stacked, rows), cut(u, rows), strict=True):
+        with full_precision(W):
+            top, _ = top_singular_vectors(W)
+        found.append(-top if torch.dot(x, top) < 0 else top)
+    return join(found)
+
+
+def sound_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """u, or where it is an average of several, as averages of checkpoints have it, the u of the weights at hand."""
+    return u if is_unit(u, rows) else top_u(stacked, u, rows)
+
+
+def is_unit(u: Tensor, rows: tuple[int, ...]) -> bool:
+    """Whether the u of each block has length 1, as power iteration leaves it."""
+    return not bool(((torch.stack([x.norm() for x in cut(u, rows)]) - 1).abs() > 1e-5).any())
+
+
 class SigmaReparam(nn.Module):
     """The parametrization W -> gamma / sigma(W) * W of one weight, or of several that share one sigma.
 
@@ -147,41 +211,63 @@ class SigmaReparam(nn.Module):
     its own gamma and sigma. One block is Algorithm 1; three are a packed [Wq; Wk; Wv] with separate sigmas; several
     weights and one block are a joint sigma over separate layers.
 
-    State, all of it in the state dict: gamma (blocks,), u (out,), v (blocks, in); u and v stay in fp32.
+    State, all of it in the state dict: gamma (blocks,) and u (out,), which stays in fp32.
     """
 
-    def __init__(self, group: Group, config: SigmaReparamConfig) -> None:
+    def __init__(self, group: Group, config: SigmaReparamConfig, notice: Notice | None = None) -> None:
         super().__init__()
-        self.rows, self.transposed, self.config = group.rows, group.members[0].transposed, config
+        self.rows, self.transposed, self.config = tuple(group.rows), group.members[0].transposed, config
+        self.name = group.members[group.leader].name
         self.index = group.leader  # which of the weights it is registered on
-        self._members: tuple[parametrize.ParametrizationList, ...] = ()
+        self._members = [None] * len(group.members)  # weak links to their Originals: to own them would be a cycle
+        self.watch, self.before_rest, self._notice = Watch(), None, notice or Notice()
+        self._evaluated: tuple | None = (
+            None  # (versions, u, sigma) of weights that u does not belong to, while evaluated
+        )
         weight, stacked = group.members[0].weight, join([target.matrix for target in group.members])
         fp32 = {"device": weight.device, "dtype": torch.float32}
         self.register_buffer("u", torch.zeros(stacked.shape[0], **fp32))
-        self.register_buffer("v", torch.zeros(len(self.rows), stacked.shape[1], **fp32))
         gamma = torch.ones(len(self.rows), **fp32)
         if not weight.is_meta:
-            self._converge(stacked)
+            self.u.copy_(top_u(stacked, self.u, self.rows))
+            sigma = estimate(stacked, self.u, self.rows)
+            self.watch.expect([], sigma)
             if config.gamma_init == "spectral":
-                gamma = self._sigma(stacked)
+                gamma = sigma
         gamma = gamma.to(weight.dtype)
         if config.kind == "spectral":
             self.register_buffer("gamma", gamma)
         else:
             self.gamma = nn.Parameter(gamma, requires_grad=weight.requires_grad)
-        track(self)
+        hook_optimizers()
 
-    def attach(self, members: list[parametrize.ParametrizationList]) -> None:
-        """Remembers where its weights live; a tuple, so that they do not become submodules."""
-        self._members = tuple(members)
+    # ------------------------------------------------------------------------------------------------ its weights
 
-    def members(self) -> tuple[parametrize.ParametrizationList, ...]:
+    def leader(self) -> "SigmaReparam":
+        """Where the state is kept."""
+        return self
+
+    def attach(self, originals: Originals, index: int | None = None) -> None:
+        """Remembers where a weight of its lives: at first, and after a deep copy."""
+        self._members[self.index if index is None else index] = weakref.ref(originals)
+        if None not in self._members:
+            self.watch.rebind(self.originals())
+
+    def members(self) -> tuple[Originals, ...]:
         """Where its weights live."""
-        return self._members
+        members = tuple(link and link() for link in self._members)
+        if None in members:
+            raise ValueError(f"{self.name}: a layer that shares its sigma is gone; fold or copy the whole attention")
+        return members
 
     def originals(self) -> list[Tensor]:
         """The learned weights W, shaped as their layers have them."""
-        return [member.original for member in self._members]
+        return [member.original for member in self.members()]
+
+    def _stacked(self) -> Tensor:
+        return join([matrix(gathered(W.detach()), self.transposed) for W in self.originals()])
+
+    # ------------------------------------------------------------------------------------------------ the forward pass
 
     def forward(self, W: Tensor) -> Tensor:
         # A lone weight is the one given, which in a replica of nn.DataParallel is not the one remembered.
@@ -194,86 +280,180 @@ class SigmaReparam(nn.Module):
         if dtype == torch.float32:
             dtype = _autocast_dtype(originals[0]) or dtype
         scaled = self._scaled(originals, dtype)
-        remember(scaled, lambda: self._scaled(originals, dtype))
         parts = cut(scaled, [W.shape[self.transposed] for W in originals])
         return [(W.T if self.transposed else W).view_as(W0) for W, W0 in zip(parts, originals, strict=True)]
 
     def _scaled(self, originals: list[Tensor], dtype: torch.dtype) -> Tensor:
         stacked = join([matrix(W, self.transposed) for W in originals])
-        # Clones, because DDP broadcasts buffers in place before each forward, also between a forward and its backward.
-        state = self.gamma, self.u.clone(), self.v.clone(), tuple(self.rows), self.config.stop_gradient
-        return _ScaleBySigma.apply(stacked, *state, dtype)[0]
+        if is_transformed():
+            return scale_plainly(stacked, self.gamma, self.u, self.rows, self.config.stop_gradient)[0].to(dtype)
+        looks = can_look(stacked) and not is_sharded(stacked) and self.watch.is_due(originals)
+        W_hat = self._scale(stacked, partial(self._find, originals if looks else None, self._u_of(originals)), dtype)
+        remember(W_hat, lambda: self._scale(stacked, partial(self._find, None, self._u_of(originals)), dtype))
+        return W_hat
+
+    def _scale(self, stacked: Tensor, find: Callable, dtype: torch.dtype) -> Tensor:
+        return ScaleBySigma.apply(stacked, self.gamma, find, self.rows, self.config.stop_gradient, dtype)
+
+    def _find(self, originals: list[Tensor] | None, u: Tensor, stacked: Tensor) -> tuple:
+        """What `measure` does with the u that belongs to the weights; with `originals` it is looked for."""
+        while True:
+            found = measure(stacked, u, self.rows)
+            if originals is None or self._is_right(originals, stacked, u, found[2].tolist()):
+                return found
+            u = self._u_of(originals)
+
+    def _u_of(self, originals: list[Tensor]) -> Tensor:
+        """u, or in evaluation that of weights which u does not belong to."""
+        kept = self._evaluated
+        return kept[1] if kept is not None and kept[0] == versions(originals) else self.u
+
+    # ------------------------------------------------------------------------------------------------ u and its weights
 
     def iterates(self) -> tuple[list[Iterate], object]:
         """What `power_iteration` advances, an iterate per block, and the process group over which W is cut up, if any."""
-        parts, group = pieces(self.originals(), self.transposed)
+        originals = self.originals()
+        parts, group = pieces(originals, self.transposed)
+        width = originals[0].shape[0] if self.transposed else originals[0].numel() // originals[0].shape[0]
         if len(self.rows) == 1:
-            return [Iterate(parts, self.u, self.v[0])], group
+            return [Iterate(parts, self.u, width)], group
         iterates, start = [], 0
-        for u, v, size in zip(self.u.split(self.rows), self.v, self.rows, strict=True):
+        for u, size in zip(self.u.split(self.rows), self.rows, strict=True):
             inside = (piece.of_block(start, size) for piece in parts)
-            iterates.append(Iterate([piece for piece in inside if piece is not None], u, v))
+            iterates.append(Iterate([piece for piece in inside if piece is not None], u, width))
             start += size
         return iterates, group
 
+    def sigma(self) -> Tensor:
+        """The estimate |W^T u| / |u| of each block's spectral norm, shape (blocks,), without gradient."""
+        return estimate(self._stacked(), self.u, self.rows)
+
+    def true_sigma(self) -> Tensor:
+        """Each block's spectral norm to 1e-3, shape (blocks,), without gradient and without touching u."""
+        stacked = self._stacked()
+        return estimate(stacked, top_u(stacked, self.u, self.rows), self.rows)
+
     def converge(self) -> None:
-        """Finds u and v of the present weights from nothing."""
-        self._converge(self._stacked())
+        """Finds u of the present weights."""
+        stacked = self._stacked()
+        with torch.no_grad():
+            self.u.copy_(top_u(stacked, self.u, self.rows))
+        self.watch.expect(self.originals(), estimate(stacked, self.u, self.rows))
 
     @torch.no_grad()
     def reset(self) -> None:
-        """u, v and gamma as they start, for weights that were drawn or loaded after `sigma_reparam`."""
+        """u and gamma as they start, for weights that were drawn or loaded after `sigma_reparam`."""
         self.converge()
         self.gamma.copy_(self.sigma() if self.config.gamma_init == "spectral" else torch.ones_like(self.gamma))
 
-    def sigma(self) -> Tensor:
-        """The estimate u^T W v of each block's spectral norm, shape (blocks,), without gradient."""
-        return self._sigma(self._stacked())
+    @torch.no_grad()
+    def right_inverse(self, W_hat: Tensor) -> Tensor:
+        """`layer.weight = W_hat`: the W, with u and gamma set, whose effective weight is W_hat.
+
+        Raises:
+            ValueError: gamma is not learned (kind = "spectral"), and the norm of W_hat is not 1.
+        """
+        return self.take(W_hat, self.index)
 
     @torch.no_grad()
-    def _sigma(self, stacked: Tensor) -> Tensor:
-        with full_precision(stacked):
-            return torch.stack([torch.dot(u, torch.mv(W.float(), v)) for W, u, v in self._blocks(stacked)])
+    def take(self, W_hat: Tensor, index: int) -> Tensor:
+        """W of the weight `index` so that its effective weight is W_hat, and those of the others are what they were."""
+        if self._members[index] is None:  # it is being registered
+            return W_hat
+        originals = self.originals()
+        if is_sharded(originals[0]):
+            raise ValueError(f"{self.name}: its weight is sharded; assign to it before fully_shard")
+        ratio = self.gamma.to(self.u.dtype) / self.sigma()
+        # Of a joint sigma all are scaled by one ratio, which stays; a weight that has its sigmas to itself is taken as it is.
+        W = W_hat.clone() if len(originals) == 1 else (W_hat / ratio).to(W_hat.dtype)
+        stacked = join([matrix(W if i == index else other, self.transposed) for i, other in enumerate(originals)])
+        u = top_u(stacked, self.u, self.rows)
+        sigma = estimate(stacked, u, self.rows)
+        gamma = sigma if len(originals) == 1 else sigma * ratio
+        if self.config.kind == "spectral":
+            if not torch.allclose(gamma, torch.ones_like(gamma), atol=2e-3):
+                norms = ", ".join(f"{x:.4g}" for x in gamma.tolist())
+                raise ValueError(f"{self.name}: a weight of norm {norms}; with kind = 'spectral' allowed is 1")
+        else:
+            self.gamma.copy_(gamma)
+        self.u.copy_(u)
+        self.watch.forget()
+        return W
 
     @torch.no_grad()
-    def _converge(self, stacked: Tensor) -> None:
-        for W, u, v in self._blocks(stacked):
-            with full_precision(W):
-                top_u, top_v = top_singular_vectors(W)
-            sign = -1 if torch.dot(v, top_v) < 0 else 1  # of the two, the pair at hand: an average goes on with it
-            u.copy_(sign * top_u)
-            v.copy_(sign * top_v)
+    def _is_right(self, originals: list[Tensor], stacked: Tensor, u: Tensor, sigma: list[float]) -> bool:
+        """Whether a forward pass took the right u, which took `u` and found `sigma`; where not, the next one does."""
+        if u is not self.u:
+            right = self._evaluated[2] in (None, sigma)
+            self._evaluated = (*self._evaluated[:2], sigma) if right else None
+            return right
+        watch, changed = self.watch, self.watch.moved(originals) or self.watch.announced
+        averaged = not (watch.exact or self.training or is_unit(u, self.rows))
+        if (watch.agrees(sigma, changed, stacked.dtype) and not averaged) or not all(0 < x < math.inf for x in sigma):
+            watch.expect(originals, sigma)
+            return True  # or NaN, inf, zeros, which have no u: the loss shows them
+        if not self.training:  # an average, or swapped in for one; training goes on with u as it is
+            self._evaluated = versions(originals), top_u(stacked, u, self.rows), None
+            return False
+        if not changed:
+            self._notice.warn(self.name)
+        u.copy_(join([x / torch.linalg.vector_norm(x) for x in cut(u, self.rows)]))
+        blocks = zip(cut(stacked, self.rows), cut(u, self.rows), strict=True)
+        iterates = [Iterate([Piece(W)], x, W.shape[1]) for W, x in blocks]
+        before, after = power_iteration(iterates, self.config.n_power_iterations)
+        if (after > 1.1 * before).any():  # more than a step changes
+            u.copy_(top_u(stacked, u, self.rows))
+        watch.expect(originals, None)
+        return False
 
-    def _stacked(self) -> Tensor:
-        return join([matrix(gathered(W.detach()), self.transposed) for W in self.originals()])
+    def train(self, mode: bool = True):
+        if self.training and not mode:
+            self._settle()
+        super().train(mode)
+        self._evaluated = None
+        self.watch.look_soon()
+        return self
 
-    def _blocks(self, stacked: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        return zip(cut(stacked, self.rows), self.u.split(self.rows), self.v, strict=True)
+    def _settle(self) -> None:
+        """Evaluation may see other weights for a while: sigma is made known exactly, by which these are known again."""
+        if None in self._members or self.u.is_meta or is_sharded(self.originals()[0]) or torch.compiler.is_compiling():
+            return
+        originals = self.originals()
+        if not self.watch.exact and not self.watch.announced and not self.watch.moved(originals):
+            sigma = estimate(self._stacked(), self.u, self.rows).tolist()
+            if self.watch.agrees(sigma, False, originals[0].dtype) and is_unit(self.u, self.rows):
+                self.watch.expect(originals, sigma)
 
     def _apply(self, fn, recurse=True):
         # .half() and .bfloat16() must not round the state: it follows the model's device, not its dtype.
-        before = self.u, self.v
+        before = self.u
         super()._apply(fn, recurse)
-        self.u, self.v = (
-            after.float() if state.is_meta else state.to(after.device)
-            for state, after in zip(before, (self.u, self.v), strict=True)
-        )
+        self.u = self.u.float() if before.is_meta else before.to(self.u.device)
+        self.watch.forget()
+        self._evaluated = None
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        state_dict.pop(f"{prefix}v", None)  # of checkpoints that kept v beside u
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.u, self.v = self.u.float(), self.v.float()
-        # An average of checkpoints averages u and v too, and the result is no pair of unit vectors: find it afresh.
-        norms = torch.stack([vector.norm() for vector in (*self.u.split(self.rows), *self.v)])
-        if not norms.is_meta and ((norms - 1).abs() > 1e-5).any():
+        self.u = self.u.float()
+        self.watch.forget()
+        if self.u.is_meta:
+            return
+        # An average of checkpoints has an average of u; a checkpoint without u leaves that of other weights.
+        if f"{prefix}u" not in state_dict or not is_unit(self.u, self.rows):
             self.converge()
+
+    def __getstate__(self) -> dict:
+        # Links to weights are not copied; each weight's Originals attach themselves again.
+        return {**self.__dict__, "_members": [None] * len(self._members)}
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        track(self)  # a deep copy advances with its own optimizer
+        hook_optimizers()
 
     def extra_repr(self) -> str:
-        return f"rows={self.rows}, {self.config}"
+        return f"rows={list(self.rows)}, {self.config}"
 
 
 class JointMember(nn.Module):
@@ -283,12 +463,21 @@ class JointMember(nn.Module):
         super().__init__()
         self._leader, self._index = (leader,), index
 
-    def members(self) -> tuple[parametrize.ParametrizationList, ...]:
-        return self._leader[0].members()
+    def leader(self) -> SigmaReparam:
+        """Where the state is kept."""
+        return self._leader[0]
+
+    def attach(self, originals: Originals) -> None:
+        self.leader().attach(originals, self._index)
+
+    def members(self) -> tuple[Originals, ...]:
+        return self.leader().members()
 
     def forward(self, W: Tensor) -> Tensor:
-        leader = self._leader[0]
-        return leader.scaled_weights(leader.originals())[self._index]
+        return self.leader().scaled_weights(self.leader().originals())[self._index]
+
+    def right_inverse(self, W_hat: Tensor) -> Tensor:
+        return self.leader().take(W_hat, self._index)
 
 
 def sigma_reparam(
@@ -323,18 +512,29 @@ def sigma_reparam(
             weight_norm(target.module, target.tensor_name, dim=1 if target.transposed else 0)
             target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
         return model
-    for group, leader in [(group, SigmaReparam(group, config)) for group in groups]:
+    notice = Notice()
+    for group, leader in [(group, SigmaReparam(group, config, notice)) for group in groups]:
         for index, target in enumerate(group.members):
             parametrization = leader if index == group.leader else JointMember(leader, index)
             parametrize.register_parametrization(target.module, target.tensor_name, parametrization, unsafe=True)
             target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
-        leader.attach([target.module.parametrizations[target.tensor_name] for target in group.members])
+        for target in group.members:
+            Originals.take_over(target.module.parametrizations[target.tensor_name])
+            # Its class is its own, from torch; this is what parallelize_module asks a layer before it cuts its weights.
+            type(target.module)._distribute_module_applied = property(_refuse_tensor_parallelism)
     return model
+
+
+def _refuse_tensor_parallelism(layer: nn.Module) -> NoReturn:
+    raise ValueError(
+        f"{type(layer).__name__}: tensor parallelism cuts a weight whose norm σReparam needs whole; "
+        "shard with FSDP2 (fully_shard), or leave this layer out of the plan"
+    )
 
 
 def refuse_plain_weight(layer: nn.Module, state_dict, prefix: str, *_) -> None:
     """A load hook of reparametrised layers: one line, also with strict=False, which would leave the weight out in silence."""
-    for name in layer.parametrizations:
+    for name in getattr(layer, "parametrizations", ()):  # torch's remove_parametrizations leaves this hook
         if f"{prefix}{name}" in state_dict:
             raise ValueError(
                 f"{prefix}{name}: the state dict holds a plain weight; load it into the plain model, then call sigma_reparam"
@@ -342,19 +542,17 @@ def refuse_plain_weight(layer: nn.Module, state_dict, prefix: str, *_) -> None:
 
 
 def converge(model: nn.Module) -> nn.Module:
-    """Finds u and v of every σReparam layer afresh, for weights that no optimizer made, and returns the model.
+    """Finds u of every σReparam layer afresh, for weights that no optimizer made, and returns the model.
 
-    Call it on an exponential moving average before it is evaluated or folded: averaging u and v, or W alone, leaves them
-    no singular vectors of the averaged W. Loading an averaged state dict does it by itself.
+    Call it on an exponential moving average before it goes on training: averaging u, or W alone, leaves it no singular vector
+    of the averaged W. Evaluation, and loading an averaged state dict, do it by themselves.
 
     Raises:
         ValueError: a weight holds NaN or inf, which have no singular vectors.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, SigmaReparam):
-            try:
-                module.converge()
-            except torch.linalg.LinAlgError:
-                layer = name.rpartition("parametrizations.")[0] + name.split(".")[-2]
-                raise ValueError(f"{layer}: it holds NaN or inf; go back to a sound checkpoint") from None
+    for name, parametrization in sigma_layers(model):
+        try:
+            parametrization.converge()
+        except torch.linalg.LinAlgError:
+            raise ValueError(f"{name}: it holds NaN or inf; go back to a sound checkpoint") from None
     return model

@@ -4,24 +4,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-FilterFn = Callable[[nn.Module, str], bool]
+from .packing import PACKED_QKV_NAMES, QKV_NAMES, in_thirds
 
-# What attention modules call their query, key and value projections, as three layers or packed in one.
-QKV_NAMES = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("to_q", "to_k", "to_v"),
-    ("q", "k", "v"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("wq", "wk", "wv"),
-    ("linear_q", "linear_k", "linear_v"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
-)
-PACKED_QKV_NAMES = ("in_proj_weight", "qkv", "c_attn", "qkv_proj", "Wqkv", "to_qkv")
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
+
+FilterFn = Callable[[nn.Module, str], bool]
 
 
 @dataclass(frozen=True)
@@ -78,6 +70,8 @@ def cut(whole: Tensor, sizes: list[int]) -> list[Tensor]:
 def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[Group]:
     """The groups that filter_fn(module, fully_qualified_name) picks; without one, every layer that is not tied.
 
+    Packed projections that are not three equal parts one after the other (`packing.in_thirds`) have one sigma together.
+
     Raises:
         ValueError: filter_fn cannot be called so; nothing is picked; a picked layer is reparametrised already, or tied to
             another one; qkv asks for a joint sigma where there is no attention with a known naming, or where only a part of
@@ -93,13 +87,16 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
         out_features, in_features = target.matrix.shape
         group = Group([target], [out_features])
         names = next((names for names in QKV_NAMES if leaf in names), ())
-        if leaf in PACKED_QKV_NAMES:
+        packed = leaf in PACKED_QKV_NAMES
+        thirds = packed and in_thirds(_attention(model, target), out_features, in_features)
+        if packed:
             met_attention = True
-            if out_features != 3 * in_features and qkv == "qk_joint":
+            if not thirds and qkv == "qk_joint":
                 raise ValueError(
-                    f"{target.name}: qkv = 'qk_joint' cannot tell v from q and k, which are not of one size"
+                    f"{target.name}: qkv = 'qk_joint' cannot tell v from q and k, which are not packed as three equal parts; "
+                    "use qkv = 'joint'"
                 )
-        if leaf in PACKED_QKV_NAMES and out_features == 3 * in_features:
+        if thirds:
             sizes = {"separate": (1, 1, 1), "joint": (3,), "qk_joint": (2, 1)}[qkv]
             group = Group([target], [size * in_features for size in sizes])
         elif names:
@@ -121,6 +118,13 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
         known = ", ".join("/".join(names) for names in QKV_NAMES)
         raise ValueError(f"qkv = {qkv!r}: no attention found; known are {known} and {', '.join(PACKED_QKV_NAMES)}")
     return groups
+
+
+def _attention(model: nn.Module, target: Target) -> nn.Module:
+    """The module whose projections a packed weight holds: its own, or that around its layer."""
+    if isinstance(target.module, nn.MultiheadAttention):
+        return target.module
+    return model.get_submodule(target.module_name.rpartition(".")[0])
 
 
 def check_values(group: Group, every_row: bool = False) -> None:
@@ -162,6 +166,11 @@ def _picked(model: nn.Module, filter_fn: FilterFn | None) -> list[Target]:
             raise ValueError(f"{target.name}: already reparametrised; fold it first, or leave it out with filter_fn")
         if isinstance(target.weight, UninitializedParameter):
             raise ValueError(f"{target.name}: a lazy layer without a weight yet; run the model once before")
+        if dist.is_available() and isinstance(target.weight.data, DTensor):
+            raise ValueError(
+                f"{target.name}: its weight is sharded already; call sigma_reparam before fully_shard, and leave layers under "
+                "tensor parallelism out with filter_fn"
+            )
         if id(target.weight) in tied:
             raise ValueError(f"{target.name}: its weight is tied to another layer's; leave it out with filter_fn")
     return picked

@@ -5,8 +5,11 @@ import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
+
+from .optimizers import Optimizers, listed, short
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,9 @@ class AlarmConfig:
     the median of the layer's earlier records has been, less those under the threshold; bound the least entropy that logits
     of the present size allow [σ, Theorem 3.1]. (The highest, because the median goes down with a collapse that takes several
     records. Half, because small logits have a bound close to uniform attention, and that is no collapse.)
-    Entropy that is no longer a number counts too. A layer raises one alarm each time it falls through, and has recovered
-    once it is back above twice the threshold, or half-way to the reference if that is less: one that hovers rings once.
+    Entropy that is not a number counts too, also where it never was one. A layer raises one alarm each time it falls
+    through, and has recovered once it is back above twice the threshold, or half-way to the reference if that is less: one
+    that hovers rings once.
 
     Attributes:
         fraction: how much of the room between the bound and the past may be left, in (0, 1).
@@ -37,7 +41,10 @@ class AlarmConfig:
 
 @dataclass(frozen=True)
 class Alarm:
-    """One layer's entropy has fallen through its threshold; entropies in nats."""
+    """One layer's entropy has fallen through its threshold, or is not a number (NaN); entropies in nats.
+
+    threshold and reference are NaN where the layer has never had an entropy.
+    """
 
     step: int
     layer: str
@@ -47,6 +54,9 @@ class Alarm:
     bound: float
 
     def __str__(self) -> str:
+        if math.isnan(self.entropy):
+            past = "" if math.isnan(self.reference) else f" (its highest median before: {self.reference:.3g})"
+            return f"update {self.step}: entropy collapse in {self.layer}: not a number{past}"
         return (
             f"update {self.step}: entropy collapse in {self.layer}: {self.entropy:.3g} nats, below {self.threshold:.3g} "
             f"(its highest median before: {self.reference:.3g}; least possible for its logits: {self.bound:.3g})"
@@ -69,27 +79,38 @@ def stop_training(alarm: Alarm) -> None:
 class lower_learning_rate:  # an on_alarm with settings
     """An `on_alarm` that multiplies every learning rate by `factor`, once for each update with alarms.
 
-    Schedulers compute learning rates from those they started with: give the scheduler, and these are lowered too.
+    optimizer is one or several in a list, tuple or dict. Schedulers compute learning rates from those they started with: give
+    the scheduler, and these are lowered too.
 
     Raises:
-        ValueError: factor is not between 0 and 1.
+        ValueError: factor is not between 0 and 1; optimizer or scheduler are something else.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: float = 0.5, scheduler=None) -> None:
-        if not 0 < factor < 1:
+    def __init__(self, optimizer: Optimizers, factor: float = 0.5, scheduler=None) -> None:
+        if not isinstance(factor, Real) or not 0 < factor < 1:
             raise ValueError(f"factor = {factor!r}: allowed are numbers between 0 and 1")
-        self.optimizer, self.factor, self.scheduler, self._last = optimizer, factor, scheduler, None
+        if not hasattr(scheduler, "get_last_lr") and scheduler is not None:
+            raise ValueError(f"scheduler = {short(scheduler)}: allowed are None and torch's schedulers")
+        self.optimizers, self.factor, self.scheduler, self._last = listed(optimizer), factor, scheduler, None
 
     def __call__(self, alarm: Alarm) -> None:
         if alarm.step == self._last:
             return
-        self._last = alarm.step
-        for group in self.optimizer.param_groups:
-            for name in ("lr", "initial_lr"):
-                if name in group:
+        self._last, lowered = alarm.step, set()
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():  # the last two are OneCycleLR's
+                if id(group[name]) not in lowered:  # groups may share a tensor, which must stay the one it is
                     group[name] *= self.factor
-        if self.scheduler is not None:
-            self.scheduler.base_lrs = [lr * self.factor for lr in self.scheduler.base_lrs]
+                    lowered |= {id(group[name])} if isinstance(group[name], torch.Tensor) else set()
+        for scheduler in _with_parts(self.scheduler):
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [lr * self.factor for lr in scheduler.base_lrs]
+
+
+def _with_parts(scheduler) -> list:
+    """A scheduler and, where it is made of others, those."""
+    parts = [part for inner in getattr(scheduler, "_schedulers", ()) for part in _with_parts(inner)]
+    return parts if scheduler is None else [scheduler, *parts]
 
 
 class Watch:
@@ -99,31 +120,35 @@ class Watch:
         self.config = config
         self._past: dict[str, list[float]] = defaultdict(list)  # sorted
         self._highest: dict[str, float] = defaultdict(float)
+        self._records: dict[str, int] = defaultdict(int)
         self._collapsed: set[str] = set()
 
     def look(self, record: dict) -> list[Alarm]:
         """The alarms of one record, whose layers have lists of numbers, one for each head."""
         alarms = []
         for name, layer in record["layers"].items():
-            past = self._past[name]
-            entropy, bound = _median_head(layer["entropy"]), _median_head(layer["bound"])
+            if not layer.get("entropy") or layer.get("keys", 0) is None:  # no query had a key
+                continue
+            past, before = self._past[name], self._records[name]
+            self._records[name] += 1
+            entropy, bound = _median_head(layer["entropy"]), _median_head(layer.get("bound", []))
             bound = 0.0 if math.isnan(bound) else bound
+            reference = threshold = math.nan
             if len(past) >= self.config.patience:
                 reference = self._highest[name] = max(self._highest[name], past[(len(past) - 1) // 2])
                 threshold = min(bound + self.config.fraction * (reference - bound), reference / 2)
-                if not entropy >= threshold:
-                    if name not in self._collapsed:
-                        alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound))
-                    self._collapsed.add(name)
-                    continue
-                if entropy > min(2 * threshold, (threshold + reference) / 2):
-                    self._collapsed.discard(name)
+            if entropy < threshold or (math.isnan(entropy) and before >= self.config.patience):
+                if name not in self._collapsed:
+                    alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound))
+                self._collapsed.add(name)
+                continue
+            if not entropy <= min(2 * threshold, (threshold + reference) / 2):
+                self._collapsed.discard(name)
             if not math.isnan(entropy):
                 bisect.insort(past, entropy)
         return alarms
 
 
 def _median_head(values: list[float | None]) -> float:
-    """The lower median; a null is the least of all, and NaN if it is the median."""
-    median = statistics.median_low([-math.inf if value is None else value for value in values] or [-math.inf])
-    return math.nan if median == -math.inf else median
+    """The lower median; NaN if a head's is null, because one is enough to make the whole model so."""
+    return math.nan if None in values or not values else statistics.median_low(values)

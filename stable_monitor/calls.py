@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_core.attention_entropy import MASKED, AttentionStatistics, attention_statistics, logit_statistics
-
-from .projections import num_heads
+from stable_core.packing import num_heads
 
 SOURCES = ("key_value_states", "encoder_hidden_states", "encoder_output", "context", "memory")
 
@@ -69,17 +69,19 @@ class FusedCall:
     def _by_head(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """q, k and the mask in four dimensions, heads second."""
         q, k, mask, heads = self.q, self.k, self.attn_mask, num_heads(self.site.module)
-        grouped = q.ndim == 4 and k.shape[1] != q.shape[1]
-        if grouped or (q.ndim == 4 and (heads is None or q.shape[1] in (1, heads))):
-            return q, k, mask
-        if mask is not None:
-            mask = with_heads(mask.expand(*q.shape[:-1], k.shape[-2]), heads)
-        return with_heads(q, heads), with_heads(k, heads), mask
+        dims = head_dims(heads, q, k)
+        shape = list(q.shape[:-2])
+        if len(dims) == 1 and 1 < k.shape[dims[0] - q.ndim] < shape[dims[0]]:  # a key head for several query heads
+            shape[dims[0]] = k.shape[dims[0] - q.ndim]
+        k = k.expand(*shape, *k.shape[-2:])
+        if mask is not None and (q.ndim, dims) != (4, (1,)):
+            mask = with_heads(mask.expand(*q.shape[:-1], k.shape[-2]), heads, dims)
+        return with_heads(q, heads, dims), with_heads(k, heads, dims), mask
 
 
 @dataclass(frozen=True)
 class SoftmaxCall:
-    """One softmax of attention logits, (batch, heads, queries, keys) or (batch * heads, queries, keys)."""
+    """One softmax of attention logits, (batch, heads, queries, keys) or with heads and batch in other dimensions."""
 
     site: Site
     logits: Tensor
@@ -106,23 +108,48 @@ class SoftmaxCall:
         return (logits - logits.amax(-1, keepdim=True) <= MASKED) | self._never(logits)
 
     def _by_head(self) -> Tensor:
-        return with_heads(self.logits.detach(), num_heads(self.site.module))
+        logits, heads = self.logits.detach(), num_heads(self.site.module)
+        return with_heads(logits, heads, head_dims(heads, logits))
 
     def _never(self, logits: Tensor) -> Tensor:
         """What only a mask makes so low, also in rows that have nothing else; masks are at times scaled with the logits."""
         return logits <= max(torch.finfo(logits.dtype).min / 2, -1e8)
 
 
-def with_heads(x: Tensor, heads: int | None) -> Tensor:
-    """(..., m, n) with the heads at some place, or folded into the batch, as (batch, heads, m, n); unknown: all as one."""
+def head_dims(heads: int | None, x: Tensor, *others: Tensor) -> tuple[int, ...]:
+    """Which dimensions of q or of logits (..., m, n) are the heads', where their number is known; () if they are in the batch.
+
+    The second of four, as is usual; else one of that size, or two side by side that make it together (key heads, and the
+    queries of each). Where several are of that size, as windows may be, it is the one whose steps through memory are shortest,
+    in x or in others of that layout: heads lie within a token, and tokens, windows and batches around that.
+    """
     before = x.shape[:-2]
-    if x.ndim == 4 and heads in (None, x.shape[1]):
-        return x
-    if heads in before:
-        x = x.movedim(before.index(heads), -3)
-    elif heads is None or before.numel() % heads:
-        heads = 1
-    return x.reshape(-1, heads, *x.shape[-2:])
+    last = len(before) - 1
+    if heads is None or (last == 1 and before[1] in (1, heads)):
+        return (last,) if last else ()
+
+    def step(i: int) -> float:
+        return min(y.stride(i) or math.inf for y in (x, *others) if y.ndim == x.ndim)
+
+    found = [i for i in reversed(range(last + 1)) if before[i] == heads]
+    if found:
+        return (min(found, key=step),)
+    if last < 2:  # of some of the heads, as under tensor parallelism, or of the whole batch's
+        return (last,) if last and before[1] % heads else ()
+    pair = next((i for i in reversed(range(last)) if before[i] * before[i + 1] == heads), None)
+    return (last,) if pair is None else (pair, pair + 1)
+
+
+def with_heads(x: Tensor, heads: int | None, dims: tuple[int, ...]) -> Tensor:
+    """(..., m, n) as (batch, heads, m, n). Heads are in those dimensions, or folded into the batch; unknown: all as one."""
+    last = x.ndim - 2
+    if not dims:
+        x = x.flatten(0, last - 1)
+        heads = heads if heads and x.shape[0] % heads == 0 else 1
+        return x.unflatten(0, (x.shape[0] // heads, heads))
+    first = last - len(dims)
+    x = x.movedim(dims, tuple(range(first, last))).flatten(first, last - 1)
+    return x.flatten(0, first - 1) if first else x.unsqueeze(0)
 
 
 AttentionCall = FusedCall | SoftmaxCall

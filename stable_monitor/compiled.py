@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from stable_core.interrupted import compiled_call
+
 from .interception import Interception
 
 
@@ -19,16 +21,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model, or a part of it, is compiled."""
-    return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
+    return any(isinstance(m, OptimizedModule) or compiled_call(m) is not None for m in model.modules())
 
 
 @contextmanager
 def probe_before_forward(
-    called: nn.Module, model: nn.Module, interception: Interception, failed: Callable[[Exception], None]
+    called: nn.Module,
+    model: nn.Module,
+    interception: Interception,
+    failed: Callable[[Exception], None],
+    allowed: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
     """Within it, the first call of `called` in training mode is preceded by an eager one of `model`, the model inside,
-    without gradient, that `interception` sees. Random numbers and buffers are then as if it had not been; what a forward
-    pass keeps elsewhere, such as a counter in Python, is not."""
+    without gradient, that `interception` sees, if that is allowed. Random numbers and buffers are then as if it had not
+    been; what a forward pass keeps elsewhere, such as a counter in Python, is not."""
     done = False
 
     def probe(args, kwargs) -> None:
@@ -36,6 +42,8 @@ def probe_before_forward(
         if done or not model.training:
             return
         done = True
+        if not allowed():
+            return
         buffers = [(module, dict(module._buffers)) for module in model.modules()]
         values = [(buffer, buffer.clone()) for buffer in model.buffers()]
         devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
@@ -52,18 +60,18 @@ def probe_before_forward(
             for buffer, value in values:
                 buffer.copy_(value)
 
-    compiled_call = called._compiled_call_impl
-    if compiled_call is not None:  # model.compile(): hooks would be part of what is compiled
+    usual_call = called._compiled_call_impl
+    if usual_call is not None:  # model.compile(): hooks would be part of what is compiled
 
         def call(*args, **kwargs):
             probe(args, kwargs)
-            return compiled_call(*args, **kwargs)
+            return usual_call(*args, **kwargs)
 
         called._compiled_call_impl = call
         try:
             yield
         finally:
-            called._compiled_call_impl = compiled_call
+            called._compiled_call_impl = usual_call
     else:
         hook = called.register_forward_pre_hook(lambda _, args, kwargs: probe(args, kwargs), with_kwargs=True)
         try:

@@ -11,6 +11,7 @@ from .records import Run
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 Value = Callable[[dict], float | None]
+ROLES = ("q", "k", "v", "qkv", "kv", "out")
 WHOLE_MODEL = "whole model"  # beside the kinds of attention
 
 
@@ -38,8 +39,8 @@ def number(key: str) -> Value:
     return lambda record: record.get(key)
 
 
-def sigma(key: str) -> Value:
-    return lambda layer: layer.get("sigma", {}).get(key)
+def of_role(key: str, role: str) -> Value:
+    return lambda layer: layer.get(key, {}).get(role)
 
 
 mean_entropy = over_heads(fmean, "entropy")
@@ -65,7 +66,11 @@ FIGURES = {
     ),
     "sigma": (
         "Spectral norm σ of the projections",
-        [Quantity(f"sigma.{key}", f"σ of {key}", "wide", sigma(key)) for key in ("q", "k", "v", "out")],
+        [Quantity(f"sigma.{role}", f"σ of {role}", "wide", of_role("sigma", role)) for role in ROLES],
+    ),
+    "lag": (
+        "Lag of σReparam's running estimate, 1 - estimate / σ",
+        [Quantity(f"lag.{role}", f"lag of {role}", "zero", of_role("lag", role)) for role in ROLES],
     ),
     "gradients": (
         "Gradient norms",
@@ -111,6 +116,6 @@ def ceiling(run: Run, kind: str) -> Curve:
 
     def value(record: dict) -> float | None:
         keys = [record["layers"].get(name, {}).get("keys") for name in run.layers.get(kind, [])]
-        return max((math.log(count) for count in keys if count), default=None)
+        return max((math.log(count) for count in keys if count and count > 0), default=None)
 
     return series(run.records, value)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
+
+from stable_core.interrupted import on_error
 
 from .calls import AttentionCall, FusedCall, Site, SoftmaxCall
 from .projections import find_projections
@@ -32,7 +34,8 @@ class Interception:
     """Hands the attention calls of a model's forward passes to `handler(call) -> call`, until it is stopped.
 
     The handler may return another call, which is computed in its place. Where several interceptions see a call, those with
-    a lower `order` are asked first. finished(output) is called at the end of each forward pass of the whole model.
+    a lower `order` are asked first. finished(output) is called at the end of each forward pass of the whole model, failed()
+    where one ends in an error.
     """
 
     def __init__(
@@ -41,8 +44,10 @@ class Interception:
         handler: Callable[[AttentionCall], AttentionCall],
         order: int = 0,
         finished: Callable[[Any], None] = lambda output: None,
+        failed: Callable[[], None] = lambda: None,
     ) -> None:
         self.handler, self.order, self._finished, self._model = handler, order, finished, model
+        self._failed, self._waits = failed, False
         self._names: dict[nn.Module, str] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -53,15 +58,29 @@ class Interception:
         """Installs one hook on the model, which installs the others when a forward pass in training mode begins.
 
         Validation, and whatever else is done with a model between two updates, is free of them."""
+        self._waits = True
+        self._handles.append(on_error(self._model, self._undo))
         self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if model is self._model and model.training and not self._names and not torch.compiler.is_compiling():
-            self.start()
+            self._install()
             self._enter(model, args, kwargs)  # its own new hook comes too late for this call
+
+    def _undo(self, error: BaseException) -> None:
+        """As it was before the forward pass that ended so, also where torch called no hook."""
+        _thread.remove(self)
+        if self._waits:
+            self.stop()
+            self.start_with_training()
+        self._failed()
 
     def start(self) -> None:
         """Installs the hooks."""
+        self._handles.append(on_error(self._model, self._undo))
+        self._install()
+
+    def _install(self) -> None:
         for name, module in self._model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hook
                 self._names[module] = ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -76,11 +95,14 @@ class Interception:
             handle.remove()
         self._handles.clear()
         self._names.clear()
+        self._waits = False
         _thread.remove(self)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # Compiled code does without, as it could not be seen anyway.
         if not torch.compiler.is_compiling() and module in self._names:
+            if module is self._model:
+                _thread.remove(self)  # what a forward pass of a part left that was broken off, as in a backward pass
             _thread.push(self, module, args, kwargs)
 
     def site(self, stack: list[tuple[nn.Module, tuple, dict]], depth: int) -> Site:
@@ -91,7 +113,7 @@ class Interception:
 
     def _leave(self, module: nn.Module, args, output) -> None:
         if not torch.compiler.is_compiling() and module in self._names:
-            _thread.pop(self)
+            _thread.pop(self, module)
             if module is self._model and output is not None:  # which it is after an error
                 self._finished(output)
 
@@ -102,17 +124,23 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.running: dict[Interception, list[tuple[nn.Module, tuple, dict]]] = {}
         self.mode: _Mode | None = None
+        self.handling = False  # a call, without the mode, which is on again afterwards
 
     def push(self, interception: Interception, *entry) -> None:
+        if self.mode is not None and not self.handling and self.mode not in _get_current_function_mode_stack():
+            self.running.clear()  # a backward pass was broken off, at which torch puts modes back as they were before
+            self.mode = None
         self.running.setdefault(interception, []).append(entry)
         if self.mode is None:
             self.mode = _Mode()
             self.mode.__enter__()
 
-    def pop(self, interception: Interception) -> None:
-        stack = self.running.get(interception)
-        if stack:
-            stack.pop()
+    def pop(self, interception: Interception, module: nn.Module) -> None:
+        """With what it called and what was broken off; a module that another's hook kept from running is not there."""
+        stack = self.running.get(interception, [])
+        depth = next((i for i in reversed(range(len(stack))) if stack[i][0] is module), None)
+        if depth is not None:
+            del stack[depth:]
             if not stack:
                 self.remove(interception)
 
@@ -120,7 +148,8 @@ class _Thread(threading.local):
         self.running.pop(interception, None)
         if not self.running and self.mode is not None:
             mode, self.mode = self.mode, None
-            mode.__exit__(None, None, None)
+            if mode in _get_current_function_mode_stack()[-1:]:
+                mode.__exit__(None, None, None)
 
 
 _thread = _Thread()
@@ -128,7 +157,13 @@ _thread = _Thread()
 
 class _Mode(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        before, _thread.handling = _thread.handling, True
+        try:
+            return self._handle(function, args, kwargs or {})
+        finally:
+            _thread.handling = before
+
+    def _handle(self, function: Callable, args: tuple, kwargs: dict):
         if function is F.multi_head_attention_forward:
             with self:
                 return _open_multi_head_attention()(*args, **kwargs)

@@ -1,24 +1,27 @@
 """The monitor: attention entropy, spectral norms, gradient norms and an alarm, while a model trains as ever."""
 
 import functools
-import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .alarm import Alarm, AlarmConfig, Watch
 from .calls import AttentionCall
 from .compiled import is_compiled, probe_before_forward, unwrap
 from .interception import UNSEEN, Interception
+from .optimizers import Optimizers, listed, short
 from .projections import SpectralNorms
-from .records import FILE_NAME, read
+from .ranks import Ranks
+from .records import RecordFile, read
 from .summary import by_head, gradient_norms, plain
 
 log = logging.getLogger("stable_monitor")
@@ -43,7 +46,8 @@ class Monitor:
     Attention is seen in the first forward pass, in training mode, of a recorded update: the model itself must be called, not
     a part of it. A module that is used several times in it is seen the first time. Between records there is no hook on the
     model. Compiled models cannot be looked into: for a record they run forward once more, eagerly and without gradient.
-    With several processes each measures its own batch, and rank 0 writes; under FSDP1, which keeps flat shards, gradient
+    With several processes each measures its own batch, and rank 0 writes. Construct it on all of them: norms of weights that
+    are cut up need all, and so does a reaction to an alarm that is every rank's. Under FSDP1, which keeps flat shards, gradient
     norms are null. `keys` is the number of keys, its geometric mean where queries see different numbers: uniform attention
     has entropy log(keys).
 
@@ -53,15 +57,15 @@ class Monitor:
         model: what the training loop calls: plain, compiled, or wrapped for distribution.
         every: updates from one record to the next; the first is of the untrained model, step 0.
         path: a directory, for `monitor.jsonl` in it, or a .jsonl file. One record a line, flushed. None: no file.
-        optimizer: for the learning rate.
+        optimizer: for the learning rate; of several, in a list, tuple or dict, it is that of the first.
         step: updates made before, where a run is resumed; what the file tells of them is history for the alarm.
         alarm: when to raise it.
-        on_alarm: called with each `Alarm`, on every rank with those of rank 0, after it is logged: `stop_training`,
-            `lower_learning_rate(optimizer)` or yours.
+        on_alarm: called with each `Alarm`, on every rank that has a monitor with those of rank 0, after it is logged:
+            `stop_training`, `lower_learning_rate(optimizer)` or yours.
         writers: called with each record, on rank 0; `TensorBoardWriter(directory)`, `WandbWriter()` or yours.
 
     Raises:
-        ValueError: every or step is not a whole number, or too small; alarm, on_alarm or a writer is something else.
+        ValueError: every or step is not a whole number, or too small; another argument is of another type.
     """
 
     def __init__(
@@ -70,12 +74,16 @@ class Monitor:
         every: int = 100,
         *,
         path: str | Path | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         step: int = 0,
         alarm: AlarmConfig | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
         writers: Iterable[Callable[[dict], None]] = (),
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model = {short(model)}: allowed are torch modules")
+        if not isinstance(path, str | os.PathLike | None):
+            raise ValueError(f"path = {short(path)}: allowed are None, a directory and a .jsonl file")
         for name, value, least in (("every", every, 1), ("step", step, 0)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} = {value!r}: allowed are whole numbers from {least}")
@@ -83,17 +91,28 @@ class Monitor:
             raise ValueError(f"alarm = {alarm!r}: allowed are None and an AlarmConfig; what to do then is on_alarm")
         if on_alarm is not None and not callable(on_alarm):
             raise ValueError(f"on_alarm = {on_alarm!r}: allowed are None and functions of an Alarm, as stop_training")
-        if isinstance(writers, str) or not all(map(callable, writers := tuple(writers))):
+        if (
+            isinstance(writers, str)
+            or not isinstance(writers, Iterable)
+            or not all(map(callable, writers := tuple(writers)))
+        ):
             raise ValueError(f"writers = {writers!r}: allowed are functions of a record, in a list")
         self.every, self.updates, self.last = every, step, None
-        self._called, self._model, self._optimizer = model, unwrap(model), optimizer
+        self._called, self._model, self._optimizers = (
+            model,
+            unwrap(model),
+            [] if optimizer is None else listed(optimizer),
+        )
         self._on_alarm, self._writers = on_alarm, writers
-        self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(), False
+        self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(self._all_here), False
         self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
         # After what changes the call.
-        self._interception = Interception(self._model, self._see, order=1, finished=self._end_of_forward)
+        self._interception = Interception(
+            self._model, self._see, order=1, finished=self._end_of_forward, failed=self._forget
+        )
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._is_main = self._processes == 1 or dist.get_rank() == 0
+        self._ranks = Ranks() if self._processes > 1 and (on_alarm is not None or self._is_cut_up()) else None
         self._armed, self._warned = ExitStack(), set()
         self._file = self._open(path, step) if path is not None and self._is_main else None
         self._prepare()
@@ -123,15 +142,14 @@ class Monitor:
         """Reads the gradients now rather than in `step`, for loops that clip or clear them first. scale: what they carry."""
         if self.is_recording and not self._shards:
             with self._warning("gradients"):
+                if any(isinstance(p.grad, DTensor) for p in self._model.parameters()) and not self._all_here():
+                    raise RuntimeError("they are cut up, and not every rank has a monitor: construct it on every rank")
                 self._gradients = gradient_norms({"": self._model, **self._modules}, scale)
 
     def close(self) -> None:
-        """Ends it: takes the hooks out of the model and closes the file."""
+        """Ends it: takes the hooks out of the model."""
         self._armed.close()
         self._closed, self.is_recording = True, False
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def __enter__(self) -> "Monitor":
         return self
@@ -144,19 +162,40 @@ class Monitor:
     def _prepare(self) -> None:
         """Makes ready for the next update."""
         self.is_recording = not self._closed and self.updates % self.every == 0
-        self._seen: dict[str, tuple[str, Tensor, dict[str, Tensor]]] = {}  # layer: kind, numbers by head, sigmas
-        self._modules: dict[str, nn.Module] = {}
         self._gradients: dict[str, Tensor] = {}  # "" is the whole model
-        self._loss = None
+        self._forget()
         if not self.is_recording:
             return
         if is_compiled(self._called):
             failed = functools.partial(self._warn, "the model was not measured")
-            probe = probe_before_forward(self._called, self._model, self._interception, failed)
+            probe = probe_before_forward(self._called, self._model, self._interception, failed, self._may_run_alone)
             self._armed.enter_context(probe)
         else:
             self._interception.start_with_training()
             self._armed.callback(self._interception.stop)
+
+    def _forget(self) -> None:
+        """What was seen in a forward pass, which the next one begins anew."""
+        self._seen: dict[str, tuple] = {}  # layer: kind, numbers by head, spectral norms
+        self._modules: dict[str, nn.Module] = {}
+        self._loss = None
+
+    def _is_cut_up(self) -> bool:
+        return any(isinstance(p, DTensor) for p in self._model.parameters())
+
+    def _all_here(self) -> bool:
+        """Whether all processes may be asked to take part in something."""
+        if self._processes > 1 and self._ranks is None:  # cut up since
+            self._ranks = Ranks()
+        return self._ranks is None or self._ranks.all_here()
+
+    def _may_run_alone(self) -> bool:
+        """Whether a forward pass of the model on those processes that have a monitor hangs none of them."""
+        together = self._is_cut_up() or any(isinstance(m, nn.SyncBatchNorm) for m in self._model.modules())
+        if self._processes == 1 or not together or self._all_here():
+            return True
+        self._warn("the compiled model was not measured: not every rank has a monitor; construct it on every rank")
+        return False
 
     def _end_of_forward(self, output) -> None:
         if self._seen:
@@ -168,8 +207,8 @@ class Monitor:
         site = call.site
         if self._model.training and site.name not in self._seen:
             with self._warning(site.name):  # sigma first: all processes that take part in it do, whatever happens then
-                sigmas = self._sigma.measure(site.name, site.module, site.parent)
-                self._seen[site.name] = *by_head(call), sigmas
+                norms = self._sigma.measure(site.name, site.module, site.parent)
+                self._seen[site.name] = *by_head(call), norms
                 self._modules[site.name] = site.module
         return call
 
@@ -182,10 +221,9 @@ class Monitor:
             self._warn(f"{what} not recorded", error)
 
     def _warn(self, message: str, error: Exception | None = None) -> None:
-        """Once for each message."""
-        message = f"{message}: {type(error).__name__}: {error}" if error is not None else message
+        """Once for each message, whatever the error."""
         if message not in self._warned:
-            log.warning("%s", message)
+            log.warning("%s", f"{message}: {type(error).__name__}: {error}" if error is not None else message)
             self._warned.add(message)
 
     def _record(self, loss, lr) -> dict:
@@ -195,22 +233,23 @@ class Monitor:
             if not self._shards and all(p.grad is None for p in self._model.parameters()):
                 self._warn("no gradient was seen: call step after backward, before the gradients are cleared")
             self.read_gradients()
-        if lr is None and self._optimizer is not None:
-            lr = self._optimizer.param_groups[0]["lr"]
+        if lr is None:
+            groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+            lr = next((group["lr"] for group in groups if "lr" in group), None)
         record = {
             "step": self.updates,
             "time": round(time.time(), 3),
-            **plain({"loss": _number(loss), "lr": _number(lr)}),
+            **plain({"loss": self._number("loss", loss), "lr": self._number("lr", lr)}),
             **self._gradient(""),
             "layers": {},
             "alarms": [],
         }
-        for name, (kind, numbers, sigmas) in self._seen.items():
+        for name, (kind, numbers, norms) in self._seen.items():
             entropy, entropy_min, max_logit, bound, log_keys = numbers
             heads = {"entropy": entropy, "entropy_min": entropy_min, "max_logit": max_logit, "bound": bound}
             record["layers"][name] = {
                 "kind": kind,
-                **plain({"keys": log_keys.mean().exp(), **heads, "sigma": sigmas}),
+                **plain({"keys": log_keys.mean().exp(), **heads, **norms}),
                 **self._gradient(name),
             }
         return record
@@ -221,17 +260,16 @@ class Monitor:
 
     def _publish(self, record: dict) -> None:
         alarms = self._watch.look(record)
-        if self._on_alarm is not None and self._processes > 1:  # all do what rank 0 decides: one alone cannot stop
-            decided = [alarms]
-            dist.broadcast_object_list(decided, src=0)
-            alarms = decided[0]
+        if self._on_alarm is not None and self._ranks is not None:  # all do what rank 0 decides: one alone cannot stop
+            alarms = self._ranks.decided(alarms)
+            if alarms and self._ranks.missing():
+                self._warn("on_alarm is not called on every rank, as some have no monitor: construct it on every rank")
         record["alarms"] = [{key: plain(asdict(alarm)[key]) for key in ALARM_KEYS} for alarm in alarms]
         if self._file is not None:
-            with self._warning(self._file.name):
-                self._file.write(json.dumps(record, allow_nan=False) + "\n")
-                self._file.flush()
+            with self._warning(str(self._file.path)):
+                self._file.append(record)
         for writer in self._writers if self._is_main else ():
-            with self._warning(type(writer).__name__):
+            with self._warning(getattr(writer, "__qualname__", type(writer).__name__)):
                 writer(record)
         for alarm in alarms:
             if self._is_main:
@@ -239,25 +277,30 @@ class Monitor:
             if self._on_alarm is not None:
                 self._on_alarm(alarm)
 
-    def _open(self, path: str | Path, step: int):
-        path = Path(path)
-        path = path if path.suffix == ".jsonl" else path / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            whole = path.read_bytes()
-            if not whole.endswith(b"\n"):  # killed in the middle of a line
-                whole = whole[: whole.rfind(b"\n") + 1]
-                with path.open("r+b") as file:
-                    file.truncate(len(whole))
-            with self._warning(f"the alarm's history in {path}"):
-                for record in read(path) if whole.strip() else ():
+    def _open(self, path: str | Path, step: int) -> RecordFile:
+        file = RecordFile(path)
+        holds_records = False
+        with self._warning(str(file.path)):
+            holds_records = file.prepare()
+        if holds_records:
+            with self._warning(f"the alarm's history in {file.path}"):
+                for record in read(file.path):
                     if record["step"] < step:
                         self._watch.look(record)
-        return path.open("a")
+        return file
 
-
-def _number(x: Tensor | float | None) -> float | None:
-    return None if x is None else float(x.detach() if isinstance(x, Tensor) else x)
+    def _number(self, name: str, x) -> float | None:
+        """Of a number, or a tensor or an array that holds one."""
+        with self._warning(name):
+            if isinstance(x, Tensor):
+                x = x.detach()
+                x = x.full_tensor() if isinstance(x, DTensor) else x
+            if x is not None and hasattr(x, "item"):
+                x = x.item()
+            if x is not None and not isinstance(x, Real):
+                raise TypeError(f"{short(x)}; allowed are real numbers, and tensors that hold one")
+            return None if x is None else float(x)
+        return None
 
 
 ALARM_KEYS = ("layer", "entropy", "threshold", "reference", "bound")

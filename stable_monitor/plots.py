@@ -123,10 +123,14 @@ def fill(panel: Axes, quantity: Quantity, run: Run, kind: str, found: dict[str, 
         x, y = ceiling(run, kind)
         gid = curve_id(run.name, "ceiling", kind)
         panel.plot(x, y, "--", color="0.3", linewidth=0.9, gid=gid, label="log(keys)")
-        marks = [(alarm["step"], alarm["entropy"]) for alarm in run.alarms if alarm["layer"] in layers]
-        if marks:
+        marks = [(alarm["step"], alarm.get("entropy")) for alarm in run.alarms if alarm["layer"] in layers]
+        style = {"marker": "x", "linestyle": "", "color": ALARM, "markersize": 5, "zorder": 3}
+        if known := [mark for mark in marks if mark[1] is not None]:
             gid = curve_id(run.name, "alarms", kind)
-            panel.plot(*zip(*marks, strict=True), "x", color=ALARM, markersize=5, zorder=3, gid=gid, label="alarm")
+            panel.plot(*zip(*known, strict=True), **style, gid=gid, label="alarm")
+        if lost := [step for step, entropy in marks if entropy is None]:  # on the lower edge
+            gid, style = curve_id(run.name, "not a number", kind), {**style, "transform": panel.get_xaxis_transform()}
+            panel.plot(lost, [0] * len(lost), **style, clip_on=False, gid=gid, label="alarm: not a number")
     if run.alarms:
         first = run.alarms[0]["step"]
         panel.axvline(first, color=ALARM, linewidth=0.9, linestyle=":", zorder=3, label="first alarm")

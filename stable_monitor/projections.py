@@ -1,6 +1,6 @@
 """Where an attention module keeps its query, key, value and output weights, and their spectral norms."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,22 +8,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from stable_core.packing import PACKED_QKV_NAMES, QKV_NAMES, in_thirds
 from stable_core.power_iteration import top_singular_vectors
-from stable_core.sigma_reparam import SigmaReparam
-from stable_core.targets import PACKED_QKV_NAMES, QKV_NAMES, matrix
+from stable_core.targets import matrix
 
 KEY_VALUE_NAMES = (("q", "kv"), ("to_q", "to_kv"), ("q_proj", "kv_proj"))
 MIXED_QKV_NAMES = ("query_key_value",)  # packed head by head: seen, but not told apart
-MIXED_QKV_CLASSES = ("CodeGenAttention", "GPTBigCodeAttention")
 OUT_NAMES = ("out_proj", "o_proj", "proj", "c_proj", "to_out", "out_lin", "o", "wo", "Wo", "output", "dense")
-HEADS_NAMES = ("num_heads", "n_head", "n_heads", "num_attention_heads", "heads")
 
 Place = tuple[nn.Module, str]  # a layer and the name of its weight
-
-
-def num_heads(attention: nn.Module) -> int | None:
-    """How many heads an attention module says it has."""
-    return next((n for name in HEADS_NAMES if isinstance(n := getattr(attention, name, None), int)), None)
 
 
 def find_projections(attention: nn.Module) -> dict[str, Place]:
@@ -70,40 +63,46 @@ def _shape(layer: nn.Module, name: str) -> torch.Size | None:
 
 
 class SpectralNorms:
-    """sigma of a model's attention weights, found from the last record's singular vectors, within 1e-3."""
+    """sigma of a model's attention weights, found from the last record's singular vectors, within 1e-3.
 
-    def __init__(self) -> None:
+    A weight that is cut up over processes is put together, in which all of them must take part: where may_gather() says that
+    not all do, its norms are NaN.
+    """
+
+    def __init__(self, may_gather: Callable[[], bool] = lambda: True) -> None:
+        self._may_gather = may_gather
         self._vectors: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def measure(self, name: str, attention: nn.Module, parent: nn.Module | None) -> dict[str, Tensor]:
-        """The spectral norm of each effective weight of one attention module: {"q": sigma, "k": ..., "v": ..., "out": ...}.
+    def measure(self, name: str, attention: nn.Module, parent: nn.Module | None) -> dict[str, dict[str, Tensor]]:
+        """{"sigma": {"q": ..., "k": ..., "v": ..., "out": ...}, "lag": ...}: the spectral norm of each effective weight of one
+        attention module, and, of those that σReparam makes, by what part the running estimate of sigma is below sigma.
 
-        Where σReparam keeps u and v it is u^T W_hat v, which is gamma. Packed projections are told apart where they are of
-        one size, else they are one "qkv".
+        Packed projections are told apart where they are equal parts one after the other, else they are one "qkv".
         """
         places, output = find_projections(attention), find_output(attention, parent)
-        mixed = (
-            getattr(attention, "head_first", False)
-            or type(attention).__name__ in MIXED_QKV_CLASSES
-            or any(_place(attention, name) for name in MIXED_QKV_NAMES)
-        )
-        sigmas = {}
+        sigmas, lags = {}, {}
         for role, (layer, weight) in {**places, **({"out": output} if output else {})}.items():
-            roles = (role,) if role == "out" or mixed else tuple(role)
-            gammas = _gammas(layer, weight)
-            if gammas is not None and len(gammas) == len(roles):
-                sigmas.update(zip(roles, gammas.abs().unbind(), strict=True))
-                continue
-            with _unchanged(layer, weight):
-                W = getattr(layer, weight).detach()
-            W = W.full_tensor() if isinstance(W, DTensor) else W
-            W = matrix(W, transposed=type(layer).__name__ == "Conv1D")
-            if W.shape[0] != len(roles) * W.shape[1]:
-                roles = (role,)
+            chain = layer.parametrizations[weight] if parametrize.is_parametrized(layer, weight) else None
+            with _unchanged(*([] if chain is None else [chain])):
+                W = self._matrix(layer, getattr(layer, weight))
+            roles = (role,)
+            if role == "kv" and W.shape[0] == 2 * W.shape[1]:
+                roles = ("k", "v")
+            elif role == "qkv" and not _is_mixed(attention) and in_thirds(attention, *W.shape):
+                roles = ("q", "k", "v")
             for part, block in zip(roles, W.chunk(len(roles)), strict=True):
                 sigmas[part] = self._sigma(f"{name}.{part}", block)
-        return sigmas
+            if chain is not None and _is_sigma_reparam(chain):
+                lags.update(self._lags(name, layer, chain, W, {part: sigmas[part] for part in roles}))
+        return {"sigma": sigmas, "lag": lags}
+
+    def _matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        """A layer's weight, as it is on all processes together, as (out, in)."""
+        W = W.detach()
+        if isinstance(W, DTensor):
+            W = W.full_tensor() if self._may_gather() else torch.full(W.shape, torch.nan, device=W.device)
+        return matrix(W, transposed=type(layer).__name__ == "Conv1D")
 
     def _sigma(self, key: str, W: Tensor) -> Tensor:
         if not W.isfinite().all():
@@ -112,11 +111,45 @@ class SpectralNorms:
             u, self._vectors[key] = top_singular_vectors(W, self._vectors.get(key))
             return torch.dot(u, torch.mv(W.float(), self._vectors[key]))
 
+    def _lags(
+        self, name: str, layer: nn.Module, chain: nn.ModuleList, W: Tensor, sigmas: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Of the parts of W_hat, whose norms are `sigmas`. W_hat = gamma / estimate * W, so that estimate / sigma is
+        gamma / |W_hat|."""
+        members = chain[0].members()
+        leader = next(member[0] for member in members if hasattr(member[0], "gamma"))
+        gammas, norms = leader.gamma.detach().float().abs(), list(sigmas.values())
+        parts = [W]
+        if len(members) > 1 or len(gammas) != len(norms):  # they share a sigma, that of all on top of each other
+            if len(members) > 1:
+                with _unchanged(*members):
+                    parts = [self._matrix(layer, member()) for member in members]
+            shared = torch.cat(parts).split(list(leader.rows))
+            norms = [self._sigma(f"{name}.{'.'.join(sigmas)}.shared.{i}", block) for i, block in enumerate(shared)]
+        ends = torch.tensor(list(leader.rows)).cumsum(0).tolist()
+        row = sum(part.shape[0] for part in parts[: [member is chain for member in members].index(True)])
+        lags = {}
+        for part in sigmas:
+            block = next(i for i, end in enumerate(ends) if row < end)
+            lags[part] = (1 - gammas[block] / norms[block]).clamp(min=0)  # not below 0 but by rounding
+            row += W.shape[0] // len(sigmas)
+        return lags
+
+
+def _is_mixed(attention: nn.Module) -> bool:
+    """Whether its packed weight has a name under which projections lie head by head."""
+    return any(_place(attention, name) for name in MIXED_QKV_NAMES)
+
+
+def _is_sigma_reparam(chain: nn.ModuleList) -> bool:
+    """Whether σReparam makes a weight, and nothing after it; by what it has, as a model's own source has classes of its own."""
+    return len(chain) == 1 and hasattr(chain[0], "members")
+
 
 @contextmanager
-def _unchanged(layer: nn.Module, weight: str) -> Iterator[None]:
+def _unchanged(*chains: nn.Module) -> Iterator[None]:
     """Parametrizations in evaluation mode: torch's spectral norm iterates at every access in training mode."""
-    parts = list(layer.parametrizations[weight].modules()) if parametrize.is_parametrized(layer, weight) else []
+    parts = [part for chain in chains for part in chain.modules()]
     before = [part.training for part in parts]
     for part in parts:
         part.training = False
@@ -125,12 +158,3 @@ def _unchanged(layer: nn.Module, weight: str) -> Iterator[None]:
     finally:
         for part, training in zip(parts, before, strict=True):
             part.training = training
-
-
-def _gammas(layer: nn.Module, weight: str) -> Tensor | None:
-    """σReparam's gamma of each block of a weight that shares its sigma with no other."""
-    if parametrize.is_parametrized(layer, weight):
-        reparam = layer.parametrizations[weight][0]
-        if isinstance(reparam, SigmaReparam) and len(reparam.members()) == 1:
-            return reparam.gamma.detach().float()
-    return None

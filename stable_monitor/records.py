@@ -1,41 +1,91 @@
-"""The records of monitored runs, read back from the file that the monitor appends to: one JSON object a line."""
+"""The records of monitored runs: the file that the monitor appends to, a JSON object a line, and what is read back from it."""
 
 import json
+import logging
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 FILE_NAME = "monitor.jsonl"
+NUMBERS = ("time", "loss", "lr", "grad_l2", "grad_linf", "entropy", "threshold")  # of a record or of an alarm
+BY_HEAD = ("entropy", "entropy_min", "max_logit", "bound")
+log = logging.getLogger("stable_monitor")
+
+
+class RecordFile:
+    """A run's file, to append to. It is opened for each record: nothing waits in memory for a close, which a full disk would
+    make fail, and a folder that was deleted meanwhile is noticed."""
+
+    def __init__(self, run: str | Path) -> None:
+        self.path = Path(run)
+        if self.path.suffix != ".jsonl":
+            self.path /= FILE_NAME
+
+    def prepare(self) -> bool:
+        """Makes its folder, and it, and takes off what a kill left of a line. Whether it holds something."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab"):
+            pass
+        if not self.path.is_file():  # a device
+            return False
+        whole = self.path.read_bytes()
+        if not whole.endswith(b"\n"):
+            os.truncate(self.path, whole.rfind(b"\n") + 1)
+        return bool(whole.strip())
+
+    def append(self, record: dict) -> None:
+        """The whole line or, where there is no room for it, none of it."""
+        line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except BaseException:
+                with suppress(OSError):
+                    file.truncate(end)
+                raise
 
 
 def read(run: str | Path) -> list[dict]:
     """The records of a run (a directory that holds `monitor.jsonl`, or such a file of any name), steps ascending.
 
     The writer may have been killed: a last line that was cut short is left out. It may have gone on from an earlier
-    checkpoint: a record replaces those of the same and of later steps before it. Raises FileNotFoundError if there is no
-    such file, ValueError for any other malformed line and for a file without records.
+    checkpoint: a record replaces those of the same and of later steps before it. Other lines that are no records are left out
+    with a warning that names them. Raises FileNotFoundError if there is no such file, ValueError for one without records.
     """
     path = Path(run)
     if path.is_dir():
         path /= FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run is a directory that holds {FILE_NAME}, or such a file")
-    lines = path.read_bytes().splitlines()
+    whole = path.read_bytes()
+    lines = whole.splitlines()
     records: list[dict] = []
+    wrong = []
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            step, _, _ = record["step"], record["layers"], record["alarms"]
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not a record of the monitor") from None
-        while records and records[-1]["step"] >= step:
+        record = _parsed(line)
+        if record is None:
+            wrong.append(number)
+            continue
+        while records and records[-1]["step"] >= record["step"]:
             records.pop()
         records.append(record)
+    if wrong and wrong[-1] == len(lines) and not whole.endswith(b"\n"):
+        wrong.pop()
     if not records:
         raise ValueError(f"{path}: holds no record; the monitor writes one JSON object a line")
+    if wrong:
+        some = ", ".join(map(str, wrong[:5])) + ", ..." * (len(wrong) > 5)
+        log.warning("%s, line%s %s: not a record of the monitor; left out", path, "s" * (len(wrong) > 1), some)
     return records
+
+
+def in_words(entropy: float | None, unit: str = "") -> str:
+    """An entropy of an alarm, or of a layer that has one."""
+    return "not a number" if entropy is None else f"{entropy:.3g}{unit}"
 
 
 @dataclass(frozen=True)
@@ -53,3 +103,45 @@ class Run:
     def alarms(self) -> list[dict]:
         """All alarms in order, each with its "step"."""
         return [{"step": record["step"], **alarm} for record in self.records for alarm in record["alarms"]]
+
+
+def _parsed(line: bytes) -> dict | None:
+    """A line's record; None where it is none."""
+    try:
+        record = json.loads(
+            line, parse_constant=lambda name: None
+        )  # NaN and infinity are no JSON, but people write them
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    if not isinstance(step, int) or not 0 <= step < 1 << 53 or not _has_numbers(record):
+        return None
+    layers, alarms = record.get("layers"), record.get("alarms")
+    if not isinstance(layers, dict) or not all(map(_is_layer, layers.values())):
+        return None
+    return record if isinstance(alarms, list) and all(map(_is_alarm, alarms)) else None
+
+
+def _is_layer(layer) -> bool:
+    if not isinstance(layer, dict) or not isinstance(layer.get("kind"), str):
+        return False
+    heads = [layer.get(key, []) for key in BY_HEAD]
+    by_role = [layer.get(key, {}) for key in ("sigma", "lag")]
+    return (
+        all(isinstance(values, list) and all(map(_is_number, values)) for values in heads)
+        and all(isinstance(values, dict) and all(map(_is_number, values.values())) for values in by_role)
+        and all(_is_number(layer.get(key)) for key in ("keys", "grad_l2", "grad_linf"))
+    )
+
+
+def _is_alarm(alarm) -> bool:
+    return isinstance(alarm, dict) and isinstance(alarm.get("layer"), str) and _has_numbers(alarm)
+
+
+def _has_numbers(values: dict) -> bool:
+    return all(_is_number(values.get(key)) for key in NUMBERS)
+
+
+def _is_number(x) -> bool:
+    """Or null."""
+    return x is None or (isinstance(x, int | float) and abs(x) < 1e308)

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from .curves import FIGURES, mean_entropy
 from .plots import draw
-from .records import FILE_NAME, Run, read
+from .records import FILE_NAME, Run, in_words, read
 
 ALARM_ROWS = 1000  # more on a page would help nobody
 PAGE = """<!DOCTYPE html>
@@ -104,16 +104,21 @@ def table(head: list[str], rows: list[list]) -> str:
 def last_loss(run: Run) -> str:
     """The last that was measured and finite, with its step if that is not the last."""
     for record in reversed(run.records):
-        if record["loss"] is not None:
+        if (loss := record.get("loss")) is not None:
             since = "" if record is run.records[-1] else f" at {record['step']}, none since"
-            return f"{record['loss']:.4g}{since}"
+            return f"{loss:.4g}{since}"
     return "not recorded"
 
 
 def least_entropy(run: Run) -> str:
-    layers = run.records[-1]["layers"].items()
-    entropies = [(value, name) for name, layer in layers if (value := mean_entropy(layer)) is not None]
-    return "{1}: {0:.3g} nats".format(*min(entropies)) if entropies else "not recorded"
+    """Of the last record; a layer where it is not a number comes first."""
+    entropies = [
+        (-1 if value is None else value, f"{name}: {in_words(value, ' nats')}")
+        for name, layer in run.records[-1]["layers"].items()
+        if layer.get("entropy") and layer.get("keys", 0) is not None
+        for value in [mean_entropy(layer)]
+    ]
+    return min(entropies)[1] if entropies else "not recorded"
 
 
 def summary(runs: list[Run]) -> str:
@@ -128,7 +133,7 @@ def summary(runs: list[Run]) -> str:
 
 def alarm_section(runs: list[Run]) -> str:
     rows = [
-        [run.name, alarm["step"], alarm["layer"], f"{alarm['entropy']:.3g}", f"{alarm['threshold']:.3g}"]
+        [run.name, alarm["step"], alarm["layer"], in_words(alarm.get("entropy")), in_words(alarm.get("threshold"))]
         for run in runs
         for alarm in run.alarms
     ]

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
+from .records import in_words
+
 
 def by_layer(record: dict, key: str, over_heads: Callable[[list[float]], float]) -> dict[str, float]:
     """One number for each layer that has any."""
@@ -27,7 +29,8 @@ def scalars(record: dict) -> dict[str, float]:
     for key, over_heads in (("entropy", fmean), ("bound", fmean), ("entropy_min", min), ("max_logit", max)):
         flat.update((f"{key}/{name}", value) for name, value in by_layer(record, key, over_heads).items())
     for name, layer in record["layers"].items():
-        flat.update((f"sigma_{role}/{name}", sigma) for role, sigma in layer["sigma"].items())
+        for key in ("sigma", "lag"):
+            flat.update((f"{key}_{role}/{name}", value) for role, value in layer[key].items())
         flat.update((f"{key}/{name}", layer[key]) for key in ("grad_l2", "grad_linf"))
     return {name: value for name, value in flat.items() if value is not None}
 
@@ -44,7 +47,7 @@ class TensorBoardWriter:
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record["step"])
         for alarm in record["alarms"]:
-            self._writer.add_text("alarm", f"{alarm['layer']}: {alarm['entropy']:.3g} nats", record["step"])
+            self._writer.add_text("alarm", f"{alarm['layer']}: {in_words(alarm['entropy'], ' nats')}", record["step"])
         self._writer.flush()
 
 

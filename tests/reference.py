@@ -10,14 +10,22 @@ class Algorithm1:
     """σReparam of one weight, line by line from Algorithm 1 [σ, App. C]; autograd does the backward pass.
 
     W (d, c); gamma (1,); u (d,); v (c,). `step` is the part under `if training`, which the paper runs once per update.
+    Without v it starts at v = W^T u of the W at hand, as the library does, which keeps u alone.
     """
 
-    def __init__(self, W: Tensor, gamma: Tensor, u: Tensor, v: Tensor) -> None:
-        self.W, self.gamma, self.u, self.v = W, gamma, u, v
+    def __init__(self, W: Tensor, gamma: Tensor, u: Tensor, v: Tensor | None = None) -> None:
+        self.W, self.gamma, self.u = W, gamma, u
+        self.keeps_v = v is not None
+        self.v = v if self.keeps_v else self._image()
+
+    def _image(self) -> Tensor:
+        with torch.no_grad():
+            v = self.W.T.mv(self.u)
+            return v / v.norm(dim=0)
 
     def step(self) -> None:
         with torch.no_grad():
-            u = self.W.mv(self.v)
+            u = self.W.mv(self.v if self.keeps_v else self._image())
             self.u = u / u.norm(dim=0)
             v = self.W.T.mv(self.u)
             self.v = v / v.norm(dim=0)

@@ -87,7 +87,7 @@ class StablePreTrainedModel(PreTrainedModel):
         if isinstance(state, SigmaReparam):  # a joint sigma is kept with the last of its weights
             if any(_is_fresh(tensor) for tensor in (*state.originals(), state.gamma)):
                 state.reset()
-            elif _is_fresh(state.u) or _is_fresh(state.v):
+            elif _is_fresh(state.u):
                 state.converge()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:

@@ -4,7 +4,6 @@ Every keyword of timm's `VisionTransformer` works, and so does what timm does wi
 """
 
 import copy
-from typing import Self
 
 import torch
 from timm.models import adapt_input_conv, generate_default_cfgs, named_apply, register_model
@@ -17,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from stable_core import SigmaReparamConfig, converge, fold
 from stable_core import sigma_reparam as plain_sigma_reparam
 from stable_core.folding import fold_state_dict
-from stable_core.sigma_reparam import SigmaReparam
 from stable_core.targets import FilterFn, layers
 
 from .stablevit import cfg, create
@@ -97,17 +95,6 @@ class SigmaVisionTransformer(VisionTransformer):
                     target.weight.mul_(self.weight_std / TIMM_STD)
         sigma_reparam(self, self.reparam)
 
-    def train(self, mode: bool = True) -> Self:
-        """torch's; and a moving average, which averaged u and v too, finds those of its averaged weights.
-
-        timm's train.py evaluates and saves its average with no place between for `stable_core.converge`.
-        """
-        if not mode:
-            for parametrization in self.modules():
-                if isinstance(parametrization, SigmaReparam) and _is_averaged(parametrization):
-                    parametrization.converge()
-        return super().train(mode)
-
     def _init_as_timm(self, needs_reset: bool) -> None:
         """timm's own mode; its truncated normal, cut at 100 standard deviations, is a normal, which is drawn faster as such."""
         for tensor, std in ((self.pos_embed, TIMM_STD), (self.cls_token, 1e-6), (self.reg_token, 1e-6)):
@@ -186,12 +173,6 @@ class _FirstDraws(TorchFunctionMode):
 
 def _is_reparametrised(model: nn.Module) -> bool:
     return any(parametrize.is_parametrized(module) for module in model.modules())
-
-
-def _is_averaged(parametrization: SigmaReparam) -> bool:
-    """Whether its u and v are no unit vectors, as the optimizer's hook leaves them."""
-    norms = torch.stack([x.norm() for x in (*parametrization.u.split(parametrization.rows), *parametrization.v)])
-    return not norms.is_meta and bool(((norms - 1).abs() > 1e-5).any())
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SigmaVisionTransformer) -> dict[str, Tensor]:

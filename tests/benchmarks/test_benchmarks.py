@@ -1,6 +1,8 @@
 """The benchmarks measure what they say: in turns, in ratios of the same round, models that compute the same."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -9,7 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from benchmarks import attention, scaling
-from benchmarks.models import PlainAlgorithm1, Step, peers, translation
+from benchmarks.families import PlainAlgorithm1, Step, peers
+from benchmarks.models import translation
 from benchmarks.paired import Report, arguments, interleave, quartiles, ratios
 from stable_core import sigma_reparam
 
@@ -93,3 +96,14 @@ def test_a_benchmark_runs_from_the_command_line(monkeypatch, capsys, tmp_path):
     attention.main()
     assert "StableAttention" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "attention.json").read_text())["rows"]) == 5
+
+
+def test_the_kernels_are_right_where_they_are_timed(tmp_path):
+    """In a process of its own, as Triton is told when it is imported that there is an interpreter."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.kernels", "--tiny", "--rounds", "1", "--out", tmp_path / "out"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    errors = {row["name"]: row["values"][0] for row in rows if "float32: the kernels' largest errors" in row["title"]}
+    assert set(errors) == {"u", "W_hat", "dW", "dgamma"}
+    assert max(errors.values()) < 1e-5

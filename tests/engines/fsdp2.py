@@ -73,7 +73,7 @@ def compiled(kind: str, rank: int) -> nn.Module:
 
 
 def scaled(kind: str, rank: int) -> nn.Module:
-    """A loss scaler that meets an inf in one rank's shard: both must skip the step, u and v too."""
+    """A loss scaler that meets an inf in one rank's shard: both must skip the step, u too."""
     model = shard(build(kind))
     optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=4.0)
     gradient_of = next(p for p in model.parameters() if p.to_local().numel() > 100)
@@ -88,11 +88,11 @@ def scaled(kind: str, rank: int) -> nn.Module:
 
 
 def found_afresh(kind: str, rank: int, length: float) -> nn.Module:
-    """u and v that are none of the weight's: those of length 1 for `converge`, others for loading to notice."""
+    """A u that is none of the weight's: of length 1 for `converge`, of another for loading to notice."""
     model = plain(kind, rank)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
-        if name.endswith((".u", ".v")):
+        if name.endswith(".u"):
             tensor.copy_(length * tensor.roll(1, -1))
     model.load_state_dict(state)
     return converge(model) if length == 1 else model

@@ -179,9 +179,8 @@ def test_gradients_are_those_of_algorithm_1(case):
     doubles = [W.detach().double().requires_grad_() for W in originals]
     gamma_slow = gammas(model).double().requires_grad_()
     u = [u for layer in reparametrised(model) for u in layer.u.double().split(layer.rows)]
-    v = [v for layer in reparametrised(model) for v in layer.v.double()]
     slow_loss = 0.0
-    for W, T, *state in zip(case.blocks(doubles), case.blocks(targets), gamma_slow.unsqueeze(1), u, v, strict=True):
+    for W, T, *state in zip(case.blocks(doubles), case.blocks(targets), gamma_slow.unsqueeze(1), u, strict=True):
         slow = Algorithm1(W, *state)
         W_hat = slow.gamma / slow.sigma().detach() * W if case.config.stop_gradient else slow.W_hat()
         slow_loss = slow_loss + (W_hat * T).sum()
@@ -206,7 +205,7 @@ def test_folded_it_is_a_plain_model_with_the_same_outputs(case):
 
 
 def stepped(case: Case) -> nn.Module:
-    """After an update, which leaves u and v no longer the top pair."""
+    """After an update, which leaves u no longer the top one."""
     model = case.reparametrised()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for W in model.parameters():
@@ -238,7 +237,6 @@ def test_the_scale_of_W_does_not_matter(case, c):
                 W *= c
         for layer in reparametrised(model):
             layer.u.normal_()
-            layer.v.normal_()
     for after, W_hat in zip(case.weights(converge(model)), before, strict=True):
         assert (after - W_hat).norm() <= 1e-3 * W_hat.norm()
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from stable_core import entropy_lower_bound
-from stable_monitor import AlarmConfig, EntropyCollapse, Monitor, lower_learning_rate, stop_training
+from stable_monitor import Alarm, AlarmConfig, EntropyCollapse, Monitor, lower_learning_rate, stop_training
 from stable_monitor.alarm import Watch
 from tests.stable_monitor.models import gpt, train
 
@@ -39,8 +39,25 @@ def test_half_of_the_heads_are_enough_and_nan_is_a_collapse():
     assert alarms([4.0, [4.0, 4.0, 0.0, 4.0]]) == []
     assert alarms([4.0, [4.0, 0.0, 0.0, 4.0]]) == [1]
     assert alarms([4.0, None, None]) == [1]
+    assert alarms([4.0, [4.0, None, 4.0, 4.0]]) == [1]  # one such head is the whole model in the next layer
     assert alarms([None, 4.0, 3.9]) == []
     assert alarms([4.0, 0.1], bound=None) == [1]
+
+
+def test_what_never_was_a_number_rings_too_and_what_had_no_keys_does_not():
+    assert alarms([None, None, None]) == [1]  # once there is a record before it
+    assert alarms([None, None, 4.0, None]) == [1, 3]
+    assert alarms([None] * 4, patience=3) == [3]
+    watch, empty = Watch(AlarmConfig()), {"keys": None, "entropy": [None], "bound": [None]}
+    assert [watch.look({"step": step, "layers": {"a": empty}}) for step in range(3)] == [[], [], []]
+
+
+def test_an_alarm_says_what_is_not_a_number():
+    watch = Watch(AlarmConfig())
+    layers = [{"a": {"entropy": [x], "bound": [0.0]}, "b": {"entropy": [None], "bound": [None]}} for x in (2.5, None)]
+    (a, b) = (alarm for step, layer in enumerate(layers) for alarm in watch.look({"step": step, "layers": layer}))
+    assert str(a) == "update 1: entropy collapse in a: not a number (its highest median before: 2.5)"
+    assert str(b) == "update 1: entropy collapse in b: not a number"
 
 
 def test_the_threshold_is_above_what_the_logits_allow():
@@ -118,17 +135,78 @@ def test_history_is_taken_up_again_when_a_run_is_resumed(tmp_path):
     assert [alarm["layer"] for alarm in records[0]["alarms"]] == ["h.0.attn"]
 
 
+def test_several_optimizers_are_lowered_once_each_and_keep_their_tensors():
+    layers = [nn.Linear(1, 1) for _ in range(4)]
+    shared = torch.tensor(0.5)  # as torch gives it to each group
+    adam = torch.optim.Adam([{"params": x.parameters()} for x in layers[:2]], lr=shared)
+    sgd = torch.optim.SGD(layers[2].parameters(), lr=0.2)
+    cycle = torch.optim.SGD(layers[3].parameters(), lr=0.1)
+    twin = torch.optim.SGD(layers[3].parameters(), lr=0.1)
+    alarm = Alarm(3, "a", 0.0, 0.1, 1.0, 0.0)
+    for optimizers in ([adam, sgd], (adam, sgd), {"adam": adam, "sgd": sgd}):
+        lower = lower_learning_rate(optimizers)
+        before = shared.item(), sgd.param_groups[0]["lr"]
+        lower(alarm), lower(alarm)  # two layers of one update
+        assert all(group["lr"] is shared for group in adam.param_groups)
+        assert (shared.item(), sgd.param_groups[0]["lr"]) == pytest.approx((before[0] / 2, before[1] / 2))
+
+    scheduler, plain = (torch.optim.lr_scheduler.OneCycleLR(x, 0.4, total_steps=9) for x in (cycle, twin))
+    lower_learning_rate(cycle, 0.25, scheduler)(alarm)
+    for _ in range(6):
+        cycle.step(), twin.step(), scheduler.step(), plain.step()
+        assert cycle.param_groups[0]["lr"] == pytest.approx(twin.param_groups[0]["lr"] / 4)
+
+
+def test_schedulers_made_of_others_are_lowered():
+    lr = torch.optim.lr_scheduler
+    rates = []
+    for lowered in (False, True):
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+        parts = [lr.LambdaLR(optimizer, lambda step: 1 / (step + 1)), lr.LambdaLR(optimizer, lambda step: 0.5**step)]
+        scheduler = lr.SequentialLR(optimizer, parts, milestones=[3])
+        lower = lower_learning_rate(optimizer, 0.1, scheduler)
+        rates.append([])
+        for step in range(6):
+            optimizer.step()
+            if lowered and step == 1:
+                lower(Alarm(1, "a", 0.0, 0.1, 1.0, 0.0))
+            scheduler.step()
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+    assert rates[1][1:] == pytest.approx([rate / 10 for rate in rates[0][1:]])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: AlarmConfig(fraction=1.5), "fraction = 1.5: allowed are numbers between 0 and 1"),
         (lambda: AlarmConfig(patience=0.5), "patience = 0.5: allowed are whole numbers from 1"),
-        (lambda: lower_learning_rate(torch.optim.SGD(nn.Linear(1, 1).parameters()), 2.0), "factor = 2.0: allowed are"),
+        (lambda: lower_learning_rate(sgd(), 2.0), "factor = 2.0: allowed are"),
+        (lambda: lower_learning_rate([]), "optimizer = []: allowed are an optimizer, or several"),
+        (lambda: lower_learning_rate(nn.Linear(1, 1)), "optimizer = Linear.*: allowed are an optimizer, or several"),
+        (lambda: lower_learning_rate(sgd(), 0.5, "cosine"), "scheduler = 'cosine': allowed are None and torch's"),
+        (lambda: lower_learning_rate(sgd(), "half"), "factor = 'half': allowed are numbers between 0 and 1"),
         (lambda: Monitor(nn.Linear(1, 1), alarm="stop"), "alarm = 'stop': allowed are None and an AlarmConfig"),
         (lambda: Monitor(nn.Linear(1, 1), on_alarm="stop"), "on_alarm = 'stop': allowed are None and functions"),
         (lambda: Monitor(nn.Linear(1, 1), writers="wandb"), "writers = 'wandb': allowed are functions of a record"),
+        (lambda: Monitor(nn.Linear(1, 1), writers=print), "writers = .*: allowed are functions of a record, in a list"),
+        (lambda: Monitor("gpt2"), "model = 'gpt2': allowed are torch modules"),
+        (lambda: Monitor(nn.Linear(1, 1), path=3), "path = 3: allowed are None, a directory and a .jsonl file"),
+        (
+            lambda: Monitor(nn.Linear(1, 1), optimizer="adam"),
+            "optimizer = 'adam': allowed are an optimizer, or several",
+        ),
+        (lambda: Monitor(nn.Linear(1, 1), optimizer={}), "optimizer = {}: allowed are an optimizer, or several"),
+        (
+            lambda: Monitor(nn.Linear(1, 1), optimizer=[sgd(), 3]),
+            "optimizer = list: allowed are an optimizer, or several",
+        ),
     ],
 )
 def test_bad_settings(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.replace("[]", r"\[\]").replace("{}", r"\{\}")) as error:
         make()
+    assert "\n" not in str(error.value)
+
+
+def sgd():
+    return torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)

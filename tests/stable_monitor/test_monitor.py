@@ -1,16 +1,19 @@
 """The monitor's numbers against ones computed by hand, and that it changes nothing."""
 
 import copy
+import importlib.util
 import math
 import pickle
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from stable_core import sigma_reparam
+from stable_core import SigmaReparamConfig, sigma_reparam
+from stable_core.sigma_reparam import SigmaReparam
 from stable_monitor import Monitor
 from stable_monitor.summary import gradient_norms
 from tests.reference import attention_probabilities, entropy
@@ -74,11 +77,7 @@ def test_sigma_follows_the_effective_weights_as_they_train(reparam):
 
     def by_hand(*_):
         W_hat = attention.c_attn.weight.detach().unflatten(0, (3, 128))
-        if reparam:
-            state = attention.c_attn.parametrizations.weight[0]
-            expected.append(torch.einsum("bi,bij,bj->b", state.u.view(3, 128), W_hat, state.v).tolist())
-        else:
-            expected.append(torch.linalg.svdvals(W_hat)[:, 0].tolist())
+        expected.append(torch.linalg.svdvals(W_hat)[:, 0].tolist())
 
     optimizer.register_step_pre_hook(by_hand)
     records = []
@@ -87,6 +86,81 @@ def test_sigma_follows_the_effective_weights_as_they_train(reparam):
         sigma = record["layers"]["h.0.attn"]["sigma"]
         assert [sigma[role] for role in "qkv"] == pytest.approx(expected[record["step"]], rel=1e-3)
     assert records[0]["layers"]["h.0.attn"]["sigma"] != records[-1]["layers"]["h.0.attn"]["sigma"]
+
+
+class Separate(nn.Module):
+    """Attention with a layer for each projection, in no order of theirs."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.out_proj, self.v_proj, self.q_proj, self.k_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (4, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def stale(matrices: list, gammas: list, blocks: list[list[int]]):
+    """True norms of W_hat, and 1 - estimate / sigma of each block of weights that share a sigma, from singular values."""
+    sigmas, lags = [torch.linalg.svdvals(W)[0].item() for W in matrices], {}
+    for gamma, block in zip(gammas, blocks, strict=True):
+        whole = torch.linalg.svdvals(torch.cat([matrices[i] for i in block]))[0].item()
+        lags |= dict.fromkeys(block, 1 - gamma / whole)
+    return sigmas, [lags[i] for i in range(len(matrices))]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("qkv", "blocks"),
+    [("separate", [[0], [1], [2]]), ("joint", [[0, 1, 2]]), ("qk_joint", [[0, 1], [2]])],
+)
+def test_sigma_and_its_lag_where_the_running_estimate_is_behind(packed, qkv, blocks):
+    """u and v are of the weights as they were before something else changed them."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(64, 4, batch_first=True) if packed else Separate()
+    sigma_reparam(model, SigmaReparamConfig(qkv=qkv))
+    with torch.no_grad():
+        for module in list(model.modules()):
+            for chain in getattr(module, "parametrizations", {}).values():
+                W = chain.original.view(-1, 64, 64)
+                W += 0.3 * torch.randn(len(W), 64, 1) * torch.randn(len(W), 1, 64) * torch.rand(len(W), 1, 1)
+    x = torch.randn(2, 5, 64)
+    monitor = Monitor(model, 1)
+    model(*[x, x, x] if packed else [x])
+    layer = monitor.step()["layers"][""]
+    if packed:
+        weights = list(model.in_proj_weight.detach().chunk(3))
+    else:
+        weights = [getattr(model, f"{role}_proj").weight.detach() for role in "qkv"]
+    sigmas, lags = stale(weights, [1.0] * len(blocks), blocks)  # gamma is 1
+    assert [layer["sigma"][role] for role in "qkv"] == pytest.approx(sigmas, rel=1e-3)
+    assert [layer["lag"][role] for role in "qkv"] == pytest.approx(lags, abs=2e-3)
+    assert max(lags) > 0.1
+    assert layer["lag"]["out"] == pytest.approx(1 - 1 / layer["sigma"]["out"], abs=2e-3)
+
+
+def test_what_sigma_reparam_did_not_make_has_no_lag():
+    model = gpt()
+    nn.utils.parametrizations.weight_norm(model.h[0].attn.c_proj)
+    assert {str(layer["lag"]) for layer in monitored(model)[0]["layers"].values()} == {"{}"}
+
+
+def test_sigma_reparam_of_a_models_own_source_is_known():
+    """As transformers loads it with trust_remote_code: other classes of the same code."""
+    own = {}
+    for name in ("packing", "targets", "sigma_reparam"):
+        spec = importlib.util.find_spec(f"stable_core.{name}")
+        own[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(own[name])
+    model = own["sigma_reparam"].sigma_reparam(gpt())
+    reparam = model.h[0].attn.c_proj.parametrizations.weight[0]
+    assert type(reparam) is not SigmaReparam
+    with torch.no_grad():
+        reparam.gamma.fill_(2.5)
+    layer = monitored(model)[0]["layers"]["h.0.attn"]
+    assert layer["sigma"]["out"] == pytest.approx(2.5, rel=1e-3)
+    assert list(layer["lag"]) == ["q", "k", "v", "out"]
 
 
 HF = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,

@@ -1,0 +1,64 @@
+"""What is to be undone where a forward pass ends in an error of any kind.
+
+torch calls no hook at Ctrl-C and the like, which are no `Exception`, not even one with always_call.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+Undo = Callable[[BaseException], None]
+
+
+class _Guarded:
+    """What torch calls in place of a module's `_call_impl`. It is kept where `model.compile()` keeps the compiled one, and so
+    in no copy of the module and no pickle."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.compiled = model, model._compiled_call_impl
+        self.undo: dict[int, Undo] = {}
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return self.model._call_impl(*args, **kwargs)
+        # A replica of nn.DataParallel has this object too; its caller is `_wrapped_call_impl(self, ...)`.
+        module = sys._getframe(1).f_locals.get("self", self.model)
+        if module is not self.model:
+            return module._call_impl(*args, **kwargs)
+        try:
+            return (self.compiled or self.model._call_impl)(*args, **kwargs)
+        except BaseException as error:
+            for undo in list(self.undo.values()):
+                undo(error)
+            raise
+
+
+def on_error(model: nn.Module, undo: Undo) -> RemovableHandle:
+    """Has undo(error) called where a call of the model ends in an error, until the handle is removed."""
+    guard = model._compiled_call_impl
+    if not isinstance(guard, _Guarded):
+        guard = model._compiled_call_impl = _Guarded(model)
+    return _Handle(guard, undo)
+
+
+def compiled_call(model: nn.Module) -> Callable | None:
+    """What `model.compile()` made, if it was called."""
+    call = model._compiled_call_impl
+    return call.compiled if isinstance(call, _Guarded) else call
+
+
+class _Handle:
+    def __init__(self, guard: _Guarded, undo: Undo) -> None:
+        self._guard, self._key = guard, id(self)
+        guard.undo[self._key] = undo
+
+    def remove(self) -> None:
+        guard = self._guard
+        guard.undo.pop(self._key, None)
+        if not guard.undo and guard.model._compiled_call_impl is guard:
+            del guard.model._compiled_call_impl
+            if guard.compiled is not None:
+                guard.model._compiled_call_impl = guard.compiled

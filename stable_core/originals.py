@@ -1,0 +1,75 @@
+"""Where a reparametrised weight W lives, and how W tells which parametrization it belongs to.
+
+An optimizer knows parameters and nothing else. So that its step finds what follows a weight in constant time, however many
+models are alive, the weight itself says so: in an attribute, which whoever puts another parameter in its place (FSDP2, `to`,
+`load_state_dict(assign=True)`, a deep copy) gets set anew.
+"""
+
+import weakref
+from collections import OrderedDict
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+_ATTRIBUTE = "_sigma_reparam"  # the same in every copy of this source, so that `advance` reaches all of them
+
+
+class Owner:
+    """A weight's weak link to the list that holds it: a model that was folded or deleted leaves nothing behind."""
+
+    __slots__ = ("_originals",)
+
+    def __init__(self, originals: "Originals") -> None:
+        self._originals = weakref.ref(originals)
+
+    def parametrization(self) -> nn.Module | None:
+        """The SigmaReparam that follows the weight, or None where it was folded."""
+        originals = self._originals()
+        return None if originals is None else originals[0].leader()
+
+    def __reduce__(self):
+        # A saved parameter takes its attributes along, and torch.load(weights_only=True) takes this class and no other.
+        return OrderedDict, ()
+
+
+def owner_of(weight: Tensor) -> Owner | None:
+    """The link of a weight that `sigma_reparam` reparametrised, also of one that has its own copy of this source."""
+    owner = getattr(weight, _ATTRIBUTE, None)
+    return owner if hasattr(owner, "parametrization") else None
+
+
+class Originals(ParametrizationList):
+    """torch's list of the parametrizations of one weight, whose parameters know it."""
+
+    @classmethod
+    def take_over(cls, originals: ParametrizationList) -> "Originals":
+        """Makes of torch's list one of these, in place."""
+        originals.__class__ = cls
+        originals._settle()
+        return originals
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None:
+            self._settle()
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(
+            name, value
+        )  # FSDP2 passes by `register_parameter` where a module has no method of its own here
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)  # it may put new parameters in place of the old
+        self._settle()
+        return self
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Its parameters are its own, and its parametrization knows where they are."""
+        for name, parameter in self._parameters.items():
+            if name.startswith("original"):
+                setattr(parameter, _ATTRIBUTE, Owner(self))
+        self[0].attach(self)

@@ -1,0 +1,28 @@
+"""One optimizer, or several in a list, tuple or dict."""
+
+from collections.abc import Iterable
+
+import torch
+
+Optimizers = torch.optim.Optimizer | list | tuple | dict
+
+
+def listed(optimizers: Optimizers) -> list:
+    """All of them; what has param_groups is one, as wrappers are.
+
+    Raises:
+        ValueError: there is none, or something else among them.
+    """
+    found = list(optimizers.values()) if isinstance(optimizers, dict) else optimizers
+    found = list(found) if isinstance(found, list | tuple) else [found]
+    if not found or not all(isinstance(getattr(x, "param_groups", None), Iterable) for x in found):
+        raise ValueError(
+            f"optimizer = {short(optimizers)}: allowed are an optimizer, or several in a list, tuple or dict"
+        )
+    return found
+
+
+def short(x) -> str:
+    """For a message of one line."""
+    text = repr(x)
+    return text if len(text) <= 60 and "\n" not in text else type(x).__name__

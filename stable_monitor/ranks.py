@@ -1,0 +1,63 @@
+"""The processes that have a monitor, which need not be all."""
+
+import itertools
+import pickle
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+PATIENCE = timedelta(seconds=30)  # for a process that is slower to make its monitor
+KEPT = 100  # decisions that a slower process may still ask for
+
+_joined = itertools.count()
+
+
+class Ranks:
+    """Asked and told through the key-value store of the process group, where nobody waits for a process without a monitor.
+
+    A collective in which only some take part hangs, so each that the monitor makes is made where `all_here`.
+    """
+
+    def __init__(self) -> None:
+        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        whole = dist.distributed_c10d._get_default_store()
+        self._patience = min(PATIENCE, whole.timeout / 3)
+        self._store = dist.PrefixStore(f"stable_monitor/{next(_joined)}", whole)
+        self._decisions = 0
+        self._all_here: bool | None = None  # not asked yet
+        self._main_here: bool | None = None
+        self._store.add("here", 1)
+        if self.rank == 0:
+            self._store.set("main", "")
+
+    def missing(self) -> int:
+        """How many have none so far."""
+        return self.size - self._store.add("here", 0)
+
+    def all_here(self) -> bool:
+        """Whether all have one; what the first that asks finds holds for all of them, and for good."""
+        if self._all_here is None:
+            deadline = time.monotonic() + self._patience.total_seconds()
+            while (missing := self.missing()) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            found = self._store.compare_set("company", "", "some" if missing else "all")
+            self._all_here = found == b"all"
+        return self._all_here
+
+    def decided(self, mine):
+        """What rank 0 decided, if it has a monitor, else mine; the first call on one rank meets the first on the others."""
+        key, old = (f"decision/{self._decisions - back}" for back in (0, KEPT))
+        self._decisions += 1
+        if self.rank == 0:
+            self._store.set(key, pickle.dumps(mine))
+            if self._decisions > KEPT:
+                self._store.delete_key(old)
+            return mine
+        if self._main_here is None:
+            try:
+                self._store.wait(["main"], self._patience)
+                self._main_here = True
+            except RuntimeError:
+                self._main_here = False
+        return pickle.loads(self._store.get(key)) if self._main_here else mine

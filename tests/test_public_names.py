@@ -1,0 +1,44 @@
+"""Every submodule of every package is imported, as documentation tools and editors do; no public name becomes another."""
+
+import subprocess
+import sys
+
+# In a process of its own, where nothing is imported yet; prints the public names that changed.
+IMPORT_ALL = """
+import importlib, pkgutil, sys, types
+for name in sys.argv[1:]:
+    package = importlib.import_module(name)
+    before = {key: value for key, value in vars(package).items()
+              if not key.startswith("_") and not isinstance(value, types.ModuleType)}
+    assert set(getattr(package, "__all__", ())) <= set(before)
+    for module in list(pkgutil.walk_packages(package.__path__, name + ".")):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    print("changed:", [f"{name}.{key}" for key, value in before.items() if getattr(package, key) is not value])
+"""
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True)
+
+
+def test_importing_every_submodule_leaves_the_public_names():
+    packages = ["stable_core", "stable_monitor", "hf_stable", "timm_stable", "nanogpt_patch", "fairseq_sigma"]
+    done = run("-W", "ignore", "-c", IMPORT_ALL, *packages)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "changed" in line] == ["changed: []"] * len(packages)
+
+
+def test_the_command_shares_its_name_with_the_function():
+    """Python warns where a command's module was loaded before it is run."""
+    done = run("-W", "error", "-m", "stable_core.fold", "--help")
+    assert (done.returncode, done.stderr) == (0, "") and "usage: python -m stable_core.fold" in done.stdout
+
+
+def test_the_function_is_there_however_its_module_was_imported():
+    for first in ("import stable_core.fold", "from stable_core.fold import fold", "import stable_core.fold_checkpoint"):
+        done = run(
+            "-c",
+            f"{first}\nimport stable_core, torch\nstable_core.fold(stable_core.sigma_reparam(torch.nn.Linear(4, 4)))",
+        )
+        assert done.returncode == 0, done.stderr
