@@ -6,7 +6,6 @@ import torch
 from tests.engines.exported import example, folded
 from tests.engines.models import KINDS, logits
 
-
 STRICT = ("sigma_vit", "stable_gpt")  # by dynamo, as test_compile.py has all
 
 
