@@ -9,9 +9,6 @@ NO_SUCH_PART = {
     "no model of models": (
         "test_attn_implementation_composite_models",
         "test_can_set_attention_dynamically_composite_model",
-        "test_flash_attn_2_can_dispatch_composite_models",
-        "test_flash_attn_3_can_dispatch_composite_models",
-        "test_flash_attn_4_can_dispatch_composite_models",
         "test_internal_model_config_and_subconfig_are_same",
         "test_sdpa_can_dispatch_composite_models",
     ),
@@ -34,8 +31,10 @@ NOT_INSTALLED = {
         "test_resize_embeddings_untied_with_deepspeed",
         "test_resize_tokens_embeddings_with_deepspeed",
     ),
+    "flash-attn": ("test_flash_attn_",),
     "kernels": ("test_kernels_can_load_without_crashing",),
 }
+SLOW = ("test_torch_compile_for_training",)  # by transformers' own mark; tests/engines compiles
 WANT_AN_ACCELERATOR = (
     "test_can_load_with_device_context_manager",
     "test_can_load_with_global_device_set",
@@ -43,6 +42,8 @@ WANT_AN_ACCELERATOR = (
     "test_disk_offload_",
     "test_flex_attention_with_grads",
     "test_model_parallelism",
+    "test_sdpa_can_compile_dynamic",
+    "test_sdpa_can_dispatch_on_flash",
 )
 NOT_OF_THE_FAMILY = {
     "StableGPT": ("test_encoder_decoder_loss_no_double_shift",),
@@ -64,7 +65,7 @@ NOT_OF_THE_FAMILY["SigmaViT"] = NOT_OF_THE_FAMILY["StableViT"]
 
 def never(family: str, tests: list[str]) -> set[str]:
     """Those of `tests` that cannot run on models of the family."""
-    starts = sum((*NO_SUCH_PART.values(), *NOT_INSTALLED.values(), NOT_OF_THE_FAMILY[family]), ())
+    starts = sum((*NO_SUCH_PART.values(), *NOT_INSTALLED.values(), NOT_OF_THE_FAMILY[family], SLOW), ())
     if not torch.accelerator.is_available():
         starts += WANT_AN_ACCELERATOR
     return {test for test in tests if test.startswith(starts)}
