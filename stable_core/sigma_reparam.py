@@ -233,7 +233,7 @@ class SigmaReparam(nn.Module):
             sigma = estimate(stacked, self.u, self.rows)
             self.watch.expect([], sigma)
             if config.gamma_init == "spectral":
-                gamma = sigma
+                gamma = sigma.clone()  # it learns, and the expectation does not
         gamma = gamma.to(weight.dtype)
         if config.kind == "spectral":
             self.register_buffer("gamma", gamma)

@@ -5,14 +5,20 @@ from . import mend
 mend.apply()
 
 from . import (  # noqa: E402  on a mended fairseq; models and tasks register themselves
+    checkpoints,
+    ema,
     half_precision,
     language_model,  # noqa: F401
     monitor,
     optim,
+    quantisation,
     speech_task,  # noqa: F401
     transformer,  # noqa: F401
 )
 
+checkpoints.name_what_does_not_fit()
+ema.follow_the_model()
 half_precision.advance_after_write_back()
 monitor.install()
 optim.scale_learning_rates()
+quantisation.refuse_reparametrised_models()

@@ -1,6 +1,5 @@
 """Transformer layers, encoder and decoder with a choice of residual connection and weight reparametrisation."""
 
-import re
 from dataclasses import dataclass
 
 from fairseq.distributed import fsdp_wrap
@@ -11,35 +10,53 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stable_core import SigmaReparamConfig, deepnorm_scales, fold, sigma_reparam
+from stable_core.deepnorm import DeepNormScales
 
 RESIDUALS = ("pre-ln", "post-ln", "deepnorm", "none")
 REPARAMS = ("none", "sigma", "spectral", "weight")
+NO_NOISE = (
+    "Quantisation writes into layer.weight, which is computed from the learned weight at each use; "
+    "train without, and quantise what python -m fairseq_sigma.export makes"
+)
 
 
 @dataclass(frozen=True)
 class BlockConfig:
     """How every block of a model is built; the model's command-line flags, checked.
 
-    init_std is the standard deviation of the truncated normal for the weights of the blocks, None is fairseq's own.
+    init_std is the standard deviation of the truncated normal for the weights of the blocks, None is fairseq's own; scales
+    are DeepNorm's, None with another residual.
     """
 
     residual: str
     reparam: SigmaReparamConfig | None
     init_std: float | None
+    scales: DeepNormScales | None
 
     @classmethod
-    def from_args(cls, args) -> "BlockConfig":
-        """Raises ValueError naming the flag, its value and what is allowed."""
+    def from_args(cls, args, depths: tuple[int, int]) -> "BlockConfig":
+        """`depths` are those of encoder and decoder as trained, before --encoder-layers-to-keep and the like.
+
+        Raises ValueError naming the flag, its value and what is allowed.
+        """
         for flag, allowed in (("residual", RESIDUALS), ("reparam", REPARAMS)):
             if getattr(args, flag) not in allowed:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: allowed are {', '.join(allowed)}")
         if args.init_std is not None and not args.init_std > 0:
             raise ValueError(f"--init-std {args.init_std}: allowed are positive numbers")
+        for name in ("layernorm_embedding", "scale_attn", "scale_fc"):  # each a LayerNorm of its own
+            if args.residual == "none" and getattr(args, name, False):
+                raise ValueError(f"--{name.replace('_', '-')} contradicts --residual none; use another --residual")
         reparam = None
         if args.reparam != "none":
             fields = ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")
             reparam = SigmaReparamConfig(kind=args.reparam, **{field: getattr(args, field) for field in fields})
-        return cls(args.residual, reparam, args.init_std)
+            for name in ("quant_noise_pq", "quant_noise_scalar"):
+                if value := getattr(args, name, None):
+                    flag = name.replace("_", "-")
+                    raise ValueError(f"--{flag} {value}: allowed with --reparam {args.reparam} is 0. {NO_NOISE}")
+        scales = deepnorm_scales(*depths) if args.residual == "deepnorm" else None
+        return cls(args.residual, reparam, args.init_std, scales)
 
 
 def add_flags(parser, init_std: str) -> None:
@@ -80,9 +97,11 @@ class _Block:
 
     alpha = 1.0
 
-    def stabilise(self, config: BlockConfig, alpha: float, beta: float) -> None:
+    def stabilise(self, config: BlockConfig, side: str) -> None:
         """Initialises the weights, scales v, output and feed-forward ones by beta, and only then reparametrises them."""
-        self.alpha = alpha
+        beta = 1.0
+        if config.scales is not None:
+            self.alpha, beta = getattr(config.scales, side)
         for name, module in list(self.named_modules()):
             if isinstance(module, nn.LayerNorm) and config.residual == "none":
                 self.set_submodule(name, nn.Identity())
@@ -113,10 +132,7 @@ class DecoderLayer(_Block, TransformerDecoderLayerBase):
 
 
 def _finish(layer: _Block, cfg, side: str) -> nn.Module:
-    alpha = beta = 1.0
-    if cfg.blocks.residual == "deepnorm":
-        alpha, beta = getattr(deepnorm_scales(cfg.encoder.layers, cfg.decoder.layers), side)
-    layer.stabilise(cfg.blocks, alpha, beta)
+    layer.stabilise(cfg.blocks, side)
     # As fairseq's own build_encoder_layer and build_decoder_layer end.
     if cfg.checkpoint_activations:
         layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
@@ -131,29 +147,3 @@ class Encoder(TransformerEncoderBase):
 class Decoder(TransformerDecoderBase):
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         return _finish(DecoderLayer(cfg, no_encoder_attn), cfg, "decoder")
-
-
-def check_fits(own: dict, loaded: dict) -> None:
-    """One line for a checkpoint of another arch, where torch would list every key of every layer."""
-    loaded_sigma = any("parametrizations." in key for key in loaded)
-    own_sigma = any("parametrizations." in key for key in own)
-    if own_sigma and not loaded_sigma:
-        raise ValueError("the checkpoint holds plain weights and the model is reparametrised: use --reparam none")
-    if loaded_sigma and not own_sigma:
-        raise ValueError(
-            "the checkpoint is reparametrised and the model is not: use the --reparam it was trained with, "
-            "or fold it with python -m fairseq_sigma.export"
-        )
-    for side in ("encoder", "decoder"):
-        mine, theirs = (
-            {m[1] for key in keys if (m := re.match(rf"{side}\.layers\.(\d+)\.", key))} for keys in (own, loaded)
-        )
-        if len(mine) != len(theirs):
-            raise ValueError(
-                f"the checkpoint has {len(theirs)} {side} layers and the model {len(mine)}: use --{side}-layers {len(theirs)}"
-            )
-    for key in own.keys() & loaded.keys():
-        if own[key].shape != loaded[key].shape:
-            raise ValueError(
-                f"{key}: the checkpoint has shape {tuple(loaded[key].shape)}, the model {tuple(own[key].shape)}"
-            )

@@ -12,11 +12,11 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from stable_core import sigma_reparam
-from stable_core.sigma_reparam import SigmaReparam
+from stable_core import sigma_layers, sigma_reparam
 
-from .blocks import BlockConfig, EncoderLayer, add_flags, check_fits, set_defaults
+from .blocks import BlockConfig, EncoderLayer, add_flags, set_defaults
 from .cape import Cape
+from .checkpoints import check_fits
 from .speech_features import STEP
 
 KERNEL, STRIDE = 7, 3
@@ -38,7 +38,7 @@ class SpeechEncoder(FairseqEncoder):
 
     def __init__(self, args: Namespace, bins: int, symbols: Dictionary) -> None:
         super().__init__(symbols)
-        blocks = BlockConfig.from_args(args)
+        blocks = BlockConfig.from_args(args, (args.encoder_layers, 0))
         width = args.encoder_embed_dim
         self.conv = nn.Conv1d(bins, width, KERNEL, stride=STRIDE, padding=KERNEL // 2)
         shifts = (args.cape_global_shift, args.cape_local_shift, args.cape_scale)
@@ -51,7 +51,7 @@ class SpeechEncoder(FairseqEncoder):
             if isinstance(module, nn.Linear | nn.Conv1d):
                 _init(module, width, blocks.init_std)
         for layer in layers:
-            layer.stabilise(dataclasses.replace(blocks, init_std=None), 1.0, 1.0)
+            layer.stabilise(dataclasses.replace(blocks, init_std=None), "encoder")
         if blocks.reparam is not None:
             alone = dataclasses.replace(blocks.reparam, qkv="separate")  # the other two settings are for attention
             sigma_reparam(self.output, alone)
@@ -61,9 +61,9 @@ class SpeechEncoder(FairseqEncoder):
             layers = [checkpoint_wrapper(layer) for layer in layers]
         self.layers = LayerDropModuleList(args.layer_drop, layers)
         if args.gamma_lr_scale != 1:
-            for module in self.modules():
-                if isinstance(module, SigmaReparam):
-                    module.gamma.optim_overrides = {"optimizer": {"lr_scale": args.gamma_lr_scale}}  # see optim.py
+            for _, sigma in sigma_layers(self):
+                if isinstance(sigma.gamma, nn.Parameter):
+                    sigma.gamma.optim_overrides = {"optimizer": {"lr_scale": args.gamma_lr_scale}}  # see optim.py
 
     def forward(self, features: Tensor, frames: Tensor) -> dict[str, Tensor]:
         """-> encoder_out (frames / 3, batch, symbols) and padding_mask (batch, frames / 3), True where there is no audio.

@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         message = str(error).splitlines()[0].removeprefix(f"{args.checkpoint}: ")
         print(f"export: {args.checkpoint}: {message}", file=sys.stderr)
         return 1
-    print(f"exported {args.checkpoint} to {args.out}; fairseq-generate --path {args.out} needs no --user-dir")
+    print(
+        f"exported {args.checkpoint} to {args.out}; fairseq-generate --path {args.out} --required-batch-size-multiple 1 "
+        "needs no --user-dir (with neither flag, fairseq leaves out the last sentences)"
+    )
     return 0
 
 

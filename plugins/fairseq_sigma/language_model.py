@@ -7,9 +7,8 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_arch
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from omegaconf import OmegaConf
 
-from stable_core import deepnorm_scales
-
-from .blocks import BlockConfig, DecoderLayer, add_flags, check_fits, set_defaults, set_normalize_before
+from .blocks import BlockConfig, DecoderLayer, add_flags, set_defaults, set_normalize_before
+from .checkpoints import check_fits
 
 FAMILIES = {  # arch name: residual, reparam
     "sigma_transformer_lm_wiki103": ("none", "sigma"),
@@ -38,15 +37,10 @@ class SigmaTransformerLanguageModel(TransformerLanguageModel):
         if OmegaConf.is_config(args):  # from fairseq-hydra-train, which leaves the task's settings in the task
             args = Namespace(**{"tokens_per_sample": task.args.tokens_per_sample, **OmegaConf.to_container(args)})
         sigma_transformer_lm(args)
-        config = BlockConfig.from_args(args)
-        if config.residual == "none" and args.layernorm_embedding:
-            raise ValueError("--layernorm-embedding contradicts --residual none; use another --residual")
+        config = BlockConfig.from_args(args, (0, args.decoder_layers))
         for name in ("adaptive_input_cutoff", "adaptive_softmax_cutoff"):
             _check_cutoffs(name, getattr(args, name), len(task.target_dictionary))
         model = super().build_model(args, task)
-        alpha = beta = 1.0
-        if config.residual == "deepnorm":
-            alpha, beta = deepnorm_scales(0, args.decoder_layers).decoder
         # Not by iterating over layers, which --decoder-layerdrop does at random.
         for name, layer in model.decoder.layers.named_children():
             if type(layer) is not TransformerDecoderLayerBase:
@@ -56,12 +50,11 @@ class SigmaTransformerLanguageModel(TransformerLanguageModel):
                 )
             # fairseq's build_model names its decoder's class. Ours adds methods only: the weights stay the ones it drew.
             layer.__class__ = DecoderLayer
-            layer.stabilise(config, alpha, beta)
+            layer.stabilise(config, "decoder")
         return model
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
-        if model_cfg is None or not getattr(model_cfg, "decoder_layers_to_keep", None):
-            check_fits(self.state_dict(), state_dict)
+        check_fits(self.state_dict(), state_dict, layers=not getattr(model_cfg, "decoder_layers_to_keep", None))
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 

@@ -12,21 +12,24 @@ import argparse
 import atexit
 import collections
 import functools
+import importlib.util
 import inspect
 import logging
 import os
 import sys
 import tempfile
+import types
 import typing
 
 import numpy as np
 import omegaconf
 import torch
 from fairseq import options, utils
-from fairseq.data import Dictionary, data_utils
+from fairseq.data import Dictionary, data_utils, language_pair_dataset, token_block_dataset
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import progress_bar
 from fairseq.models import distributed_fairseq_model
+from fairseq.modules import dynamic_crf_layer
 from fairseq.optim import FP16Optimizer
 
 
@@ -35,12 +38,14 @@ def apply():
     """Applies every mend to this process, the first time it is called."""
     allow_checkpoint_classes()
     keep_every_sample()
+    names_that_numpy_dropped()
     spawn_on_cpu()
     wrap_cpu_models()
     gather_on_cpu()
     bf16_without_tpu()
     fp16_on_cpu()
     sacrebleu_scores()
+    refuse_to_train_nothing()
     log_lines_once()
 
 
@@ -111,6 +116,32 @@ def keep_every_sample():
         return [*batches, rest] if len(rest) else batches
 
     data_utils.batch_by_size = batch_by_size
+
+
+def names_that_numpy_dropped():
+    """Gives the modules of fairseq that ask numpy for names of its past a numpy that still has them.
+
+    ``np.compat`` and ``np.int`` are gone, and ``percentile`` calls its ``interpolation`` ``method``: ``--sample-break-mode
+    eos``, ``--num-batch-buckets`` and masks without overlap end in an error. numpy itself stays as it is: other libraries
+    look at what it has to tell its version.
+    """
+    for module in (token_block_dataset, language_pair_dataset, data_utils, dynamic_crf_layer):
+        if module.np is np:
+            module.np = _OldNumpy("numpy")
+
+
+class _OldNumpy(types.ModuleType):
+    """numpy, and what fairseq uses of an older one."""
+
+    compat = types.SimpleNamespace(long=int)
+    int, float = int, float
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    @staticmethod
+    def percentile(values, percents, interpolation):
+        return np.percentile(values, percents, method=interpolation)
 
 
 def spawn_on_cpu():
@@ -258,6 +289,21 @@ def sacrebleu_scores():
         if _given("--sacrebleu", input_args):
             parser.set_defaults(scoring="sacrebleu")
         return original(parser, input_args, *args, **kwargs)
+
+    options.parse_args_and_arch = parse_args_and_arch
+
+
+def refuse_to_train_nothing():
+    """Ends ``--write-checkpoints-asynchronously`` without iopath in an error; fairseq logs one, trains nothing and exits 0."""
+    original = options.parse_args_and_arch
+
+    @functools.wraps(original)
+    def parse_args_and_arch(parser, *args, **kwargs):
+        parsed = original(parser, *args, **kwargs)
+        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+        if getattr(namespace, "write_checkpoints_asynchronously", False) and not importlib.util.find_spec("iopath"):
+            parser.error("--write-checkpoints-asynchronously: needs iopath (pip install iopath)")
+        return parsed
 
     options.parse_args_and_arch = parse_args_and_arch
 

@@ -6,7 +6,8 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import TransformerModel, base_architecture
 from omegaconf import OmegaConf
 
-from .blocks import BlockConfig, Decoder, Encoder, add_flags, check_fits, set_defaults, set_normalize_before
+from .blocks import BlockConfig, Decoder, Encoder, add_flags, set_defaults, set_normalize_before
+from .checkpoints import check_fits
 
 DEPTHS = (6, 18, 50, 100)
 FAMILIES = {  # arch name: residual, reparam
@@ -35,8 +36,9 @@ class SigmaTransformerModel(TransformerModel):
         if OmegaConf.is_config(args):  # from fairseq-hydra-train, whose nodes TransformerConfig reads only in part
             args = Namespace(**OmegaConf.to_container(args))
         sigma_transformer(args)
+        blocks = BlockConfig.from_args(args, (args.encoder_layers, args.decoder_layers))
         # On a copy: fairseq writes args into checkpoints, where only plain values can be loaded safely.
-        return super().build_model(Namespace(**vars(args), blocks=BlockConfig.from_args(args)), task)
+        return super().build_model(Namespace(**vars(args), blocks=blocks), task)
 
     @classmethod
     def build_encoder(cls, cfg, src_dict, embed_tokens):
@@ -47,10 +49,8 @@ class SigmaTransformerModel(TransformerModel):
         return Decoder(cfg, tgt_dict, embed_tokens, no_encoder_attn=cfg.no_cross_attention)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
-        if model_cfg is None or not any(
-            getattr(model_cfg, f"{x}_layers_to_keep", None) for x in ("encoder", "decoder")
-        ):
-            check_fits(self.state_dict(), state_dict)
+        pruned = any(getattr(model_cfg, f"{side}_layers_to_keep", None) for side in ("encoder", "decoder"))
+        check_fits(self.state_dict(), state_dict, layers=not pruned)
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 

@@ -1,9 +1,12 @@
 """Configuration fields that the models share, checked."""
 
+import difflib
+import warnings
 from collections.abc import Iterable
+from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from stable_core.sigma_reparam import SigmaReparamConfig
 
@@ -19,6 +22,15 @@ def check_positive(config: PreTrainedConfig, *fields: str) -> None:
     for field in fields:
         if not getattr(config, field) > 0:
             raise ValueError(f"{field} = {getattr(config, field)!r}: allowed are positive numbers")
+
+
+# What transformers lets a configuration hold beside its fields, and acts on.
+BESIDE_FIELDS = (
+    "attn_implementation", "experts_implementation", "output_attentions", "torch_dtype", "name_or_path", "is_causal",
+    "auto_map", "quantization_config", "custom_pipelines", "tokenizer_class", "loss_type",
+)  # fmt: skip
+
+_TRANSFORMERS_FIELDS = [field.name for field in fields(PreTrainedConfig)]
 
 
 @strict
@@ -38,8 +50,45 @@ class ReparamConfig(PreTrainedConfig):
     stop_gradient: bool = False
 
     def __post_init__(self, **kwargs):
+        for name in kwargs:
+            if not self.knows(name):
+                raise ValueError(
+                    f"{type(self).__name__} has no {name}{self.meant_by(name) or ': print(config) shows what it has'}"
+                )
         super().__post_init__(**kwargs)
         self.check_settings()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """transformers', of a config.json: fields that only another version of transformers knows stay in it unread.
+
+        One that is spelt almost as a setting is warned of, also among the keywords of `AutoConfig.from_pretrained`, which
+        drops those that it does not know.
+        """
+        foreign = {name: value for name, value in config_dict.items() if not cls.knows(name)}
+        dropped = (
+            () if kwargs.get("return_unused_kwargs") else kwargs
+        )  # else the model's constructor gets and refuses them
+        for name in (*foreign, *dropped):
+            if not cls.knows(name) and (meant := cls.meant_by(name, cutoff=0.75)):
+                warnings.warn(f"{cls.__name__} has no {name}, which changes nothing{meant}", stacklevel=2)
+        loaded = super().from_dict({name: config_dict[name] for name in config_dict.keys() - foreign}, **kwargs)
+        for name, value in foreign.items():
+            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, name, value)
+        return loaded
+
+    @classmethod
+    def knows(cls, name: str) -> bool:
+        """Whether it is a setting, another name of one, or transformers' own: settings for generation among them."""
+        generation = GenerationConfig._get_default_generation_params()
+        return hasattr(cls, name) or name.startswith("_") or name in {*cls.attribute_map, *BESIDE_FIELDS, *generation}
+
+    @classmethod
+    def meant_by(cls, name: str, cutoff: float = 0.6) -> str:
+        """A question after the setting that is spelt most like `name`, if any is."""
+        settings = ({field.name for field in fields(cls)} | {*cls.attribute_map}).difference(_TRANSFORMERS_FIELDS)
+        close = difflib.get_close_matches(name, settings, n=1, cutoff=cutoff)
+        return f": did you mean {close[0]}?" if close else ""
 
     def check_settings(self) -> None:
         """Raises ValueError for the first field with a wrong value."""

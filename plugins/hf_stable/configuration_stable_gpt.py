@@ -21,7 +21,7 @@ class StableGPTConfig(StableConfig):
     """
 
     model_type = "stable_gpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "block_size",

@@ -1,11 +1,34 @@
 """What the converters share: the proof that a converted model is the model it was converted from."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
+
+
+def from_pretrained_whole(
+    cls: type[PreTrainedModel], source: str | Path | None, *, name: str = "", **arguments
+) -> PreTrainedModel:
+    """`cls.from_pretrained`, of weights that are every tensor of the model and no more; `name` is where they come from.
+
+    Raises:
+        ValueError: a tensor is missing, too much, or of another shape, or the file is damaged; transformers warns at most.
+    """
+    name, arguments = name or str(source), {"ignore_mismatched_sizes": True, "output_loading_info": True, **arguments}
+    try:
+        model, report = cls.from_pretrained(source, **arguments)
+    except SafetensorError as error:
+        raise ValueError(f"{name}: a file of weights is damaged: {error}") from error
+    for kind, what in (("missing", "lacks"), ("mismatched", "has in another shape"), ("unexpected", "has too much")):
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in report[f"{kind}_keys"]):
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"{name} {what} {keys[0]}{more}: these are not the weights of a {cls.__name__}")
+    return model
 
 
 def load_whole(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

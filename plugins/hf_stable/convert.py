@@ -8,6 +8,7 @@ import importlib
 import pickle
 import sys
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from hf_stable.exporting import check_vacant
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_vacant(args.out)
         out = module.run(args)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError, StrictDataclassError, pickle.UnpicklingError) as error:
         message = what_is_wrong(error) if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
         print(f"convert: {message}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 import hf_stable
 
+from .conversion import from_pretrained_whole
 from .exporting import export
 
 # Weights and the state of training; all else goes along: tokenizers and processors, whatever their kind.
@@ -27,4 +28,4 @@ def run(args: argparse.Namespace) -> Path:
     if cls is None:
         raise ValueError(f"{args.model} holds a {name}: allowed are the models of hf_stable and of transformers")
     files = [path for path in args.model.iterdir() if path.is_file() and not path.name.endswith(LEFT_OUT)]
-    return export(cls.from_pretrained(args.model), args.out, folded=True, files=files)
+    return export(from_pretrained_whole(cls, args.model), args.out, folded=True, files=files)

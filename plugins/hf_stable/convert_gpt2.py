@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
 from .configuration_stable_gpt import StableGPTConfig
-from .conversion import check_equal, load_whole, tokens_like
+from .conversion import check_equal, from_pretrained_whole, load_whole, tokens_like
 from .exporting import export
 from .modeling_stable_gpt import StableGPTForCausalLM
 
@@ -54,5 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Path:
-    model = from_gpt2(GPT2LMHeadModel.from_pretrained(args.model))
+    kind = AutoConfig.from_pretrained(args.model).model_type
+    if kind != "gpt2":
+        raise ValueError(f"{args.model} holds a model of type {kind!r}: allowed is 'gpt2'")
+    model = from_gpt2(from_pretrained_whole(GPT2LMHeadModel, args.model))
     return export(model, args.out, processors=(AutoTokenizer.from_pretrained(args.model),))

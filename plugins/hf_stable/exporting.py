@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from .reparametrised import fold
+from .reparametrised import fold, record
 
 
 def export(
@@ -32,10 +32,11 @@ def export(
     """
     folder = Path(folder).absolute()
     check_vacant(folder)
+    record(model)
     if folded:
         model = fold(copy.deepcopy(model))
     elif getattr(model.config, "quantization_config", None) is not None:  # where sigma_reparam says what it did
-        what = f"{type(model).__name__} with σReparam by hf_stable.sigma_reparam"
+        what = f"{type(model).__name__} with σReparam by sigma_reparam"
         raise ValueError(f"{what}: only folded does it load without this library; allowed is folded=True")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:

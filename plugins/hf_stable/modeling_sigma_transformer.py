@@ -20,6 +20,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_sigma_transformer import SigmaTransformerConfig
+from .keywords import CACHE, check_cache, known_keywords
 from .modeling_sigma_transformer_layers import (
     SigmaTransformerAttention,
     SigmaTransformerDecoderLayer,
@@ -36,7 +37,7 @@ class SigmaTransformerPreTrainedModel(StablePreTrainedModel):
     config: SigmaTransformerConfig
     base_model_prefix = "model"
     _no_split_modules = ["SigmaTransformerEncoderLayer", "SigmaTransformerDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def draw_(self, module: nn.Module, weight: Tensor) -> None:
         if not hasattr(module, "beta"):  # the output projection
@@ -113,6 +114,7 @@ class SigmaTransformerEncoder(SigmaTransformerPreTrainedModel):
         self.reparametrise(self.layers)
         self.post_init()
 
+    @known_keywords
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -125,6 +127,7 @@ class SigmaTransformerEncoder(SigmaTransformerPreTrainedModel):
         """attention_mask (batch, source tokens): 0 for padding, on whichever side; left out, padding is attended to.
 
         Raises:
+            TypeError: a keyword that is not known.
             ValueError: as `embed`.
         """
         x = self.embed(input_ids, inputs_embeds)
@@ -157,6 +160,7 @@ class SigmaTransformerDecoder(SigmaTransformerPreTrainedModel):
         self.reparametrise(self.layers)
         self.post_init()
 
+    @known_keywords
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -172,19 +176,21 @@ class SigmaTransformerDecoder(SigmaTransformerPreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """attention_mask (batch, cached and given tokens), encoder_attention_mask (batch, source tokens): 0 for padding.
 
+        `cache` is another name of past_key_values.
+
         Raises:
-            ValueError: as `embed`.
+            TypeError: a keyword that is not known.
+            ValueError: as `embed` and `check_cache`.
         """
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        elif past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+        own = past_key_values.self_attention_cache if past_key_values is not None else None
+        past = own.get_seq_length() if own is not None else 0
         x = self.embed(input_ids, inputs_embeds, past)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
-        )
+        check_cache(self, own, past, x.shape[1])
+        causal_mask = create_causal_mask(self.config, x, attention_mask, own)
         source_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=x,
@@ -198,12 +204,11 @@ class SigmaTransformerDecoder(SigmaTransformerPreTrainedModel):
                 encoder_hidden_states,  # by position, or gradient checkpointing would not see it
                 attention_mask=causal_mask,
                 encoder_attention_mask=source_mask,
-                past_key_values=past_key_values,
+                kv_cache=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.layer_norm(x), past_key_values=past_key_values if use_cache else None
-        )
+        cache = {CACHE: past_key_values if use_cache else None}
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.layer_norm(x), **cache)
 
 
 class SigmaTransformerModel(SigmaTransformerPreTrainedModel):
@@ -225,6 +230,7 @@ class SigmaTransformerModel(SigmaTransformerPreTrainedModel):
         if self.config.share_all_embeddings:
             self.decoder.embed_tokens = value
 
+    @known_keywords
     @can_return_tuple
     def forward(
         self,
@@ -257,7 +263,7 @@ class SigmaTransformerModel(SigmaTransformerPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -286,6 +292,7 @@ class SigmaTransformerForConditionalGeneration(SigmaTransformerPreTrainedModel, 
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
+    @known_keywords
     @can_return_tuple
     def forward(
         self,
@@ -327,7 +334,7 @@ class SigmaTransformerForConditionalGeneration(SigmaTransformerPreTrainedModel, 
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,

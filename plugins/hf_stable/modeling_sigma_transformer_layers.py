@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from stable_core.deepnorm import DeepNormScale, deepnorm_scales
 
 from .configuration_sigma_transformer import SigmaTransformerConfig
+from .keywords import known_keywords
 from .modeling_stable import attend
 
 PADDING_INDEX = 1  # fairseq's, from which its positions count, whatever pad_token_id is
@@ -64,28 +65,29 @@ class SigmaTransformerAttention(nn.Module):
         self.q_proj = build_linear(d, d, gain=gain)
         self.out_proj = build_linear(d, d, beta, gain=1.0)
 
+    @known_keywords
     def forward(
         self,
         x: Tensor,
         source: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        kv_cache: EncoderDecoderCache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """x (batch, tokens, d_model) attends to itself, or to the encoder's output `source` (batch, source tokens, d_model)."""
         q = self.split(self.q_proj(x))
-        if source is not None and past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
-            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+        if source is not None and kv_cache is not None and kv_cache.is_updated.get(self.layer_idx):
+            cached = kv_cache.cross_attention_cache.layers[self.layer_idx]
             k, v = cached.keys, cached.values
         else:
             k, v = (
                 self.split(projection(x if source is None else source)) for projection in (self.k_proj, self.v_proj)
             )
-            if past_key_values is not None and source is None:
-                k, v = past_key_values.self_attention_cache.update(k, v, self.layer_idx)
-            elif past_key_values is not None:
-                k, v = past_key_values.cross_attention_cache.update(k, v, self.layer_idx)
-                past_key_values.is_updated[self.layer_idx] = True
+            if kv_cache is not None and source is None:
+                k, v = kv_cache.self_attention_cache.update(k, v, self.layer_idx)
+            elif kv_cache is not None:
+                k, v = kv_cache.cross_attention_cache.update(k, v, self.layer_idx)
+                kv_cache.is_updated[self.layer_idx] = True
         y, weights = attend(self, q, k, v, attention_mask, self.config.attention_dropout, **kwargs)
         return self.out_proj(y.flatten(2)), weights
 

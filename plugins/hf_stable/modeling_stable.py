@@ -1,5 +1,6 @@
 """What the models of this plugin share: initialisation, σReparam, norms and attention, saving with their source."""
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stable_core.attention import l2_features, stable_qk_norms
-from stable_core.sigma_reparam import SigmaReparam, sigma_reparam
+from stable_core.sigma_layers import is_sigma
+from stable_core.sigma_reparam import sigma_reparam
 from stable_core.stable_init import stable_init_
 from stable_core.stable_norm import StableNorm
 
@@ -29,12 +31,15 @@ class StablePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [r"parametrizations\.\w+\.0\.v$"]  # of folders that kept v beside u
 
     def __init__(self, config) -> None:
         config.check_settings()  # again: transformers sets what is given beside a folder's name afterwards
+        refuse_quantization(config)
         if getattr(config, "attention", "").startswith("l2"):
             refuse_flash(config._attn_implementation)
         super().__init__(config)
+        self.reparametrised_layers: list[str] = []  # those that `reparametrise` took
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -45,6 +50,10 @@ class StablePreTrainedModel(PreTrainedModel):
         config = self.config.sigma_reparam_config()
         if config is not None:
             sigma_reparam(module, replace(config, qkv=qkv or config.qkv))
+            inside = {id(layer) for layer in module.modules()}
+            self.reparametrised_layers += [
+                name for name in parametrized(self) if id(self.get_submodule(name)) in inside
+            ]
 
     def draw_(self, module: nn.Module, weight: Tensor) -> None:
         """Initialises the weight of a Linear or Conv layer in place, as `config.init` says."""
@@ -84,7 +93,7 @@ class StablePreTrainedModel(PreTrainedModel):
         if _is_fresh(chain.original):
             self.draw_(module, chain.original)
         state = chain[0]
-        if isinstance(state, SigmaReparam):  # a joint sigma is kept with the last of its weights
+        if is_sigma(state):  # a joint sigma is kept with the last of its weights
             if any(_is_fresh(tensor) for tensor in (*state.originals(), state.gamma)):
                 state.reset()
             elif _is_fresh(state.u):
@@ -112,7 +121,12 @@ class StablePreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, *args, **kwargs) -> None:
-        """transformers'; and the source of the model, so that `trust_remote_code=True` loads it without this library."""
+        """transformers'; and the source of the model, so that `trust_remote_code=True` loads it without this library.
+
+        Raises:
+            ValueError: layers were put in place of reparametrised ones, of which the configuration cannot tell.
+        """
+        check_reparam(self)
         if is_main_process and not Path(save_directory).is_file():
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **self.config.auto_classes}
             write_source(save_directory, self.config.auto_classes.values())
@@ -120,6 +134,59 @@ class StablePreTrainedModel(PreTrainedModel):
 
     def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
         return without_source(working_dir, super()._get_files_timestamps(working_dir))
+
+
+def parametrized(model: nn.Module) -> list[str]:
+    """The names of the layers with a parametrized weight."""
+    return [name for name, layer in model.named_modules() if parametrize.is_parametrized(layer)]
+
+
+def built_reparametrised(model: nn.Module) -> list[str]:
+    """The names of the layers that were built reparametrised, as `config.reparam` says, unless that is "none" by now."""
+    if getattr(model.config, "reparam", "none") == "none":
+        return []
+    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel)]
+    return [
+        f"{name}.{layer}".lstrip(".") for name, part in parts for layer in getattr(part, "reparametrised_layers", ())
+    ]
+
+
+def check_reparam(model: PreTrainedModel) -> None:
+    """`config.reparam` becomes "none" where every layer was folded since.
+
+    Raises:
+        ValueError: some of the layers that it names were put in the place of reparametrised ones, and are plain.
+    """
+    now, there = set(parametrized(model)), {name for name, _ in model.named_modules()}
+    plain = [name for name in built_reparametrised(model) if name in there and name not in now]
+    if plain and now:
+        raise ValueError(
+            f"{plain[0]} is plain, where reparam = {model.config.reparam!r} has it reparametrised: allowed are "
+            "stable_core.sigma_reparam of that layer, and stable_core.fold of the model"
+        )
+    if plain:
+        own_config(model).reparam = "none"
+
+
+def own_config(model: PreTrainedModel):
+    """A copy of the configuration, for the model and the parts that have the same: another model may have it too."""
+    shared, model.config = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = model.config
+    return model.config
+
+
+def refuse_quantization(config) -> None:
+    """Raises ValueError where `from_pretrained` would quantize layers that are reparametrised."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and config.reparam != "none":
+        method = dict(quantization if isinstance(quantization, dict) else quantization.to_dict()).get("quant_method")
+        if method != "sigma_reparam":
+            raise ValueError(
+                f"quantization_config = {getattr(method, 'value', method)!r} of a model with reparam = {config.reparam!r}: "
+                "it would quantize none of its weights; fold it first (hf_stable.fold), and quantize what that saves"
+            )
 
 
 def _is_fresh(tensor: Tensor) -> bool:

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stable_gpt import StableGPTConfig
+from .keywords import CACHE, check_cache, known_keywords
 from .modeling_stable import StablePreTrainedModel, attend, build_norm, build_qk_norms, check_indices
 
 
@@ -32,15 +33,24 @@ class StableGPTAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = build_qk_norms(config, config.n_embd // config.n_head, config.block_size)
 
+    @known_keywords
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None, **kwargs
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        kv_cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         kind = self.config.attention
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.config.n_head, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(q if kind == "l2_tied" else k)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        y, weights = attend(self, q, k, v, attention_mask, self.config.dropout, l2=kind.startswith("l2"), **kwargs)
+        if kv_cache is not None:
+            k, v = kv_cache.update(k, v, self.layer_idx)
+        kwargs.update(
+            position_ids=position_ids, l2=kind.startswith("l2")
+        )  # flash attention finds packed sequences by them
+        y, weights = attend(self, q, k, v, attention_mask, self.config.dropout, **kwargs)
         return self.c_proj(y.flatten(2)), weights
 
 
@@ -73,7 +83,7 @@ class StableGPTPreTrainedModel(StablePreTrainedModel):
     config: StableGPTConfig
     base_model_prefix = "transformer"
     _no_split_modules = ["StableGPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _input_embed_layer = "wte"
     _can_record_outputs = {"hidden_states": StableGPTBlock, "attentions": StableGPTAttention}
 
@@ -99,6 +109,7 @@ class StableGPTModel(StableGPTPreTrainedModel):
         self.reparametrise(self.h)
         self.post_init()
 
+    @known_keywords
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -111,11 +122,12 @@ class StableGPTModel(StableGPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """transformers' usual arguments.
+        """transformers' usual arguments; `cache` is another name of past_key_values.
 
         Raises:
+            TypeError: a keyword that is not among them.
             ValueError: not one of input_ids and inputs_embeds; a token past the vocabulary (on a CPU); a sequence, with what
-                the cache holds, longer than block_size; a position past it (on a CPU).
+                the cache holds, longer than block_size; a position past it (on a CPU); as `check_cache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
@@ -126,25 +138,19 @@ class StableGPTModel(StableGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         length, block_size = inputs_embeds.shape[1], self.config.block_size
+        check_cache(self, past_key_values, past, length)
         if position_ids is None:
             if isinstance(past, int) and past + length > block_size:
                 raise ValueError(f"a sequence of {past + length} tokens: block_size = {block_size} is the longest")
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
         else:
             check_indices("position_ids", position_ids, "block_size", block_size)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         x = self.drop(inputs_embeds + self.wpe(position_ids))
         for block in self.h:
-            x = block(x, attention_mask=mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
-        )
+            x = block(x, attention_mask=mask, kv_cache=past_key_values, position_ids=position_ids, **kwargs)
+        cache = {CACHE: past_key_values if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), **cache)
 
 
 def keep_positions(x: Tensor, positions: int | Tensor) -> Tensor:
@@ -172,6 +178,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
+    @known_keywords
     @can_return_tuple
     def forward(
         self,
@@ -202,7 +209,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

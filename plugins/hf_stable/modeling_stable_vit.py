@@ -9,6 +9,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
+from .keywords import known_keywords
 from .modeling_stable import StablePreTrainedModel, attend, build_norm, build_qk_norms
 
 
@@ -34,6 +35,7 @@ class StableViTAttention(nn.Module):
         self.q_norm, self.k_norm = build_qk_norms(config, dim // config.num_attention_heads, tokens)
         self.proj = nn.Linear(dim, dim)
 
+    @known_keywords
     def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
         kind, dropout = self.config.attention, self.config.attention_probs_dropout_prob
         q, k, v = self.qkv(x).unflatten(-1, (3, self.config.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -104,12 +106,14 @@ class StableViTModel(StableViTPreTrainedModel):
         self.reparametrise(self)
         self.post_init()
 
+    @known_keywords
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """pooler_output is the class token's last hidden state.
 
         Raises:
+            TypeError: a keyword that is not known.
             ValueError: images of other channels or size than the configuration's.
         """
         config, shape = self.config, tuple(pixel_values.shape)
@@ -137,6 +141,7 @@ class StableViTForImageClassification(StableViTPreTrainedModel):
             self.reparametrise(self.classifier, qkv="separate")
         self.post_init()
 
+    @known_keywords
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> ImageClassifierOutput:
         """labels (batch,): classes, or numbers for a regression with one label."""

@@ -1,23 +1,27 @@
 """σReparam on any transformers model, which `save_pretrained` and `from_pretrained` then keep.
 
-config.json says how the model was reparametrised, under `quantization_config`: that is the one place where transformers lets
-a package change a model between building its skeleton and loading its weights. Nothing is quantized, and once loaded the
-model is not treated as if: it trains, moves and casts as any other.
+config.json says how the model is reparametrised when it is saved, under `quantization_config`: that is the one place where
+transformers lets a package change a model between building its skeleton and loading its weights. Nothing is quantized, and
+once loaded the model is not treated as if: it trains, moves and casts as any other. With the record goes a note (note.py)
+that stops transformers where this library is not imported.
 """
 
-import copy
 from dataclasses import asdict, fields
+from functools import wraps
 
-from torch.nn.utils import parametrize
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import stable_core
 from stable_core import SigmaReparamConfig
+from stable_core.folding import _is_ours as is_reparametrised
 from stable_core.targets import FilterFn, layers
 
-METHOD = "sigma_reparam"
+from .adapters import watch_adapters, watch_adapters_of
+from .modeling_stable import StablePreTrainedModel, built_reparametrised, own_config
+from .note import METHOD, leave_notes
 
 
 def sigma_reparam(
@@ -26,8 +30,9 @@ def sigma_reparam(
     """`stable_core.sigma_reparam`, after which the usual calls save the model and load it, in place; returns the model.
 
     `model.save_pretrained(folder)`, and in a process that has imported hf_stable `AutoModelForX.from_pretrained(folder)` or
-    the class's own, give every parameter and buffer back bitwise; so does a Trainer's checkpoint. A process that has not
-    imported it only warns ("Unknown quantization type, got sigma_reparam") and draws those weights at random: serve `fold`.
+    the class's own, give every parameter and buffer back bitwise; so does a Trainer's checkpoint. What is written is the
+    model as it is then, whatever was resized, replaced or folded since, and by `stable_core.sigma_reparam` too. In a process
+    that has not imported hf_stable, from_pretrained raises a ValueError that says so: serve `fold`.
 
     By default every Linear, Conv1d, Conv2d and transformers' Conv1D that is not tied is taken, with heads (classifier, pooler,
     an untied lm_head), patch embeddings, feature extractors, and MoE routers that are a Linear; experts packed in one tensor,
@@ -47,18 +52,14 @@ def sigma_reparam(
     """
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__}: not a model of transformers; stable_core.sigma_reparam takes any")
-    recorded = getattr(model.config, "quantization_config", None)
-    if recorded is not None:
-        method = dict(recorded)["quant_method"]
+    method = _quant_method(model)
+    if method is not None and (method != METHOD or _groups(model)):
         raise ValueError(
             f"{type(model).__name__}: its config has quant_method = {method!r}; fold or dequantize it first, allowed is none"
         )
-    config = config or SigmaReparamConfig()
-    before = _parametrized(model)
     stable_core.sigma_reparam(model, config, filter_fn)
-    picked = [name for name in _parametrized(model) if name not in before]
-    _give_own_config(model)
-    _record(model, SigmaReparamRecord(picked, config))
+    watch_adapters_of(model)
+    record(model)
     return model
 
 
@@ -71,35 +72,80 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: as `stable_core.fold`.
     """
     stable_core.fold(model)
-    _give_own_config(model)
-    _record(model, None)
+    record(model)
     if hasattr(model.config, "reparam"):  # this plugin's models say it there
-        model.config.reparam = "none"
+        own_config(model).reparam = "none"
     return model
+
+
+def record(model: PreTrainedModel) -> None:
+    """Writes into the model's config, which becomes a copy, which of its layers are reparametrised, and how.
+
+    Those of this plugin's own models that `config.reparam` speaks of are left out.
+
+    Raises:
+        ValueError: a layer has another parametrization on top of σReparam, or has lost one that it shares its sigma with.
+    """
+    groups, method = _groups(model), _quant_method(model)
+    if method not in (None, METHOD) or (method is None and not groups):
+        return
+    own_config(model)
+    _put(model, SigmaReparamRecord(groups) if groups else None)
+
+
+def save_what_it_is(save_pretrained):
+    """Decorates `PreTrainedModel.save_pretrained`, which every class of transformers ends in."""
+
+    @wraps(save_pretrained)
+    def save(self, *args, **kwargs):
+        if not getattr(self, "_hf_peft_config_loaded", False):  # else transformers saves the adapter alone
+            record(self)
+        return save_pretrained(self, *args, **kwargs)
+
+    return save
+
+
+PreTrainedModel.save_pretrained = save_what_it_is(PreTrainedModel.save_pretrained)
+leave_notes()
+watch_adapters()
 
 
 @register_quantization_config(METHOD)
 class SigmaReparamRecord(QuantizationConfigMixin):
-    """What config.json holds: quant_method, the fields of `SigmaReparamConfig`, and the reparametrised layers' names."""
+    """What config.json holds: quant_method, the fields of `SigmaReparamConfig`, and the names of the layers that have them.
 
-    def __init__(self, layers: list[str], config: SigmaReparamConfig) -> None:
-        self.quant_method, self.layers, self.config = METHOD, layers, config
+    Layers with other settings follow under `further`, each with its own.
+    """
+
+    def __init__(self, groups: dict[SigmaReparamConfig, list[str]]) -> None:
+        self.quant_method, self.groups = METHOD, groups
+
+    @property
+    def layers(self) -> list[str]:
+        return [name for names in self.groups.values() for name in names]
 
     @classmethod
     def from_dict(cls, config_dict: dict) -> "SigmaReparamRecord":
         """Raises ValueError for a value that no `SigmaReparamConfig` has, say of an edited config.json."""
-        settings = {key: value for key, value in config_dict.items() if key not in ("quant_method", "layers")}
         allowed = [field.name for field in fields(SigmaReparamConfig)]
-        for name in settings:
-            if name not in allowed:
-                raise ValueError(f"quantization_config: {name} is no setting; allowed are layers, {', '.join(allowed)}")
-        names = config_dict.get("layers")
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"quantization_config: layers = {names!r}: allowed is a list of the names of layers")
-        return cls(names, SigmaReparamConfig(**settings))
+        first = {key: value for key, value in config_dict.items() if key not in ("quant_method", "further")}
+        groups: dict[SigmaReparamConfig, list[str]] = {}
+        for group in (first, *config_dict.get("further", ())):
+            for name in group:
+                if name not in (*allowed, "layers"):
+                    raise ValueError(
+                        f"quantization_config: {name} is no setting; allowed are layers, {', '.join(allowed)}"
+                    )
+            names = group.get("layers")
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"quantization_config: layers = {names!r}: allowed is a list of the names of layers")
+            config = SigmaReparamConfig(**{name: value for name, value in group.items() if name != "layers"})
+            groups.setdefault(config, []).extend(names)
+        return cls(groups)
 
     def to_dict(self) -> dict:
-        return {"quant_method": METHOD, **asdict(self.config), "layers": self.layers}
+        first, *further = ({**asdict(config), "layers": names} for config, names in self.groups.items())
+        return {"quant_method": METHOD, **first, **({"further": further} if further else {})}
 
 
 @register_quantizer(METHOD)
@@ -121,10 +167,15 @@ class SigmaReparamLoader(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
-        record = self.quantization_config
-        record.layers = _names_in(model, record.layers)
-        stable_core.sigma_reparam(model, record.config, lambda _, name: name in record.layers)
-        for name in record.layers:
+        groups = {config: _names_in(model, names) for config, names in self.quantization_config.groups.items()}
+        self.quantization_config.groups = {config: names for config, names in groups.items() if names}
+        for config, names in self.quantization_config.groups.items():
+            stable_core.sigma_reparam(model, config, lambda _, name, names=names: name in names)
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored.union(
+            StablePreTrainedModel._keys_to_ignore_on_load_unexpected
+        )
+        for name in self.quantization_config.layers:
             # else transformers computes W_hat, to draw random values into what is then thrown away
             model.get_submodule(name)._is_hf_initialized = True
 
@@ -135,7 +186,7 @@ class SigmaReparamLoader(HfQuantizer):
             ValueError: the checkpoint lacks a tensor that its config.json promises.
         """
         self.remove_quantization_config(model)
-        _record(model, self.quantization_config)
+        _put(model, self.quantization_config if self.quantization_config.groups else None)
         for name in self.quantization_config.layers:
             layer = model.get_submodule(name)
             for tensor_name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
@@ -168,19 +219,42 @@ def _names_in(model: PreTrainedModel, recorded: list[str]) -> list[str]:
     return names
 
 
-def _parametrized(model: PreTrainedModel) -> list[str]:
-    return [name for name, module in model.named_modules() if parametrize.is_parametrized(module)]
+def _groups(model: PreTrainedModel) -> dict[SigmaReparamConfig, list[str]]:
+    """The reparametrised layers by their settings, as they are now, without those that `config.reparam` speaks of."""
+    built, found = set(built_reparametrised(model)), {}
+    if not built and getattr(model.config, "reparam", "none") != "none":
+        return {}  # its source, from before layers were listed, says it all
+    chains = {id(chain) for layer in model.modules() for chain in getattr(layer, "parametrizations", {}).values()}
+    for name, layer in model.named_modules():
+        if name in built or not is_reparametrised(layer):
+            continue
+        for tensor, chain in layer.parametrizations.items():
+            if len(chain) > 1:
+                raise ValueError(
+                    f"{name}.{tensor}: another parametrization lies on top of σReparam; remove that one first"
+                )
+            config = _settings(chain[0])
+            if not all(id(member) in chains for member in (chain[0].members() if config.kind != "weight" else ())):
+                raise ValueError(
+                    f"{name}.{tensor}: it shares its sigma with a layer that the model has no longer; fold it"
+                )
+        found.setdefault(config, []).append(name)
+    return found
 
 
-def _give_own_config(model: PreTrainedModel) -> None:
-    """A copy, for the model and the parts that have the same: another model may have it too."""
-    shared, model.config = model.config, copy.copy(model.config)
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = model.config
+def _settings(parametrization: nn.Module) -> SigmaReparamConfig:
+    """Of a layer's parametrization, which may have its class from a model's own copy of the source."""
+    if not hasattr(parametrization, "leader"):
+        return SigmaReparamConfig(kind="weight")
+    return SigmaReparamConfig(**asdict(parametrization.leader().config))
 
 
-def _record(model: PreTrainedModel, record: SigmaReparamRecord | None) -> None:
+def _quant_method(model: PreTrainedModel) -> str | None:
+    recorded = getattr(model.config, "quantization_config", None)
+    return None if recorded is None else dict(recorded)["quant_method"]
+
+
+def _put(model: PreTrainedModel, record: SigmaReparamRecord | None) -> None:
     """A dictionary, as a config.json that was read has it. Submodels, whose configs may be copies, have none."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

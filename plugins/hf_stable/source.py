@@ -5,9 +5,11 @@ written as `stable_core_<name>.py`, and the imports that name them along with it
 copied as they are: a model loaded from one saves its source like any other.
 """
 
+import os
 import re
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 HEADER = "# Written by stable-transformer (MIT) when the model was saved.\n"
@@ -31,7 +33,11 @@ def write_source(folder: str | Path, classes: Iterable[str]) -> None:
     Raises:
         ValueError: a file of the same name is there that this function has not written. Nothing is written then.
     """
-    folder = Path(folder)
+    put(Path(folder), source_of(classes))
+
+
+def source_of(classes: Iterable[str]) -> dict[str, str]:
+    """The same files, by their names."""
     files: dict[str, str] = {}
     waiting = {(Path(__file__).parent, "", cls.partition(".")[0]) for cls in classes}
     while waiting:
@@ -46,9 +52,21 @@ def write_source(folder: str | Path, classes: Iterable[str]) -> None:
 
         text = IMPORT.sub(flatten, (place / f"{name}.py").read_text(encoding="utf-8"))
         files[f"{prefix}{name}.py"] = HEADER + text.removeprefix(HEADER)
+    return files
+
+
+def put(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes files of source: all beside the folder's first, and then each in its place, so that none is ever cut short.
+
+    Raises:
+        ValueError: as `write_source`.
+    """
     for name in files:
         if (folder / name).exists() and not is_written(folder / name):
             raise ValueError(f"{folder / name} is not this library's: save the model to a folder without it")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".source-") as scratch:
+        for name, text in files.items():
+            Path(scratch, name).write_text(text, encoding="utf-8")
+        for name in files:
+            os.replace(Path(scratch, name), folder / name)

@@ -159,10 +159,13 @@ def alone(kind: str, steps: tuple[int, ...] = tuple(range(STEPS))) -> dict[str, 
     train(kind, model, sgd(model), steps)
     state = model.state_dict()
     for name, tensor in state.items():
-        assert (tensor - start[name]).abs().max() > 1e-4, f"{name} hardly moved: a comparison would say little"
+        assert (tensor - start[name]).abs().max() > 5e-5, f"{name} hardly moved: a comparison would say little"
     return state
 
 
 def assert_same_run(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Parameters, u and v, which sums in another order round otherwise."""
-    torch.testing.assert_close(state, expected, rtol=1e-5, atol=2e-6)
+    """Sums in another order round otherwise; in u the more, the closer the first two singular values are."""
+    directions = [{name: x for name, x in some.items() if name.endswith(".u")} for some in (state, expected)]
+    rest = [{name: x for name, x in some.items() if not name.endswith(".u")} for some in (state, expected)]
+    torch.testing.assert_close(*rest, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(*directions, rtol=1e-5, atol=2e-5)

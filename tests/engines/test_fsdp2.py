@@ -55,7 +55,7 @@ def test_mixed_precision_is_near(ranks, kind):
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
     def distance(a: dict, b: dict) -> torch.Tensor:
-        return torch.cat([(a[name] - b[name]).flatten() for name in expected]).norm()
+        return torch.cat([(a[name] - b[name]).flatten() for name in expected if not name.endswith(".u")]).norm()
 
     assert 1e-3 < distance(state, expected) / distance(start, expected) < 0.05  # 0 would be fp32
 

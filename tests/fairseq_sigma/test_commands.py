@@ -1,14 +1,19 @@
 """fairseq's commands on the plugin's models: each feature against the run that did without it."""
 
+import random
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, optim
+from omegaconf import OmegaConf
+from torch import nn
 
 from fairseq_sigma import average, export
-from stable_core import fold
+from stable_core import fold, fold_state_dict, sigma_reparam
+from stable_core.sigma_reparam import SigmaReparam
 from tests.stable_core.models import count_advances
 
 from .conftest import USER_DIR, call
@@ -41,6 +46,151 @@ def test_gradient_accumulation_is_the_run_with_the_whole_batch(train):
     whole = train("whole", SIGMA, 4, "--batch-size", 64)
     parts = train("parts", SIGMA, 4, "--batch-size", 16, "--update-freq", 4)
     same(whole, parts, rtol=2e-3, atol=2e-4)
+
+
+def test_batch_buckets_are_the_run_without(train):
+    """All batches of an epoch in one update: buckets change what is together in a batch, and padding."""
+    whole = train("whole", SIGMA, 1, "--update-freq", 100)
+    buckets = train("buckets", SIGMA, 1, "--update-freq", 100, "--num-batch-buckets", 3, "--max-tokens", 70)
+    same(whole, buckets, rtol=2e-3, atol=2e-4)
+
+
+def running_sigmas(state: dict) -> list[tuple[float, float]]:
+    """(|W^T u| / |u|, the largest singular value of W) for every reparametrised layer of a checkpoint."""
+    found = []
+    for key, W in state.items():
+        if key.endswith("original"):
+            u = state[key.replace("original", "0.u")]
+            found.append(((W.T @ u / u.norm()).norm().item(), torch.linalg.svdvals(W)[0].item()))
+    return found
+
+
+FP16 = ("--fp16", "--fp16-no-flatten-grads")
+
+
+@pytest.mark.parametrize(
+    "optimizer, lr, flags",
+    [  # those that fairseq wrote itself, one of torch's, one of timm's; then what stands between them and the model
+        ("adam", 0.03, ("--use-old-adam",)),
+        ("adamax", 0.03, ()),
+        ("adafactor", 0.05, ()),
+        ("nag", 0.3, ()),
+        ("sgd", 1, ("--update-freq", 2)),
+        ("lars", 50, ()),
+        ("adam", 0.03, FP16),
+        ("nag", 0.3, ("--bf16",)),
+        ("adam", 0.03, ("--memory-efficient-fp16",)),
+        ("adam", 0.03, ("--encoder-layerdrop", 0.5)),
+    ],
+)
+def test_u_follows_every_optimizer(train, optimizer, lr, flags):
+    """An epoch at a high rate, then updates that hardly change a weight: u has arrived at its top singular vector."""
+    initial = train("initial", SIGMA, 1, "--optimizer", optimizer, "--lr", 1e-7, *flags)["model"]
+    state = train(
+        "trained", SIGMA, 60, "--optimizer", optimizer, "--lr", f"{lr},1e-7", "--lr-scheduler", "fixed", *flags
+    )
+    moved = running_sigmas({**state["model"], **{key: value for key, value in initial.items() if key.endswith("0.u")}})
+    assert any(kept < 0.95 * true for kept, true in moved)  # without its advances u would be wrong
+    for kept, true in running_sigmas(state["model"]):
+        assert kept == pytest.approx(true, rel=0.05)
+
+
+def test_u_follows_the_composite_optimizer():
+    """Which no command line can set up: weights with Adam, and what has one dimension with fairseq's Nesterov SGD."""
+    torch.manual_seed(0)
+    model = sigma_reparam(nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 8)))
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.param_group = "matrices" if parameter.ndim > 1 else "vectors"
+    adam = {"_name": "adam", "lr": [0.03], "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.0,
+            "use_old_adam": False, "fp16_adam_stats": False, "tpu": False}  # fmt: skip
+    nag = {"_name": "nag", "lr": [0.01], "momentum": 0.9, "weight_decay": 0.0}
+    schedule = {"_name": "fixed", "force_anneal": None, "lr_shrink": 0.1, "warmup_updates": 0}
+    groups = {"matrices": adam, "vectors": nag}
+    groups = {name: {"optimizer": settings, "lr_scheduler": schedule} for name, settings in groups.items()}
+    optimizer = optim.build_optimizer(
+        OmegaConf.create({"_name": "composite", "groups": groups, "dynamic_groups": False}), parameters
+    )
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(16, 24)
+    for step in range(60):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.03 if step < 20 else 1e-7
+        optimizer.zero_grad()
+        optimizer.backward((model(x) - x[:, :8].sin()).square().mean())
+        optimizer.step()
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    left_behind = {**state, **{key: value for key, value in initial.items() if key.endswith("0.u")}}
+    assert any(kept < 0.95 * true for kept, true in running_sigmas(left_behind))
+    for kept, true in running_sigmas(state):
+        assert kept == pytest.approx(true, rel=0.05)
+
+
+@pytest.mark.parametrize("flags", [(), ("--ema-fp32",), ("--ema-fp32", *FP16)], ids=["plain", "fp32", "fp16"])
+def test_a_stored_average_has_the_sigma_of_its_own_weights(train, flags):
+    checkpoint = train("ema", SIGMA, 8, "--store-ema", "--ema-decay", 0.7, "--lr", 0.05, *flags)
+    average = checkpoint["extra_state"]["ema"]
+    average = {key: value.float() for key, value in average.items()}
+    folded, checked = fold_state_dict(average), 0
+    for key, W in average.items():
+        if key.endswith("original"):
+            expected = W * average[key.replace("original", "0.gamma")] / torch.linalg.svdvals(W)[0]
+            W_hat = folded[key.replace("parametrizations.weight.original", "weight")]
+            torch.testing.assert_close(W_hat, expected, rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(W, checkpoint["model"][key].float(), atol=1e-2)
+            checked += 1
+    assert checked == 2 * 6 + 2 * 10
+
+
+def test_an_average_searches_for_singular_vectors_only_where_it_is_saved(train, monkeypatch):
+    found, converge = [], SigmaReparam.converge
+    monkeypatch.setattr(SigmaReparam, "converge", lambda self: (found.append(self), converge(self)))
+    train("ema", SIGMA, 1, "--store-ema")
+    once = len(found)
+    train("ema", SIGMA, 3, "--store-ema")
+    assert once == len(found) - once == 2 * 6 + 2 * 10
+
+
+def test_a_resumed_average_is_bitwise_the_one_that_never_stopped(train):
+    average = ("--store-ema", "--ema-decay", 0.7)
+    straight = train("straight", SIGMA, 6, *average)
+    train("resumed", SIGMA, 3, *average)
+    resumed = train("resumed", SIGMA, 6, *average)
+    same(straight, resumed)
+    same(*({"model": checkpoint["extra_state"]["ema"]} for checkpoint in (straight, resumed)))
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch(train):
+    flags = ("--save-interval-updates", 1, "--keep-interval-updates", 1, "--num-workers", 2, "--patience", 3)
+    straight = train("straight", SIGMA, 7, *flags)
+    train("resumed", SIGMA, 3, *flags)  # of 4 updates an epoch
+    same(straight, train("resumed", SIGMA, 7, *flags))
+
+
+PLAIN, OTHER = "holds plain weights and the model is reparametrised", "is reparametrised and the model is not"
+
+
+@pytest.mark.parametrize(
+    "first, then, message, flag",
+    [
+        ("deepnorm_transformer_6l", SIGMA, PLAIN, "--restore-file"),
+        (SIGMA, "deepnorm_transformer_6l", OTHER, "--restore-file"),
+        ("transformer", SIGMA, PLAIN, "--finetune-from-model"),
+        (SIGMA, "transformer", OTHER, "--finetune-from-model"),
+    ],
+)
+def test_training_ends_with_the_line_that_says_what_does_not_fit(train, first, then, message, flag, tmp_path):
+    train("first", first, 1)
+    path = tmp_path / "first" / "checkpoint_last.pt"
+    with pytest.raises(ValueError) as error:
+        train("then", then, 2, flag, path)
+    assert str(error.value).startswith(f"{path}: the checkpoint {message}: use ") and "\n" not in str(error.value)
+
+
+def test_iterative_quantisation_is_refused(train, tmp_path):
+    (tmp_path / "pq.yaml").write_text("{}")
+    with pytest.raises(ValueError, match="--quantization-config-path: allowed with --reparam none only"):
+        train("sigma", SIGMA, 3, "--quantization-config-path", tmp_path / "pq.yaml")
 
 
 @pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
@@ -123,6 +273,28 @@ def test_export_loads_in_stock_fairseq_with_equal_outputs(train, generate, resid
         assert [line[2] for line in sorted(lines, key=lambda line: int(line[0][2:]))] == generate("ours")
 
 
+def test_no_sentence_is_lost_where_the_exports_own_words_are_followed(train, corpus, tmp_path):
+    """Long and short sentences, 43 of them, translated by a fairseq that has never seen the plugin."""
+    train("ours", SIGMA, 1)
+    draw = random.Random(1)
+    for language in ("en", "de"):
+        lines = [" ".join(draw.choices("abcdef", k=draw.choice((2, 9, 70, 250)))) for _ in range(43)]
+        (tmp_path / f"long.{language}").write_text("".join(f"{line}\n" for line in lines))
+    known = ("--srcdict", corpus / "dict.en.txt", "--tgtdict", corpus / "dict.de.txt")
+    call("preprocess", "-s", "en", "-t", "de", *known, "--testpref", tmp_path / "long", "--destdir", tmp_path / "data")
+    ours, stock = tmp_path / "ours" / "checkpoint_last.pt", tmp_path / "stock.pt"
+    said = subprocess.run([sys.executable, "-m", "fairseq_sigma.export", str(ours), str(stock)], capture_output=True,
+                          text=True, check=True).stdout  # fmt: skip
+    advice = re.search("fairseq-generate (.*?) needs no --user-dir", said)[1].split()
+    flags = ["--cpu", "--beam", 1, "--max-len-b", 5, "--num-workers", 0, *advice, "--max-tokens", 300]
+    command = [sys.executable, "-m", "fairseq_cli.generate", tmp_path / "data", *flags]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {line.split("\t")[0] for line in done.stdout.splitlines() if line.startswith("H-")} == {
+        f"H-{index}" for index in range(43)
+    }
+
+
 def test_export_refuses_what_stock_fairseq_has_no_model_for(train, tmp_path):
     train("bare", SIGMA, 1, "--residual", "none")
     path = str(tmp_path / "bare" / "checkpoint_last.pt")
@@ -158,6 +330,10 @@ def test_averaged_checkpoints_generate(train, generate, tmp_path):
             torch.testing.assert_close(module.weight, W * gamma / torch.linalg.svdvals(W)[0], rtol=2e-3, atol=1e-4)
             checked += 1
     assert checked == 2 * 6 + 2 * 10
+    # The exported average is the same one.
+    stock = export.export(torch.load(paths[2]))["model"]
+    name, alpha = "encoder.layers.1.fc2", model.encoder.layers[1].alpha
+    torch.testing.assert_close(stock[f"{name}.weight"] * alpha, model.get_submodule(name).weight, rtol=1e-3, atol=1e-4)
 
 
 def test_averaging_refuses_different_models(train, tmp_path, capsys):
@@ -210,5 +386,8 @@ def test_layers_to_keep(train, tmp_path):
     keep = {"encoder_layers_to_keep": "1", "decoder_layers_to_keep": "0,1"}  # fairseq wants both named
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides=keep)
     assert len(model.encoder.layers) == 1
+    # A layer goes on with the alpha that it was trained with, which fewer layers would have smaller.
+    (whole,), _, _ = checkpoint_utils.load_model_ensemble_and_task([path])
+    assert model.encoder.layers[0].alpha == whole.encoder.layers[1].alpha > 1
     kept = "fc1.parametrizations.weight.original"
     assert torch.equal(model.state_dict()[f"encoder.layers.0.{kept}"], trained[f"encoder.layers.1.{kept}"])

@@ -183,6 +183,11 @@ def test_deepnorm_counts_the_decoder_alone():
     torch.testing.assert_close(fc1, beta * plain_fc1)
 
 
+def test_a_pruned_model_has_the_alpha_that_it_was_trained_with():
+    model = build(SIGMA, residual="deepnorm", decoder_layers=6, decoder_layers_to_keep="1,4")
+    assert [layer.alpha for layer in model.decoder.layers] == 2 * [deepnorm_scales(0, 6).decoder.alpha]
+
+
 def test_hydra_configurations_take_the_block_size_from_the_task():
     args = OmegaConf.create({"_name": SIGMA, **TINY})
     ARCH_CONFIG_REGISTRY[SIGMA](args)
@@ -220,6 +225,10 @@ def test_parameter_counts_at_full_size(suffix, layers):
         ({"n_power_iterations": 0}, "n_power_iterations = 0: allowed are whole numbers from 1"),
         ({"decoder_normalize_before": True}, "--decoder-normalize-before contradicts --residual none"),
         ({"layernorm_embedding": True}, "--layernorm-embedding contradicts --residual none"),
+        ({"scale_attn": True}, "--scale-attn contradicts --residual none"),
+        ({"scale_fc": True}, "--scale-fc contradicts --residual none"),
+        ({"quant_noise_pq": 0.1}, "--quant-noise-pq 0.1: allowed with --reparam sigma is 0"),
+        ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar 0.1: allowed with --reparam sigma is 0"),
         ({"adaptive_input_cutoff": "10,25"}, "--adaptive-input-cutoff 10,25: allowed are increasing .* from 1 to 24"),
         ({"adaptive_softmax_cutoff": "16,10"}, "--adaptive-softmax-cutoff 16,10: allowed are increasing"),
         ({"adaptive_softmax_cutoff": "10,many"}, "--adaptive-softmax-cutoff 10,many: allowed are increasing"),

@@ -1,7 +1,10 @@
 """Each mend, seen from fairseq's own commands: they load the user dir and nothing else helps them."""
 
+import ast
 import importlib.util
+import inspect
 import io
+import math
 import os
 import random
 import shutil
@@ -12,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fairseq.data import Dictionary, data_utils
+from fairseq.data import Dictionary, TokenBlockDataset, data_utils
 
 USER_DIR = Path(__file__).parents[2] / "plugins" / "fairseq_sigma"
 TRAIN = (
@@ -62,11 +65,12 @@ def assert_same_training(save_dir, other_dir):
 
 @pytest.fixture(scope="module")
 def mend():
-    """The file under test, without the rest of the plugin; this process may then read checkpoints."""
+    """The file under test, without the rest of the plugin; this process may then read checkpoints and build datasets."""
     spec = importlib.util.spec_from_file_location("mend_under_test", USER_DIR / "mend.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.allow_checkpoint_classes()
+    module.names_that_numpy_dropped()
     return module
 
 
@@ -162,6 +166,58 @@ def test_every_index_is_in_one_batch(mend, monkeypatch, multiple, with_sizes):
                 assert 0 < len(batch) <= (max_sentences or samples)
                 assert len(batch) * max(sizes[batch]) <= (max_tokens or np.inf)
                 assert len(batch) < multiple or len(batch) % multiple == 0
+
+
+def test_fairseq_asks_numpy_for_nothing_that_it_does_not_have(mend):
+    """In all that importing fairseq loads."""
+    missing = []
+    for name, module in list(sys.modules.items()):
+        if not (name.startswith("fairseq.") and hasattr(module, "np") and module.__file__.endswith(".py")):
+            continue
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if (
+                isinstance(node, ast.Attribute)
+                and ast.unparse(node.value) == "np"
+                and not hasattr(module.np, node.attr)
+            ):
+                missing.append(f"{name}:{node.lineno}: np.{node.attr}")
+    assert "fairseq.data.token_block_dataset" in sys.modules and not missing
+
+
+def test_numpy_itself_stays_as_it_is(mend):
+    assert not hasattr(np, "compat") and not hasattr(np, "int")
+
+
+def test_buckets_are_the_percentiles_rounded_down(mend):
+    sizes = np.random.default_rng(0).integers(3, 40, 57)
+    expected = {sorted(sizes)[math.floor(part / 5 * 56)] for part in range(1, 6)}
+    assert set(data_utils.get_buckets(sizes, 5)) == expected
+
+
+@pytest.mark.parametrize("mode", ["none", "eos", "complete", "complete_doc"])
+def test_text_is_cut_into_blocks_as_the_break_mode_says(mend, mode):
+    draw = random.Random(0)
+    lines = [[draw.randint(4, 9) for _ in range(draw.randint(0, 5))] + [2] for _ in range(40)]
+    blocks = TokenBlockDataset([torch.tensor(line) for line in lines], list(map(len, lines)), 12, 1, 2, mode)
+    if mode == "eos":
+        expected = lines
+    elif mode == "none":
+        stream = [word for line in lines for word in line]
+        expected = [stream[start : start + 12] for start in range(0, len(stream), 12)]
+    else:  # whole lines, as many as there is room for
+        expected = [[]]
+        for line in lines:
+            ends = mode == "complete_doc" and line == [2]  # an empty line is between documents, and in no block
+            if len(expected[-1]) + len(line) > 12 or ends:
+                expected.append([])
+            expected[-1] += [] if ends else line
+        expected = [block for block in expected if len(block) > (mode == "complete_doc")]
+    assert [block.tolist() for block in blocks] == expected
+
+
+def test_what_would_train_nothing_is_refused(data, tmp_path):
+    output = fairseq(*train(data, tmp_path, "--write-checkpoints-asynchronously"), succeeds=False)
+    assert output.splitlines()[-1].endswith("--write-checkpoints-asynchronously: needs iopath (pip install iopath)")
 
 
 def test_two_cpu_processes_train_as_one(data, trained, tmp_path):

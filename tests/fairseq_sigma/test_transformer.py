@@ -185,11 +185,24 @@ def test_joint_qkv_reaches_the_attention():
         ({"n_power_iterations": 0}, "n_power_iterations = 0: allowed are whole numbers from 1"),
         ({"gamma_init": "two"}, "gamma_init = 'two': allowed are 'one', 'spectral'"),
         ({"encoder_normalize_before": True}, "--encoder-normalize-before contradicts --residual deepnorm"),
+        ({"residual": "none", "layernorm_embedding": True}, "--layernorm-embedding contradicts --residual none"),
+        ({"quant_noise_pq": 0.1}, "--quant-noise-pq 0.1: allowed with --reparam sigma is 0"),
+        (
+            {"quant_noise_scalar": 0.5, "reparam": "weight"},
+            "--quant-noise-scalar 0.5: allowed with --reparam weight is 0",
+        ),
     ],
 )
 def test_wrong_settings_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         build("sigma_transformer_6l", **overrides)
+
+
+def test_a_plain_model_may_be_trained_with_quantisation_noise():
+    model = build("deepnorm_transformer_6l", quant_noise_pq=0.5, quant_noise_pq_block_size=8, encoder_layers=1)
+    layer = model.encoder.layers[0].fc1
+    layer(torch.randn(2, 16))
+    assert (layer.weight.view(-1, 8) == 0).all(dim=1).float().mean().item() == pytest.approx(0.5, abs=0.2)
 
 
 @pytest.mark.parametrize(

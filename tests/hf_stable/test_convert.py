@@ -7,7 +7,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, pipeline
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import hf_stable
 import timm_stable  # noqa: F401
@@ -224,3 +234,64 @@ def test_a_wrong_conversion_is_noticed():
     state = {name: x for name, x in model.state_dict().items() if "ln_f" not in name}
     with pytest.raises(ValueError, match=r"it lacks transformer\.ln_f\.weight: an option that StableGPTForCausalLM"):
         conversion.load_whole(StableGPTForCausalLM(model.config), state, "it")
+
+
+def tokenizer_beside(folder) -> None:
+    vocabulary = models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), unk_token="w0").save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change", ["a llama's", "a llama that says it is a GPT-2", "lacks", "too much", "another shape", "cut"]
+)
+def test_what_is_no_whole_gpt2_is_refused(change, tmp_path, capsys):
+    """The status is not 0, one line says why, and nothing is written: transformers alone warns and draws the rest."""
+    source, weights = tmp_path / "source", tmp_path / "source" / "model.safetensors"
+    if "llama" in change:
+        config = LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=99
+        )
+        LlamaForCausalLM(config).save_pretrained(source)
+        if "says" in change:
+            gpt2().config.save_pretrained(source)
+    else:
+        gpt2().save_pretrained(source)
+        state = load_file(weights)
+        if change == "lacks":
+            del state["transformer.h.1.mlp.c_fc.weight"]
+        elif change == "too much":
+            state["transformer.h.2.mlp.c_fc.weight"] = torch.zeros(32, 128)
+        elif change == "another shape":
+            state["transformer.ln_f.bias"] = torch.zeros(31)
+        save_file(state, weights, {"format": "pt"})
+        if change == "cut":
+            weights.write_bytes(weights.read_bytes()[:-100])
+    tokenizer_beside(source)
+    capsys.readouterr()
+    assert main(["gpt2", str(source), str(tmp_path / "out")]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        last.startswith("convert: ")
+        and {
+            "a llama's": "holds a model of type 'llama': allowed is 'gpt2'",
+            "a llama that says it is a GPT-2": "these are not the weights of a GPT2LMHeadModel",
+            "lacks": "lacks transformer.h.1.mlp.c_fc.weight: these are not",
+            "too much": "has too much transformer.h.2.mlp.c_fc.weight",
+            "another shape": "has in another shape transformer.ln_f.bias",
+            "cut": "a file of weights is damaged",
+        }[change]
+        in last
+    ), last
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_lacks_a_weight_is_not_folded(tmp_path, capsys):
+    stable_gpt(reparam="sigma", norm="layernorm").save_pretrained(tmp_path / "gpt")
+    weights = tmp_path / "gpt" / "model.safetensors"
+    state = load_file(weights)
+    del state["transformer.h.0.ln_1.weight"]
+    save_file(state, weights, {"format": "pt"})
+    capsys.readouterr()
+    assert main(["folded", str(tmp_path / "gpt"), str(tmp_path / "out")]) == 1
+    assert "lacks transformer.h.0.ln_1.weight" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,55 @@
+"""A checkpoint of another arch ends in one line that says what to do, where torch would list every key of every layer."""
+
+import functools
+import re
+
+from fairseq.trainer import Trainer
+
+PLAIN = "the checkpoint holds plain weights and the model is reparametrised: use --reparam none"
+REPARAMETRISED = (
+    "the checkpoint is reparametrised and the model is not: use the arch and --reparam it was trained with, "
+    "or fold it with python -m fairseq_sigma.export"
+)
+
+
+def check_fits(own: dict, loaded: dict, layers: bool = True) -> None:
+    """Raises ValueError: the state dict `loaded` is not for a model whose own is `own`; `layers`: their number counts too."""
+    loaded_sigma = any("parametrizations." in key for key in loaded)
+    own_sigma = any("parametrizations." in key for key in own)
+    if own_sigma != loaded_sigma:
+        raise ValueError(REPARAMETRISED if loaded_sigma else PLAIN)
+    for side in ("encoder", "decoder") if layers else ():
+        mine, theirs = (
+            {m[1] for key in keys if (m := re.match(rf"{side}\.layers\.(\d+)\.", key))} for keys in (own, loaded)
+        )
+        if len(mine) != len(theirs):
+            raise ValueError(
+                f"the checkpoint has {len(theirs)} {side} layers and the model {len(mine)}: use --{side}-layers {len(theirs)}"
+            )
+    for key in own.keys() & loaded.keys():
+        if own[key].shape != loaded[key].shape:
+            raise ValueError(
+                f"{key}: the checkpoint has shape {tuple(loaded[key].shape)}, the model {tuple(own[key].shape)}"
+            )
+
+
+@functools.cache
+def name_what_does_not_fit() -> None:
+    """Ends fairseq-train with that line, where its trainer says of any error that the architectures must match."""
+    Trainer.load_checkpoint = _with_the_cause(Trainer.load_checkpoint)
+
+
+def _with_the_cause(load_checkpoint):
+    @functools.wraps(load_checkpoint)
+    def wrapped(self, filename, *args, **kwargs):
+        try:
+            return load_checkpoint(self, filename, *args, **kwargs)
+        except Exception as error:
+            cause = error.__context__
+            if isinstance(cause, ValueError):
+                raise ValueError(f"{filename}: {cause}") from None
+            if isinstance(cause, RuntimeError) and "parametrizations." in str(cause):  # into an arch of fairseq's own
+                raise ValueError(f"{filename}: {REPARAMETRISED}") from None
+            raise
+
+    return wrapped
