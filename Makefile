@@ -1,52 +1,90 @@
-# Everything runs in .venv, which `make venv` builds; the other targets build it when it is missing or out of date.
+# Everything runs in .venv, which holds what requirements.lock names; a target builds it anew when it is missing or the lock changed.
 PYTHON ?= python3
 STABLE_VENV := .venv
+STABLE_LOCK := requirements.lock
 BIN := $(STABLE_VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+UV := .venv-uv/bin/uv
 export OMP_NUM_THREADS ?= 1
+# A file, or a class, stays in one process, whose fixtures its tests share.
+WORKERS := 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope
 
-.PHONY: help venv quickstart test test-all test-oldest lint bench docs clean
+.PHONY: help venv lock quickstart test test-all test-newest test-oldest lint bench docs clean
 
 help:
 	@echo "make quickstart   install, train an 18L-18L translation model four ways on the CPU, show the result"
 	@echo "make test         install, run the tests (make test-all: the slow ones too)"
+	@echo "make test-newest  the same tests with the newest of everything, whatever the lock and upper bounds say"
 	@echo "make test-oldest  the same tests with the lowest torch, timm and transformers that pyproject.toml allows"
+	@echo "make lock         renew requirements.lock: the newest versions within pyproject.toml's bounds"
 	@echo "make lint         ruff and formatting, as pre-commit runs them"
 	@echo "make bench        step times, memory, scaling, attention, the monitor and build times, side by side (an hour)"
 	@echo "make docs         the API reference, from the docstrings, into docs/api"
 
 venv: $(STABLE_VENV)/ready
 
-# torch is a CUDA build of several GB: 3 to 5 minutes the first time.
-$(STABLE_VENV)/ready: pyproject.toml
-	@echo "== installing into $(STABLE_VENV) (a few minutes the first time)"
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or later is needed, {v[0]}.{v[1]} found: make PYTHON=python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(STABLE_VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-version-check -e '.[all]'
-	@# ve-fairseq brings torchaudio, whose newest release does not import beside the newest torch, and then transformers does not.
-	$(BIN)/python -m pip uninstall --quiet --yes torchaudio
-	@# transformers' own tests for models are in its source distribution only; tests/hf_stable runs them on ours.
-	$(BIN)/python -m pip download --quiet --progress-bar off --disable-pip-version-check --no-deps --no-binary transformers \
-		--dest $(STABLE_VENV)/upstream "transformers==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("transformers"))')"
+# What the lock says of one package: the line that names it, and its hashes.
+locked = sed -n '/^$(1)==/,/[^\\]$$/p' $(STABLE_LOCK)
+INSTALL := install --progress-bar off --no-deps --no-build-isolation
+CHECK := import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else \
+	f"Python 3.11 or 3.12 is needed, as ve-fairseq has no others; {v[0]}.{v[1]} found: make PYTHON=python3.12")
+
+# torch is a CUDA build of several GB: 3 to 5 minutes the first time. Two packages have no wheels; the lock's own setuptools builds
+# them. transformers' own tests for models are in its source distribution only; tests/hf_stable runs them on ours.
+$(STABLE_VENV)/locked: $(STABLE_LOCK)
+	@echo "== installing $(STABLE_LOCK) into $(STABLE_VENV) (a few minutes the first time)"
+	@$(PYTHON) -c '$(CHECK)'
+	@$(PYTHON) -m venv --clear $(STABLE_VENV)
+	@$(call locked,setuptools) > $(STABLE_VENV)/setuptools.txt
+	@$(call locked,transformers) > $(STABLE_VENV)/transformers.txt
+	$(PIP) $(INSTALL) --require-hashes --requirement $(STABLE_VENV)/setuptools.txt
+	$(PIP) $(INSTALL) --require-hashes --use-pep517 --requirement $(STABLE_LOCK)
+	$(PIP) download --progress-bar off --no-deps --no-build-isolation --no-binary transformers --require-hashes \
+		--requirement $(STABLE_VENV)/transformers.txt --dest $(STABLE_VENV)/upstream
+	@touch $@
+
+$(STABLE_VENV)/ready: $(STABLE_VENV)/locked pyproject.toml
+	$(PIP) $(INSTALL) --editable .
 	@touch $@
 	@echo "== installed; next: make quickstart, or make test"
+
+# uv makes locks. It asks the index that pip is configured for, within pip's own constraints; neither is written into the lock.
+pip_setting = $$($(PYTHON) -m pip config list | sed -nE "s/^(:env:|global)\.$(1)='(.*)'/\2/p" | head -n 1)
+COMPILE = UV_DEFAULT_INDEX="$(call pip_setting,index-url)" UV_CONSTRAINT="$(call pip_setting,constraint)" \
+	SSL_CERT_FILE="$${SSL_CERT_FILE:-$(call pip_setting,cert)}" \
+	$(UV) pip compile --quiet --extra all --upgrade --generate-hashes --no-annotate
+
+$(UV):
+	@$(PYTHON) -m venv .venv-uv
+	@.venv-uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+lock: $(UV)
+	$(COMPILE) --universal --python-version 3.11 --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
+	@echo "== requirements.lock is renewed; next: make test"
 
 quickstart: $(STABLE_VENV)/ready
 	$(BIN)/python -m recipes.quickstart.quickstart
 
 test: $(STABLE_VENV)/ready
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 	@echo "== tests passed; next: make test-all for the slow ones, make quickstart to see it train"
 
 test-all: $(STABLE_VENV)/ready
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 	@echo "== all tests passed"
 
+# Both make a lock of their own, anew each time.
+test-newest: $(UV)
+	@mkdir -p build/newest && sed -E 's/,<[0-9.]+//g' pyproject.toml > build/newest/pyproject.toml
+	$(COMPILE) --python $(PYTHON) --output-file build/newest/requirements.lock build/newest/pyproject.toml
+	$(MAKE) STABLE_VENV=.venv-newest STABLE_LOCK=build/newest/requirements.lock test
+
 # What is not bounded from below is the newest here too.
-test-oldest:
-	@mkdir -p .venv-oldest
-	@grep -oE '(torch|timm|transformers)>=[0-9.]+' pyproject.toml | sort -u | sed 's/>=/==/' > .venv-oldest/lowest.txt
-	PIP_CONSTRAINT=.venv-oldest/lowest.txt $(MAKE) STABLE_VENV=.venv-oldest venv
-	$(MAKE) STABLE_VENV=.venv-oldest test
+test-oldest: $(UV)
+	@mkdir -p build/oldest && grep -oE '(torch|timm|transformers)>=[0-9.]+' pyproject.toml | sort -u | sed 's/>=/==/' > build/oldest/lowest.txt
+	$(COMPILE) --python $(PYTHON) --constraint build/oldest/lowest.txt --output-file build/oldest/requirements.lock pyproject.toml
+	$(MAKE) STABLE_VENV=.venv-oldest STABLE_LOCK=build/oldest/requirements.lock test
 
 lint: $(STABLE_VENV)/ready
 	$(BIN)/ruff check .
@@ -63,5 +101,5 @@ docs: $(STABLE_VENV)/ready
 	@echo "== the API reference is docs/api/index.html"
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info
 	@echo "== the environments are gone; runs/ is kept"

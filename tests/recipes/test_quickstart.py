@@ -1,8 +1,9 @@
-"""The quickstart: its data against numbers known by heart, and the whole command with a few updates."""
+"""The quickstart: its data against numbers known by heart, and the whole command with a few updates and sentences."""
 
 import subprocess
 import sys
 
+from recipes.quickstart import quickstart
 from recipes.quickstart.quickstart import RUNS, SIZES, losses, prepare
 
 
@@ -35,17 +36,24 @@ def test_a_log_is_read_in_nats(tmp_path):
     assert list(curve) == [5] and abs(curve[5] - 1.386294) < 1e-5
 
 
-def test_the_command_trains_translates_and_draws(tmp_path):
-    command = [sys.executable, "-m", "recipes.quickstart.quickstart", "--steps", "5", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for run in RUNS:
-        assert run.label in done.stdout
+def test_the_command_trains_translates_and_draws(tmp_path, monkeypatch, capsys):
+    runs = (RUNS[0], RUNS[-1])  # each of the four differs by its arch and rate alone
+    monkeypatch.setattr(quickstart, "RUNS", runs)
+    monkeypatch.setattr(quickstart, "SIZES", {"train": 5 * 48, "valid": 10, "test": 12})
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--steps", "5", "--out", str(tmp_path)])
+    assert quickstart.main() == 0
+    shown = capsys.readouterr().out
+    for run in runs:
+        assert run.label in shown
         assert max(losses(tmp_path / f"{run.arch}-1" / "train.log")) == 5
-    assert done.stdout.count("->") == 10
+    assert shown.count("->") == 10
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
-    for run in RUNS:
+    for run in runs:
         assert f"{run.arch}-1/entropy/decoder.layers.17.encoder_attn" in page
-    wrong = subprocess.run([*command[:-4], "--steps", "0"], capture_output=True, text=True)
+
+
+def test_wrong_steps_are_told():
+    command = [sys.executable, "-m", "recipes.quickstart.quickstart", "--steps", "0"]
+    wrong = subprocess.run(command, capture_output=True, text=True)
     assert wrong.returncode == 2 and "--steps 0: allowed are whole numbers from 5" in wrong.stderr
