@@ -284,10 +284,11 @@ def graphs(bench: Bench) -> None:
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, capturable=capturable)
 
-    work, found = {}, []
+    work, found, kept = {}, [], []  # a graph reads and writes memory that is nobody's once its model is gone
     for label in FEW:
         eager, captured = (Step(family, label, size, bench.device, True, optimizer) for _ in range(2))
         start = {name: x.clone() for name, x in eager.model.state_dict().items()}
+        kept.append(captured)
         replay = graphed(captured, bench.device, warm_up=3)
         for _ in range(3):
             replay()
