@@ -38,10 +38,10 @@ def sharpness(
     was, gradients, buffers and random state included. Attention runs on torch's math kernel and compiled code runs eagerly,
     as fused kernels and compiled graphs have no second derivative.
 
-    σReparam holds u and v constant between two optimizer steps, and so does this Hessian, which is therefore symmetric (to
+    σReparam holds u constant between two optimizer steps, and so does this Hessian, which is therefore symmetric (to
     fp32 rounding, 1e-7). It lacks sigma's own curvature, dL/dsigma d^2 sigma/dW^2, which grows without bound as the two
     largest singular values meet; but power iteration is as slow there, and training does not feel it. Gradient descent
-    with Algorithm 1, linearised in W, gamma, u and v together, lost its stability at a step size of 2/lambda, lambda the
+    with Algorithm 1, linearised in W, gamma and u together, lost its stability at a step size of 2/lambda, lambda the
     largest positive eigenvalue, to within 8 % in 54 small models; sigma's curvature made lambda up to 500 times as large.
 
     Args:

@@ -1,7 +1,7 @@
 """`python -m fairseq_sigma.average CHECKPOINT [CHECKPOINT ...] OUT`: the mean of checkpoints of one run, for fairseq-generate.
 
 What fairseq's scripts/average_checkpoints.py does, which is not in its package and cannot read its checkpoints with today's
-torch. W and gamma are averaged; u and v are too, and found afresh for the averaged W when the model loads them.
+torch. W and gamma are averaged; u is too, and found afresh for the averaged W when the model loads them.
 """
 
 import argparse

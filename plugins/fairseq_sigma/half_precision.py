@@ -1,4 +1,4 @@
-"""u and v under --fp16 and --bf16, whose optimizer steps fp32 copies and then writes them back into the model."""
+"""u under --fp16 and --bf16, whose optimizer steps fp32 copies and then writes them back into the model."""
 
 import functools
 
@@ -9,7 +9,7 @@ from stable_core import advance
 
 @functools.cache
 def advance_after_write_back() -> None:
-    """Has u and v advance when the model's own weights change; the optimizer's step hook comes one moment too early."""
+    """Has u advance when the model's own weights change; the optimizer's step hook comes one moment too early."""
     write_back = _FP16OptimizerMixin._sync_fp32_params_to_fp16
 
     @functools.wraps(write_back)

@@ -39,7 +39,7 @@ def convert_fairseq(
 ) -> float:
     """Writes a fairseq checkpoint as a model and a tokenizer of transformers; returns by how much their logits differ.
 
-    Every arch of fairseq_sigma, and of fairseq's own `transformer`. Weights, gammas and the u and v of σReparam stay as they
+    Every arch of fairseq_sigma, and of fairseq's own `transformer`. Weights, gammas and the u of σReparam stay as they
     are. Generation is fairseq-generate's by default: beam 5, scores divided by the length, at most 200 tokens and the end.
     (Where the end is forced after 200, fairseq counts its log-probability and transformers does not: it may choose another
     of the five.)
