@@ -1,7 +1,7 @@
 """How far sigma lags behind the norm in training, and what a second power iteration gives: `python -m benchmarks.lag`.
 
-A small GPT (4 layers, width 128, bytes of Python's own documentation) with σReparam and LayerNorm, AdamW without warm-up. The lag
-of a weight is 1 - sigma / |W|, by an SVD at every second update; |W_hat| is then 1 / (1 - lag) gammas.
+A small GPT (4 layers, width 128, bytes of Python's own documentation) with σReparam and LayerNorm, AdamW without warm-up.
+The lag of a weight is 1 - sigma / |W|, by an SVD at every second update; |W_hat| is then 1 / (1 - lag) gammas.
 """
 
 import argparse

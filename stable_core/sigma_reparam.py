@@ -641,7 +641,17 @@ def sigma_reparam(
             Originals.take_over(target.module.parametrizations[target.tensor_name])
             # Its class is its own, from torch; this is what parallelize_module asks a layer before it cuts its weights.
             type(target.module)._distribute_module_applied = property(_refuse_tensor_parallelism)
+            type(target.module).register_parameter = _refuse_pruning
     return model
+
+
+def _refuse_pruning(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """`register_parameter`, by which torch.nn.utils.prune would put a mask on W_hat as it is now."""
+    if name.removesuffix("_orig") in getattr(layer, "parametrizations", ()):
+        raise ValueError(
+            f"{type(layer).__name__}: a weight under σReparam cannot be pruned; stable_core.fold(model) first"
+        )
+    nn.Module.register_parameter(layer, name, param)
 
 
 def _refuse_tensor_parallelism(layer: nn.Module) -> NoReturn:

@@ -41,8 +41,9 @@ def sharpness(
     σReparam holds u constant between two optimizer steps, and so does this Hessian, which is therefore symmetric (to
     fp32 rounding, 1e-7). It lacks sigma's own curvature, dL/dsigma d^2 sigma/dW^2, which grows without bound as the two
     largest singular values meet; but power iteration is as slow there, and training does not feel it. Gradient descent
-    with Algorithm 1, linearised in W, gamma and u together, lost its stability at a step size of 2/lambda, lambda the
-    largest positive eigenvalue, to within 8 % in 54 small models; sigma's curvature made lambda up to 500 times as large.
+    with Algorithm 1, linearised in W, gamma, u and v together, lost its stability at a step size of 2/lambda, lambda the
+    largest positive eigenvalue, to within 8 % in 54 small models (v was constant too then; it is W^T u / |W^T u| now);
+    sigma's curvature made lambda up to 500 times as large.
 
     Args:
         model: in float32 or float64 and in one process (of DDP, its `.module`).

@@ -6,12 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.utils.prune
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 
-from stable_core import SigmaReparamConfig, advance, converge, sigma_reparam
+from stable_core import SigmaReparamConfig, advance, converge, fold, sigma_reparam
 from tests.stable_core.models import mlp, reparametrised
 
 
@@ -155,6 +156,15 @@ def test_tensor_parallelism_is_refused_in_one_line():
             sigma_reparam(plain, filter_fn=lambda module, name: name == "1")
     finally:
         dist.destroy_process_group()
+
+
+def test_pruning_is_refused_until_the_model_is_folded():
+    model = mlp()
+    with pytest.raises(ValueError, match=r"stable_core\.fold\(model\) first"):
+        nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
+    nn.utils.prune.l1_unstructured(model[0], "bias", amount=0.5)
+    nn.utils.prune.l1_unstructured(fold(model)[2], "weight", amount=0.5)
+    assert (model[2].weight == 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_norm_is_known_while_the_estimate_lags():
