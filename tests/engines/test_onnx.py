@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from tests.engines.exported import example, folded
-from tests.engines.models import KINDS
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["sigma_vit", "stable_gpt", "gpt2"]
+)  # what it begins with, torch.export, has all of them
 def test_other_sizes_than_the_example(kind, tmp_path):
     model, expected = folded(kind)
     args, kwargs, dynamic = example(kind)

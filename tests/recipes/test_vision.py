@@ -400,8 +400,9 @@ def test_a_dry_run_needs_neither_data_nor_weights(tmp_path):
     assert words[words.index("--weights") + 1] == str(weights) and not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_small_imagenet21k_runs_from_end_to_end(tmp_path):
-    """Both stages, as a user calls them, with less to do."""
+    """Both stages, as a user calls them, with less to do; the tests above have the script's settings and fine-tuning apart."""
     env = {**os.environ, "SMALL": "1", "RUNS": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
     early = subprocess.run([RECIPES / "imagenet21k.sh", "finetune"], env=env, capture_output=True, text=True)
     assert early.returncode == 1 and "run" in early.stderr and "pretrain 1 first" in early.stderr
