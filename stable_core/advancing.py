@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from . import kernels
 from .originals import Owner, owner_of
 from .power_iteration import power_iteration
+from .watching import LAG
 
 
 @functools.cache
@@ -127,11 +128,11 @@ def _advance(parametrizations: Iterable[nn.Module]) -> None:
             iterates, group = parametrization.iterates()
             together[parametrization.u.device, n, group].append((parametrization, iterates))
     for (device, dtype, n), members in fused.items():
-        plan = kernels.plan(tuple(parametrization.place(W) for parametrization, W in members), device, dtype)
+        plan = kernels.plan(tuple([parametrization.place(W)[0] for parametrization, W in members]), device, dtype)
         at_least = kernels.advance(plan, dtype, n).split(plan.blocks)
         torch.autograd.graph.increment_version([parametrization.u for parametrization, _ in members])
         for (parametrization, W), sigma in zip(members, at_least, strict=True):
-            parametrization.advanced([W], sigma)
+            parametrization.watch.expect([W], sigma, slack=LAG)
     for (_, n, group), members in together.items():
         every = [iterate for _, iterates in members for iterate in iterates]
         _, at_least = power_iteration(every, n, group)

@@ -146,14 +146,14 @@ def advance(plan: Plan, dtype: torch.dtype, n: int) -> Tensor:
     """The same of all weights of a plan; returns |W v| of the last iteration (blocks of all weights,), v of length 1."""
     k, like = _kernels(), {"dtype": torch.float32, "device": plan.table.device}
     partials, z, y = (torch.empty(size, **like) for size in (plan.partials, plan.n_in, plan.n_out))
-    z_norms, y_norms = (torch.empty(2 * len(chunks), **like) for chunks in (plan.ins, plan.outs))
-    lengths = torch.empty(len(plan.table), **like)
+    z_norms, y_norms = (torch.empty(2 * chunks.numel(), **like) for chunks in (plan.ins, plan.outs))
+    lengths = torch.empty(plan.table.shape[0], **like)
     with on_device(plan.table.device):
         for _ in range(n):
             for to_out, chunks, result, norms in ((False, plan.ins, z, z_norms), (True, plan.outs, y, y_norms)):
                 _products(plan, partials, z, z_norms, 0, 0, to_out, dtype)
                 _add_up(plan, chunks, partials, result, norms, to_out)
-            k.normalise[(len(plan.outs),)](plan.outs, plan.table, y, y_norms, lengths, CHUNK=CHUNK)
+            k.normalise[(plan.outs.numel(),)](plan.outs, plan.table, y, y_norms, lengths, CHUNK=CHUNK)
     return lengths
 
 
@@ -170,45 +170,44 @@ def measure_all(plan: Plan, dtype: torch.dtype) -> list[Measured]:
 
 def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...]) -> Measured:
     """Of one weight, dense; u and gamma in fp32."""
-    plan = _plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W), W.device, TILE)
+    plan = keep_if_captured(_plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W), W.device, TILE))
     z, *rest = _measure(plan, W.data_ptr(), u.data_ptr(), gamma.data_ptr(), W.dtype)
     return Measured(z.view(len(rows), -1), *rest)
 
 
 def _measure(plan: Plan, W: int, u: int, gamma: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     like = {"dtype": torch.float32, "device": plan.table.device}
-    sizes = plan.partials, 2 * len(plan.ins), plan.n_in, plan.n_out, len(plan.table), len(plan.table)
+    sizes = plan.partials, 2 * plan.ins.numel(), plan.n_in, plan.n_out, plan.table.shape[0], plan.table.shape[0]
     partials, z_norms, z, w, s, factor = (torch.empty(size, **like) for size in sizes)
     with on_device(plan.table.device):
         _products(plan, partials, z, z_norms, W, u, False, dtype)
         _add_up(plan, plan.ins, partials, z, z_norms, False)
-        _kernels().measured[(len(plan.table),)](plan.table, z_norms, w, s, factor, u, gamma, CHUNK=CHUNK)
+        _kernels().measured[(plan.table.shape[0],)](plan.table, z_norms, w, s, factor, u, gamma, CHUNK=CHUNK)
     return z, w, s, factor
 
 
 def scale_backward(
-    G: Tensor, W: Tensor, measured: Measured, rows: tuple[int, ...], stop_gradient: bool
+    G: Tensor, W: Tensor, found: Measured, rows: tuple[int, ...], stop_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """dW (out, in) in W's type and dgamma (blocks,) in fp32, from G (out, in) in any; two launches.
 
     With `stop_gradient` s is a constant: dW = gamma/s G.
     """
     W = W if is_dense(W) else W.contiguous()
-    if G.stride() != W.stride():
+    stride = W.stride()
+    if G.stride() != stride:
         G = torch.empty_like(W, dtype=G.dtype).copy_(G)
-    z, w, s, factor = measured
+    z, w, s, factor = found
     d_W, d_gamma = torch.empty_like(W), torch.empty_like(s)
-    plan = _plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W, G), W.device, TILE)
-    sums = torch.empty(len(plan.strips), dtype=torch.float32, device=W.device)
-    k = _kernels()
+    plan = keep_if_captured(_plan_of_weight(W.shape, stride, rows, _are_aligned(W, G), W.device, TILE))
+    sums = torch.empty(plan.strips.numel(), dtype=torch.float32, device=W.device)
+    k, grid, at, tile = _kernels(), (plan.strips.numel(),), G.data_ptr(), _tile()
+    low, full = k.DTYPES[G.dtype], k.DTYPES[W.dtype]
     with on_device(W.device):
-        k.overlaps[(len(plan.strips),)](
-            plan.strips, plan.table, sums, G.data_ptr(), W.data_ptr(),
-            G_DTYPE=k.DTYPES[G.dtype], DTYPE=k.DTYPES[W.dtype], **_tile(),
-        )  # fmt: skip
-        k.gradient[(len(plan.strips),)](
-            plan.strips, plan.table, sums, z, w, s, factor, d_gamma, G.data_ptr(), d_W.data_ptr(),
-            STOP=stop_gradient, G_DTYPE=k.DTYPES[G.dtype], TO=k.DTYPES[W.dtype], **_tile(),
+        k.overlaps[grid](plan.strips, plan.table, sums, at, W.data_ptr(), G_DTYPE=low, DTYPE=full, **tile)
+        k.gradient[grid](
+            plan.strips, plan.table, sums, z, w, s, factor, d_gamma, at, d_W.data_ptr(),
+            STOP=stop_gradient, G_DTYPE=low, TO=full, **tile,
         )  # fmt: skip
     return d_W, d_gamma
 
@@ -217,13 +216,13 @@ def _products(
     plan: Plan, partials: Tensor, z: Tensor, z_norms: Tensor, W: int, u: int, to_out: bool, dtype: torch.dtype
 ) -> None:
     k = _kernels()
-    k.products[(len(plan.strips),)](
+    k.products[(plan.strips.numel(),)](
         plan.strips, plan.table, partials, z, z_norms, W, u, TO_OUT=to_out, DTYPE=k.DTYPES[dtype], CHUNK=CHUNK, **_tile()
     )  # fmt: skip
 
 
 def _add_up(plan: Plan, chunks: Tensor, partials: Tensor, y: Tensor, norms: Tensor, to_out: bool) -> None:
-    _kernels().add_up[(len(chunks),)](
+    _kernels().add_up[(chunks.numel(),)](
         chunks, plan.table, partials, y, norms, TO_OUT=to_out, BM=TILE.rows, CHUNK=CHUNK, PARTS=PARTS
     )
 
@@ -262,13 +261,17 @@ def plan(places: tuple[Place, ...], device: torch.device, dtype: torch.dtype) ->
     Raises:
         ValueError: a type or a layout that the kernels do not know.
     """
-    found = _plan_of_model(places, device, dtype, TILE)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[id(found)] = found
-    return found
+    return keep_if_captured(_plan_of_model(places, device, dtype, TILE))
 
 
-_captured: dict[int, Plan] = {}  # those that a CUDA graph reads whenever it is replayed
+def keep_if_captured(plan: Plan) -> Plan:
+    """The plan, for good where a CUDA graph is captured, which reads it whenever it is replayed."""
+    if plan.table.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(plan)] = plan
+    return plan
+
+
+_captured: dict[int, Plan] = {}
 
 
 @lru_cache(maxsize=1024)

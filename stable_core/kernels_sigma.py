@@ -13,26 +13,77 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are made, as triton does
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# The columns of the table.
-(
-    WEIGHT,
-    M,
-    N,
-    LD,
-    TRANSPOSED,
-    ALIGNED,
-    FIRST,
-    ACROSS,
-    STEPS,
-    PARTIALS,
-    U,
-    OUT,
-    IN,
-    OUT_CHUNK,
-    IN_CHUNK,
-    GAMMA,
-    FIELDS,
-) = (tl.constexpr(i) for i in range(17))
+
+# The columns of the table, in the order of kernels.py. They are no global constants: at each launch triton compares those that
+# a kernel uses with what they were, which takes longer than all the rest of the launch.
+@triton.jit
+def _line(table, matrix):
+    return table + 16 * matrix
+
+
+@triton.jit
+def _weight(line):
+    """Where the first element is."""
+    return tl.load(line)
+
+
+@triton.jit
+def _size(line):
+    """(m, n)."""
+    return tl.load(line + 1).to(tl.int32), tl.load(line + 2).to(tl.int32)
+
+
+@triton.jit
+def _transposed(line):
+    return tl.load(line + 4) != 0
+
+
+@triton.jit
+def _shape(line):
+    """m, n, from one row to the next, tiles in a strip, and whether all rows start at 16 bytes."""
+    m, n = _size(line)
+    return m, n, tl.load(line + 3), tl.load(line + 8).to(tl.int32), tl.load(line + 5) != 0
+
+
+@triton.jit
+def _first_strip(line):
+    return tl.load(line + 6)
+
+
+@triton.jit
+def _across(line):
+    """How many strips lie side by side."""
+    return tl.load(line + 7).to(tl.int32)
+
+
+@triton.jit
+def _partials(line):
+    """Where its partial sums start."""
+    return tl.load(line + 9)
+
+
+@triton.jit
+def _u(line):
+    """Where u is."""
+    return tl.load(line + 10)
+
+
+@triton.jit
+def _vector(line, TO_OUT: tl.constexpr):
+    """Where its part of the vectors (out,), or of those (in,), of all matrices starts."""
+    return tl.load(line + (11 if TO_OUT else 12))
+
+
+@triton.jit
+def _first_chunk(line, TO_OUT: tl.constexpr):
+    """The first chunk of that part."""
+    return tl.load(line + (13 if TO_OUT else 14))
+
+
+@triton.jit
+def _gamma(line):
+    """Where gamma is."""
+    return tl.load(line + 15)
 
 
 @triton.jit
@@ -95,16 +146,10 @@ def _length(norms, count):
 def _strip(strips, table, strip):
     """Of a strip: its matrix, the matrix's line in the table, the strip's number in it, its first row of tiles, its column."""
     matrix = tl.load(strips + strip)
-    line = table + matrix * FIELDS
-    number = (strip - tl.load(line + FIRST)).to(tl.int32)
-    across = tl.load(line + ACROSS).to(tl.int32)
+    line = _line(table, matrix)
+    number = (strip - _first_strip(line)).to(tl.int32)
+    across = _across(line)
     return matrix, line, number, number // across, number % across
-
-
-@triton.jit
-def _shape(line):
-    m, n = tl.load(line + M).to(tl.int32), tl.load(line + N).to(tl.int32)
-    return m, n, tl.load(line + LD), tl.load(line + STEPS).to(tl.int32), tl.load(line + ALIGNED) != 0
 
 
 @triton.jit
@@ -118,15 +163,15 @@ def products(
         strip = tl.num_programs(0) - 1 - strip
     _, line, _, i, j = _strip(strips, table, strip)
     m, n, ld, steps, aligned = _shape(line)
-    over_rows = (tl.load(line + TRANSPOSED) != 0) == TO_OUT
-    W = _address(W_base, tl.load(line + WEIGHT), DTYPE)
-    to = partials + tl.load(line + PARTIALS)
+    over_rows = _transposed(line) == TO_OUT
+    W = _address(W_base, _weight(line), DTYPE)
+    to = partials + _partials(line)
     if TO_OUT:
-        x = z + tl.load(line + IN)
-        length = _length(z_norms + 2 * tl.load(line + IN_CHUNK), tl.cdiv(tl.where(over_rows, m, n), CHUNK))
+        x = z + _vector(line, False)
+        length = _length(z_norms + 2 * _first_chunk(line, False), tl.cdiv(tl.where(over_rows, m, n), CHUNK))
         length = tl.maximum(length, 1.1754943508222875e-38)
     else:
-        x = _floats(u_base, tl.load(line + U))
+        x = _floats(u_base, _u(line))
         length = 1.0
     columns = j * BN + tl.arange(0, BN)
     if over_rows:
@@ -151,20 +196,20 @@ def add_up(
 ):  # fmt: skip
     """y, the sum of what `products` left, and what `_length` takes; a program makes a chunk of one vector."""
     matrix = tl.load(chunks + tl.program_id(0))
-    line = table + matrix * FIELDS
+    line = _line(table, matrix)
     m, n, _, steps, _ = _shape(line)
-    over_rows = (tl.load(line + TRANSPOSED) != 0) == TO_OUT
+    over_rows = _transposed(line) == TO_OUT
     size = tl.where(over_rows, n, m)
-    parts = tl.where(over_rows, tl.cdiv(tl.cdiv(m, BM), steps), tl.load(line + ACROSS).to(tl.int32))
-    first = tl.load(line + (OUT_CHUNK if TO_OUT else IN_CHUNK)).to(tl.int32)
+    parts = tl.where(over_rows, tl.cdiv(tl.cdiv(m, BM), steps), _across(line))
+    first = _first_chunk(line, TO_OUT).to(tl.int32)
     index = (tl.program_id(0) - first) * CHUNK + tl.arange(0, CHUNK)
-    source = partials + tl.load(line + PARTIALS)
+    source = partials + _partials(line)
     sums = tl.zeros((CHUNK,), tl.float32)
     for k in range(0, parts, PARTS):
         part = k + tl.arange(0, PARTS)
         here = (part[:, None] < parts) & (index[None, :] < size)
         sums += tl.sum(tl.load(source + part[:, None] * size + index[None, :], mask=here, other=0.0), 0)
-    tl.store(y + tl.load(line + (OUT if TO_OUT else IN)) + index, sums, mask=index < size)
+    tl.store(y + _vector(line, TO_OUT) + index, sums, mask=index < size)
     largest = tl.max(tl.abs(sums))
     scaled = sums / tl.where(largest > 0, largest, 1.0)
     tl.store(norms + 2 * tl.program_id(0), largest)
@@ -175,16 +220,17 @@ def add_up(
 def normalise(chunks, table, y, y_norms, lengths, CHUNK: tl.constexpr):
     """u <- y / |y|, and |y|. Where y is zero, as W is then, u stays: from zero it could not come back."""
     matrix = tl.load(chunks + tl.program_id(0))
-    line = table + matrix * FIELDS
-    size = tl.where(tl.load(line + TRANSPOSED) != 0, tl.load(line + N), tl.load(line + M)).to(tl.int32)
-    first = tl.load(line + OUT_CHUNK)
+    line = _line(table, matrix)
+    m, n = _size(line)
+    size = tl.where(_transposed(line), n, m)
+    first = _first_chunk(line, True)
     index = (tl.program_id(0) - first.to(tl.int32)) * CHUNK + tl.arange(0, CHUNK)
     length = _length(y_norms + 2 * first, tl.cdiv(size, CHUNK))
     if tl.program_id(0) == first:
         tl.store(lengths + matrix, length)
-    u = _floats(0, tl.load(line + U))
+    u = _floats(0, _u(line))
     old = tl.load(u + index, mask=index < size, other=0.0)
-    new = tl.load(y + tl.load(line + OUT) + index, mask=index < size, other=0.0)
+    new = tl.load(y + _vector(line, True) + index, mask=index < size, other=0.0)
     tl.store(u + index, tl.where(length == 0, old, new / length), mask=index < size)
 
 
@@ -192,19 +238,19 @@ def normalise(chunks, table, y, y_norms, lengths, CHUNK: tl.constexpr):
 def measured(table, z_norms, w, s, factor, u_base, gamma_base, CHUNK: tl.constexpr):
     """s = |z| / |u|, gamma/s and w = u / (|u|^2 s); a program does a matrix."""
     matrix = tl.program_id(0)
-    line = table + matrix * FIELDS
-    m, n = tl.load(line + M).to(tl.int32), tl.load(line + N).to(tl.int32)
-    transposed = tl.load(line + TRANSPOSED) != 0
+    line = _line(table, matrix)
+    m, n = _size(line)
+    transposed = _transposed(line)
     outputs, inputs = tl.where(transposed, n, m), tl.where(transposed, m, n)
-    u, to = _floats(u_base, tl.load(line + U)), w + tl.load(line + OUT)
+    u, to = _floats(u_base, _u(line)), w + _vector(line, True)
     squares = 0.0
     for k in range(0, outputs, CHUNK):
         index = k + tl.arange(0, CHUNK)
         x = tl.load(u + index, mask=index < outputs, other=0.0)
         squares += tl.sum(x * x)
-    length = _length(z_norms + 2 * tl.load(line + IN_CHUNK), tl.cdiv(inputs, CHUNK)) / tl.sqrt(squares)
+    length = _length(z_norms + 2 * _first_chunk(line, False), tl.cdiv(inputs, CHUNK)) / tl.sqrt(squares)
     tl.store(s + matrix, length)
-    tl.store(factor + matrix, tl.load(_floats(gamma_base, tl.load(line + GAMMA))) / length)
+    tl.store(factor + matrix, tl.load(_floats(gamma_base, _gamma(line))) / length)
     for k in range(0, outputs, CHUNK):
         index = k + tl.arange(0, CHUNK)
         x = tl.load(u + index, mask=index < outputs, other=0.0)
@@ -220,7 +266,7 @@ def overlaps(
     strip = tl.program_id(0)
     _, line, _, i, j = _strip(strips, table, strip)
     m, n, ld, steps, aligned = _shape(line)
-    G, W = _address(G_base, tl.load(line + WEIGHT), G_DTYPE), _address(W_base, tl.load(line + WEIGHT), DTYPE)
+    G, W = _address(G_base, _weight(line), G_DTYPE), _address(W_base, _weight(line), DTYPE)
     columns = j * BN + tl.arange(0, BN)
     total = 0.0
     for step in range(steps):
@@ -240,7 +286,7 @@ def gradient(
     strip = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the last of G is still in the cache
     matrix, line, number, i, j = _strip(strips, table, strip)
     m, n, ld, steps, aligned = _shape(line)
-    first, count = strip - number, tl.cdiv(tl.cdiv(m, BM), steps) * tl.load(line + ACROSS).to(tl.int32)
+    first, count = strip - number, tl.cdiv(tl.cdiv(m, BM), steps) * _across(line)
     total = 0.0
     for k in range(0, count, 512):
         part = k + tl.arange(0, 512)
@@ -249,9 +295,9 @@ def gradient(
     if number == 0:
         tl.store(d_gamma + matrix, c)
     scale = tl.load(factor + matrix)
-    G, to = _address(G_base, tl.load(line + WEIGHT), G_DTYPE), _address(to_base, tl.load(line + WEIGHT), TO)
-    left, right = w + tl.load(line + OUT), z + tl.load(line + IN)
-    if tl.load(line + TRANSPOSED) != 0:
+    G, to = _address(G_base, _weight(line), G_DTYPE), _address(to_base, _weight(line), TO)
+    left, right = w + _vector(line, True), z + _vector(line, False)
+    if _transposed(line):
         left, right = right, left
     columns = j * BN + tl.arange(0, BN)
     across = tl.load(right + columns, mask=columns < n, other=0.0)

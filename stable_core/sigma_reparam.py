@@ -29,7 +29,7 @@ from .sharding import Piece, gathered, is_sharded, pieces
 from .sigma_layers import sigma_layers
 from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
 from .together import Together
-from .watching import LAG, Notice, Watch, can_look, is_transformed, versions
+from .watching import LAG, Notice, Watch, can_look, is_real, is_transformed, versions
 
 
 @dataclass(frozen=True)
@@ -138,44 +138,57 @@ class ScaleBySigma(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, W, gamma, z, w, s, factor, rows, transposed, stop_gradient, dtype, fused: Together | None):
-        ctx.save_for_backward(W, gamma, z, w, s, factor)
+    def forward(ctx, W, gamma, found: Measured, rows, transposed, stop_gradient, dtype, fused: Together | None):
         ctx.settings = rows, transposed, stop_gradient, fused
-        return scaled(W, factor, rows, transposed, dtype)
+        if fused is None:
+            ctx.save_for_backward(W, gamma, *found)
+        else:  # nobody else knows them, and asking autograd for each takes longer than anything here
+            ctx.save_for_backward(W, gamma)
+            ctx.found = found
+        return scaled(W, found.factor, rows, transposed, dtype)
 
     @staticmethod
     def backward(ctx, G: Tensor):
-        W0, gamma, *measured = ctx.saved_tensors
         rows, transposed, stop_gradient, fused = ctx.settings
+        W0, gamma, *found = ctx.saved_tensors
+        found = Measured(*found) if fused is None else ctx.found
         W, G = matrix(W0, transposed), matrix(G, transposed)
-        z, w, s, factor = measured
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # somebody asks for second derivatives
-            W_hat, _ = scale_plainly(W, gamma, w, rows, stop_gradient)
+            W_hat, _ = scale_plainly(W, gamma, found.w, rows, stop_gradient)
             wanted = [x for x, needed in zip((W0, gamma), ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(W_hat, wanted, G.to(W_hat.dtype), create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), *(None,) * 9
-        if fused:
+            gradients = iter(torch.autograd.grad(W_hat, wanted, G.to(W_hat.dtype), create_graph=True))
+            return *(next(gradients) if needed else None for needed in ctx.needs_input_grad[:2]), *(None,) * 6
+        if fused is not None:
             fused.drop()
-        if fused and not is_transformed():
-            d_W, d_gamma = kernels.scale_backward(G, W, Measured(*measured), rows, stop_gradient)
+        if fused is None or is_transformed():
+            d_W, d_gamma = gradients_of(G, W, found, rows, stop_gradient)
         else:
-            W, G, many = wide(W), wide(G), len(rows) > 1
-            products = [_inner_product(g, block) for g, block in zip(cut(G, rows), cut(W, rows), strict=True)]
-            d_gamma = (torch.stack(products) if many else products[0].view(1)) / s
-            scale = _per_row(factor, rows)
-            if stop_gradient:
-                d_W = (_blocked(G, rows) * scale).view_as(G)
-            elif many and not _are_equal(rows, W):
-                t = z * d_gamma[:, None]
-                parts = zip(cut(G, rows), cut(w, rows), t, strict=True)
-                d_W = join([torch.addcmul(g, x[:, None], y, value=-1) for g, x, y in parts]).mul_(scale)
-            else:
-                t = z * (d_gamma[:, None] if many else d_gamma)
-                left = w.view(len(rows), -1, 1) if many else w[:, None]
-                d_W = torch.addcmul(_blocked(G, rows), left, t[:, None] if many else t, value=-1).mul_(scale)
-                d_W = d_W.flatten(0, 1) if many else d_W
-        d_W = d_W.T if transposed else d_W.view_as(W0)
-        return d_W.to(W0.dtype), d_gamma.to(gamma.dtype), *(None,) * 9
+            d_W, d_gamma = kernels.scale_backward(G, W, found, rows, stop_gradient)
+        if transposed:
+            d_W = d_W.T
+        elif W is not W0:
+            d_W = d_W.view_as(W0)
+        return d_W.to(W0.dtype), d_gamma.to(gamma.dtype), None, None, None, None, None, None
+
+
+def gradients_of(
+    G: Tensor, W: Tensor, found: Measured, rows: tuple[int, ...], stop_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """dL/dW and dL/dgamma, as of `kernels.scale_backward`, by torch, in at least fp32."""
+    (z, w, s, factor), W, G, many = found, wide(W), wide(G), len(rows) > 1
+    products = [_inner_product(g, block) for g, block in zip(cut(G, rows), cut(W, rows), strict=True)]
+    d_gamma = (torch.stack(products) if many else products[0].view(1)) / s
+    scale = _per_row(factor, rows)
+    if stop_gradient:
+        return (_blocked(G, rows) * scale).view_as(G), d_gamma
+    if many and not _are_equal(rows, W):
+        t = z * d_gamma[:, None]
+        parts = zip(cut(G, rows), cut(w, rows), t, strict=True)
+        return join([torch.addcmul(g, x[:, None], y, value=-1) for g, x, y in parts]).mul_(scale), d_gamma
+    t = z * (d_gamma[:, None] if many else d_gamma)
+    left = w.view(len(rows), -1, 1) if many else w[:, None]
+    d_W = torch.addcmul(_blocked(G, rows), left, t[:, None] if many else t, value=-1).mul_(scale)
+    return d_W.flatten(0, 1) if many else d_W, d_gamma
 
 
 def scaled(W: Tensor, factor: Tensor, rows: tuple[int, ...], transposed: bool, dtype: torch.dtype) -> Tensor:
@@ -270,6 +283,7 @@ class SigmaReparam(nn.Module):
         self.index = group.leader  # which of the weights it is registered on
         self._members = [None] * len(group.members)  # weak links to their Originals: to own them would be a cycle
         self.watch, self.before_rest, self._unit = Watch(), None, None
+        self._taken, self._placed = None, (None, None)  # known of its weight: a look again takes longer
         self._notice, self.together = shared or (Notice(), Together())
         self._evaluated: tuple | None = (
             None  # (versions, u, sigma) of weights that u does not belong to, while evaluated
@@ -341,13 +355,13 @@ class SigmaReparam(nn.Module):
         if is_transformed():
             W_hat = scale_plainly(matrix(W, transposed), self.gamma, self.u, rows, stop_gradient)[0].to(dtype)
             return W_hat.T if transposed else W_hat.view_as(W)
-        fused, can = self.takes_kernels(W), can_look(W)
-        if self.config.kernels == "triton" and not fused and can and (why := kernels.why_not(W.device, W.dtype)):
+        fused, real = self.takes_kernels(W), is_real(W)
+        if self.config.kernels == "triton" and not fused and real and (why := kernels.why_not(W.device, W.dtype)):
             raise ValueError(f"{self.name}: kernels = 'triton': {why}; or set it to 'auto'")
-        looks = can and not is_sharded(W) and self.watch.is_due(originals)
+        looks = real and not is_sharded(W) and self.watch.is_due(originals) and can_look(W)
         found = self._find(originals, W, transposed, fused, looks)
         W_hat = ScaleBySigma.apply(
-            W, self.gamma, *found, rows, transposed, stop_gradient, dtype, self.together if fused else None
+            W, self.gamma, found, rows, transposed, stop_gradient, dtype, self.together if fused else None
         )
         remember(W_hat, lambda: scaled(W, found.factor, rows, transposed, dtype))
         return W_hat
@@ -374,11 +388,14 @@ class SigmaReparam(nn.Module):
     def takes_kernels(self, W: Tensor) -> bool:
         """Whether Triton's kernels do the work."""
         setting = self.config.kernels
-        if setting == "torch" or (setting == "auto" and not W.is_cuda) or torch.compiler.is_compiling():
+        if setting == "torch" or not (W.is_cuda or setting == "triton") or not is_real(W) or is_sharded(W):
             return False
-        if W.is_meta or is_sharded(W) or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
-            return False
-        return not kernels.why_not(W.device, W.dtype) and self.u.device == self.gamma.device == W.device
+        taken = W.device, W.dtype
+        if self._taken != taken:
+            if kernels.why_not(*taken) or not self.u.device == self.gamma.device == W.device:
+                return False
+            self._taken = taken
+        return True
 
     def _measure(self, W: Tensor, transposed: bool, u: Tensor, fused: bool) -> Measured:
         stacked, gamma = matrix(W.detach(), transposed), self.gamma.detach()
@@ -415,12 +432,18 @@ class SigmaReparam(nn.Module):
         member = link and link()
         return member.original if member is not None and len(self._members) == 1 else None
 
-    def place(self, W: Tensor) -> Place:
-        """Where its lone weight, contiguous, lies, and its state."""
-        out = W.shape[self.transposed]
-        width = W.numel() // out
-        stride = (1, out) if self.transposed else (width, 1)
-        return Place(W.data_ptr(), (out, width), stride, self.rows, self.u.data_ptr(), self.gamma.data_ptr())
+    def place(self, W: Tensor) -> tuple[Place, int, int, int]:
+        """Where its lone weight, contiguous, lies, and its state; and how often torch saw W, u and gamma written to."""
+        u, gamma = self.u, self.gamma
+        key = W.data_ptr(), W.shape, u.data_ptr(), gamma.data_ptr()
+        if self._placed[0] != key:
+            out = W.shape[self.transposed]
+            shape = out, W.numel() // out
+            self._placed = (
+                key,
+                Place(key[0], shape, (1, out) if self.transposed else (shape[1], 1), self.rows, *key[2:]),
+            )
+        return self._placed[1], W._version, u._version, gamma._version
 
     # ------------------------------------------------------------------------------------------------ u and its weights
 
@@ -549,7 +572,7 @@ class SigmaReparam(nn.Module):
         super()._apply(fn, recurse)
         self.u = self.u.float() if before.is_meta else before.to(self.u.device)
         self.watch.forget()
-        self._evaluated = None
+        self._evaluated = self._taken = None
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from . import kernels
 from .kernels import Measured
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from .sigma_reparam import SigmaReparam
 
 
 class Batch:
-    """What was measured together; `sigmas` are read off the device once for all."""
+    """What was measured together on a stream; `sigmas` are read off the device once for all."""
 
-    def __init__(self, found: list[Measured]) -> None:
-        self.found, self._sigmas = found, None
+    def __init__(self, found: list[Measured], stream: int) -> None:
+        self.found, self.stream, self._sigmas = found, stream, None
 
     def sigma(self, index: int) -> list[float]:
         """Of one weight, (blocks,)."""
@@ -36,6 +37,7 @@ class Together:
     """The layers of one `sigma_reparam` call that ask in training, in the order in which they first did."""
 
     def __init__(self) -> None:
+        self._first: int | None = None  # whose question makes a batch
         self._layers: dict[int, weakref.ref] = {}
         self._ready: dict[int, tuple] = {}  # layer -> (what it is true of, batch, its index there)
         self._plan: tuple = (None, None)
@@ -51,50 +53,54 @@ class Together:
     def take(self, layer: "SigmaReparam", W: Tensor) -> tuple[Batch | None, int]:
         """The batch that a layer whose weight is W is in, and where in it; without one it has to measure by itself."""
         # In a backward pass it is made again, for activation checkpointing: there layers come in another order.
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1 or not _is_plain(layer, W):
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return None, 0
         mine = id(layer)
-        first = next((key for key, link in self._layers.items() if link() is not None), mine)
-        if mine == first and mine not in self._ready:
+        if mine == self._first and _is_plain(layer, W):
             self._measure(W)
-        link = self._layers.get(mine)
-        if link is None or link() is not layer:
-            self._layers[mine] = weakref.ref(layer)
         state, batch, index = self._ready.pop(mine, (None, None, 0))
-        if state is not None and state == _state(layer, W):
+        # On another stream it might not be there yet.
+        if batch is not None and state == layer.place(W) and batch.stream == _stream(W):
             return batch, index
+        if _is_plain(layer, W):
+            self._missed(layer)
+        return None, 0
+
+    def _missed(self, layer: "SigmaReparam") -> None:
         self._misses += 1
-        if self._misses > 4 * len(self._layers):  # it was frozen, or is not called any more: there may be another first
+        if (
+            self._misses > 4 * len(self._layers) + 4
+        ):  # the first was frozen, or is not called any more: there may be another
             self._layers.clear()
             self._misses = 0
-        return None, 0
+        if not self._layers:
+            self._first = id(layer)
+        self._layers[id(layer)] = weakref.ref(layer)
 
     def _measure(self, like: Tensor) -> None:
         self.drop()
         self._misses = 0
-        layers, places = [], []
+        layers, states = [], []
         for key, link in list(self._layers.items()):
             layer = link()
-            if layer is None:
-                del self._layers[key]
-                continue
-            W = layer.lone_weight()
+            W = None if layer is None else layer.lone_weight()
             if W is None:
-                continue
-            if type(W) is not nn.Parameter:
-                return  # sharded: each is whole in its own pass alone
-            if W.dtype == like.dtype and W.device == like.device and _is_plain(layer, W) and layer.takes_kernels(W):
-                layers.append((layer, W))
-                places.append(layer.place(W))
-        if len(places) < 2:
+                del self._layers[key]
+            elif is_sharded(W):
+                return  # each is whole in its own pass alone
+            elif W.dtype == like.dtype and W.device == like.device and _is_plain(layer, W) and layer.takes_kernels(W):
+                layers.append(key)
+                states.append(layer.place(W))
+        if len(layers) < 2:
             return
-        key = tuple(places)
-        if self._plan[0] != key:
+        places = tuple([state[0] for state in states])
+        if self._plan[0] != places:
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
                 return  # a graph must not wait for a new plan
-            self._plan = key, kernels.plan(key, like.device, like.dtype)
-        batch = Batch(kernels.measure_all(self._plan[1], like.dtype))
-        self._ready = {id(layer): (_state(layer, W), batch, i) for i, (layer, W) in enumerate(layers)}
+            self._plan = places, kernels.plan(places, like.device, like.dtype)
+        kernels.keep_if_captured(self._plan[1])
+        batch = Batch(kernels.measure_all(self._plan[1], like.dtype), _stream(like))
+        self._ready = {key: (state, batch, i) for i, (key, state) in enumerate(zip(layers, states, strict=True))}
 
 
 def _is_plain(layer: "SigmaReparam", W: Tensor) -> bool:
@@ -109,7 +115,5 @@ def _is_plain(layer: "SigmaReparam", W: Tensor) -> bool:
     )
 
 
-def _state(layer: "SigmaReparam", W: Tensor) -> tuple:
-    # On another stream it might not be there yet.
-    stream = torch.cuda.current_stream(W.device).cuda_stream if W.is_cuda else None
-    return id(W), W.data_ptr(), W.shape, W._version, layer.u._version, layer.gamma._version, stream
+def _stream(W: Tensor) -> int:
+    return torch._C._cuda_getCurrentRawStream(W.get_device()) if W.is_cuda else 0

@@ -58,13 +58,14 @@ class Watch:
 
     def is_due(self, weights: list[Tensor]) -> bool:
         """Whether this pass compares; not with tensors that stand in for the weights (torch.func.functional_call)."""
-        if [id(W) for W in weights] != [name for name, _ in self._seen]:
+        now, seen = versions(weights), self._seen
+        if now != seen and [name for name, _ in now] != [name for name, _ in seen]:
             return False
         if weights[0].is_cpu:
             return True
         self._passes += 1
         scheduled = self._passes % EVERY == 0 or (self._passes < EVERY and self._passes & (self._passes - 1) == 0)
-        return scheduled or self.announced or self.moved(weights)
+        return scheduled or self.announced or now != seen
 
     def agrees(self, sigma: list[float], strictly: bool, dtype: torch.dtype = torch.float32) -> bool:
         """Whether sigma is as it was expected; `strictly`: bitwise that of weights which were swapped and are back.
@@ -100,13 +101,14 @@ class Notice:
 
 
 def can_look(W: Tensor) -> bool:
-    """Whether values can be read off tensors here: not while a compiler, tracer, transform or graph capture runs the pass."""
+    """Whether values can be read off tensors here: they are there, and no graph is captured."""
+    return is_real(W) and not (W.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def is_real(W: Tensor) -> bool:
+    """Whether there are values: not while a compiler or tracer runs the pass, or a mode that sees each operator."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.jit.is_tracing()
-        or W.is_meta
-        or (W.is_cuda and torch.cuda.is_current_stream_capturing())
+        W.is_meta or torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     )
 
 
