@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from . import kernels
+from .kernels import advance as advance_in_kernels
+from .kernels import plan as plan_of
 from .originals import Owner, owner_of
 from .power_iteration import power_iteration
 from .watching import LAG
@@ -128,8 +129,8 @@ def _advance(parametrizations: Iterable[nn.Module]) -> None:
             iterates, group = parametrization.iterates()
             together[parametrization.u.device, n, group].append((parametrization, iterates))
     for (device, dtype, n), members in fused.items():
-        plan = kernels.plan(tuple([parametrization.place(W)[0] for parametrization, W in members]), device, dtype)
-        at_least = kernels.advance(plan, dtype, n).split(plan.blocks)
+        plan = plan_of(tuple([parametrization.place(W)[0] for parametrization, W in members]), device, dtype)
+        at_least = advance_in_kernels(plan, dtype, n).split(plan.blocks)
         torch.autograd.graph.increment_version([parametrization.u for parametrization, _ in members])
         for (parametrization, W), sigma in zip(members, at_least, strict=True):
             parametrization.watch.expect([W], sigma, slack=LAG)

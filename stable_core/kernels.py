@@ -14,6 +14,7 @@ Triton's interpreter alone, that is with TRITON_INTERPRET=1 from the start of th
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
@@ -81,7 +82,10 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
         return f"a weight is on {device}; allowed is a GPU of CUDA"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    k = _kernels()
+    try:
+        k = _kernels()
+    except ModuleNotFoundError:
+        return "a model's copy of this source has no kernels"
     if device.type == "cpu" and not k.INTERPRETED:
         return "a weight is on the CPU; allowed is a GPU of CUDA"
     if device.type == "cuda" and k.INTERPRETED:
@@ -93,9 +97,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
 
 @cache
 def _kernels() -> ModuleType:
-    from . import kernels_sigma
-
-    return kernels_sigma
+    # Not by an import statement: transformers demands Triton of whoever loads a model with a copy of this source beside it.
+    return import_module(".kernels_sigma", __package__)
 
 
 class Place(NamedTuple):

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from . import kernels
 from .advancing import hook_optimizers
-from .kernels import Measured, Place
+from .kernels import Measured, Place, is_dense, scale_backward, why_not
+from .kernels import measure as measure_in_kernels
 from .originals import Originals
 from .power_iteration import Iterate, power_iteration, top_singular_vectors
 from .recomputing import remember
@@ -163,7 +163,7 @@ class ScaleBySigma(torch.autograd.Function):
         if fused is None or is_transformed():
             d_W, d_gamma = gradients_of(G, W, found, rows, stop_gradient)
         else:
-            d_W, d_gamma = kernels.scale_backward(G, W, found, rows, stop_gradient)
+            d_W, d_gamma = scale_backward(G, W, found, rows, stop_gradient)
         if transposed:
             d_W = d_W.T
         elif W is not W0:
@@ -356,7 +356,7 @@ class SigmaReparam(nn.Module):
             W_hat = scale_plainly(matrix(W, transposed), self.gamma, self.u, rows, stop_gradient)[0].to(dtype)
             return W_hat.T if transposed else W_hat.view_as(W)
         fused, real = self.takes_kernels(W), is_real(W)
-        if self.config.kernels == "triton" and not fused and real and (why := kernels.why_not(W.device, W.dtype)):
+        if self.config.kernels == "triton" and not fused and real and (why := why_not(W.device, W.dtype)):
             raise ValueError(f"{self.name}: kernels = 'triton': {why}; or set it to 'auto'")
         looks = real and not is_sharded(W) and self.watch.is_due(originals) and can_look(W)
         found = self._find(originals, W, transposed, fused, looks)
@@ -392,7 +392,7 @@ class SigmaReparam(nn.Module):
             return False
         taken = W.device, W.dtype
         if self._taken != taken:
-            if kernels.why_not(*taken) or not self.u.device == self.gamma.device == W.device:
+            if why_not(*taken) or not self.u.device == self.gamma.device == W.device:
                 return False
             self._taken = taken
         return True
@@ -400,8 +400,8 @@ class SigmaReparam(nn.Module):
     def _measure(self, W: Tensor, transposed: bool, u: Tensor, fused: bool) -> Measured:
         stacked, gamma = matrix(W.detach(), transposed), self.gamma.detach()
         if fused:
-            dense = stacked if kernels.is_dense(stacked) else stacked.contiguous()
-            return kernels.measure(dense, u, gamma.float(), self.rows)
+            dense = stacked if is_dense(stacked) else stacked.contiguous()
+            return measure_in_kernels(dense, u, gamma.float(), self.rows)
         with full_precision(W):
             return measure(stacked, u, gamma, self.rows, self._is_unit(u))
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from . import kernels
-from .kernels import Measured
+from .kernels import Measured, keep_if_captured, measure_all, plan
 from .sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -97,9 +96,9 @@ class Together:
         if self._plan[0] != places:
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
                 return  # a graph must not wait for a new plan
-            self._plan = places, kernels.plan(places, like.device, like.dtype)
-        kernels.keep_if_captured(self._plan[1])
-        batch = Batch(kernels.measure_all(self._plan[1], like.dtype), _stream(like))
+            self._plan = places, plan(places, like.device, like.dtype)
+        keep_if_captured(self._plan[1])
+        batch = Batch(measure_all(self._plan[1], like.dtype), _stream(like))
         self._ready = {key: (state, batch, i) for i, (key, state) in enumerate(zip(layers, states, strict=True))}
 
 

@@ -38,6 +38,7 @@ def from_timm(vit: VisionTransformer) -> StableViTForImageClassification:
         model = StableViTForImageClassification(StableViTConfig(**fields))
     else:
         settings = asdict(reparam)
+        del settings["kernels"]  # the machine's affair, not the model's
         settings["reparam"] = settings.pop("kind")
         model = SigmaViTForImageClassification(SigmaViTConfig(**fields, **settings))
     state = {

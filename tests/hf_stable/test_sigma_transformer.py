@@ -458,7 +458,7 @@ def test_wrong_inputs_are_refused():
     ({"layernorm_embedding": True}, "layernorm_embedding = True"),
     ({"no_scale_embedding": True}, "no_scale_embedding = True"),
     ({"cross_self_attention": True}, "cross_self_attention = True"),
-    ({"quant_noise_pq": 0.1}, "quant_noise_pq = 0.1"),
+    ({"quant_noise_pq": 0.1}, "quant-noise-pq 0.1"),
     ({"decoder_embed_dim": 8}, "decoder_embed_dim = 8: allowed is encoder_embed_dim = 16"),
 ])  # fmt: skip
 def test_options_that_are_not_here_are_refused(options, message):
