@@ -294,7 +294,8 @@ class SigmaReparam(nn.Module):
         gamma = torch.ones(len(self.rows), **fp32)
         if not weight.is_meta:
             self.u.copy_(top_u(stacked, self.u, self.rows))
-            sigma = measure(stacked, self.u, gamma, self.rows, is_unit(self.u, self.rows)).s.view(-1)
+            with full_precision(weight):
+                sigma = measure(stacked, self.u, gamma, self.rows, is_unit(self.u, self.rows)).s.view(-1)
             self.watch.expect([], sigma)
             if config.gamma_init == "spectral":
                 gamma = sigma.clone()  # it learns, and the expectation does not
@@ -371,12 +372,12 @@ class SigmaReparam(nn.Module):
         u, batch, index = self._u_of(originals), None, 0
         if fused and W is originals[0] and u is self.u:
             batch, index = self.together.take(self, W)
-        found = batch.found[index] if batch else self._measure(W, transposed, u, fused)
+        found = batch.found[index] if batch else self._measure(W, transposed, u, self.gamma, fused)
         if looks:
             sigma, stacked = batch.sigma(index) if batch else found.s.view(-1).tolist(), matrix(W.detach(), transposed)
             while not self._is_right(originals, stacked, u, sigma):
                 u = self._u_of(originals)
-                found = self._measure(W, transposed, u, fused)
+                found = self._measure(W, transposed, u, self.gamma, fused)
                 sigma = found.s.view(-1).tolist()
         return found
 
@@ -397,8 +398,8 @@ class SigmaReparam(nn.Module):
             self._taken = taken
         return True
 
-    def _measure(self, W: Tensor, transposed: bool, u: Tensor, fused: bool) -> Measured:
-        stacked, gamma = matrix(W.detach(), transposed), self.gamma.detach()
+    def _measure(self, W: Tensor, transposed: bool, u: Tensor, gamma: Tensor, fused: bool) -> Measured:
+        stacked, gamma = matrix(W.detach(), transposed), gamma.detach()
         if fused:
             dense = stacked if is_dense(stacked) else stacked.contiguous()
             return measure_in_kernels(dense, u, gamma.float(), self.rows)
@@ -407,7 +408,8 @@ class SigmaReparam(nn.Module):
 
     def _estimate(self, stacked: Tensor, u: Tensor) -> Tensor:
         """sigma = |W^T u| / |u| of each block, (blocks,), bitwise the forward pass's."""
-        return self._measure(stacked, False, u, self.takes_kernels(stacked)).s.view(-1)
+        ones = self.u.new_ones(len(self.rows))  # gamma may be sharded
+        return self._measure(stacked, False, u, ones, self.takes_kernels(stacked)).s.view(-1)
 
     def _is_unit(self, u: Tensor) -> bool:
         """Whether each |u| is known to be 1 (to 1e-5, whoever made it); only where asking waits for no device."""
