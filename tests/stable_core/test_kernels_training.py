@@ -13,9 +13,10 @@ from tests.stable_core.test_kernels import DEVICE, INTERPRETED, here, in_process
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_all_of_it_under_the_interpreter():
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_all_of_it_under_the_interpreter(chosen):
     pytest.importorskip("triton")
-    done = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
+    done = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, __file__, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed, 1 skipped" in done.stdout  # that is this one
 
@@ -113,6 +114,7 @@ def test_training_is_that_by_torch_up_to_rounding(block, settings):
 
 
 @here
+@pytest.mark.slow
 def test_autocast_rounds_as_torch_does():
     slow, fast = (
         train(m := model(s), torch.optim.SGD(m.parameters(), lr=0.1), autocast=True) for s in ("torch", "triton")
@@ -180,6 +182,7 @@ def test_checkpointed_activations_give_bitwise_the_same(use_reentrant):
 
 
 @here
+@pytest.mark.slow
 def test_recomputed_weights_give_bitwise_the_same():
     plain, recomputed = model("triton"), recompute(model("triton"))
     assert_bitwise(state(train(plain, adam(plain))), state(train(recomputed, adam(recomputed))))
@@ -215,6 +218,7 @@ def test_a_weight_that_changes_in_silence_is_seen_at_once(after_a_pass):
 
 
 @here
+@pytest.mark.slow
 def test_layers_used_twice_or_not_at_all():
     slow, fast = model("torch"), model("triton")
     for made in (slow, fast):
@@ -231,6 +235,7 @@ def test_layers_used_twice_or_not_at_all():
 
 
 @here
+@pytest.mark.slow
 def test_frozen_layers_and_copies():
     made = model("triton")
     made[0].qkv.parametrizations.weight.original.requires_grad_(False)
@@ -240,6 +245,7 @@ def test_frozen_layers_and_copies():
 
 
 @here
+@pytest.mark.slow
 def test_averaged_weights_are_evaluated_as_by_torch():
     made = model("triton")
     average = torch.optim.swa_utils.AveragedModel(made, use_buffers=True)
@@ -259,6 +265,7 @@ def test_averaged_weights_are_evaluated_as_by_torch():
 
 
 @here
+@pytest.mark.slow
 def test_a_loop_of_ones_own_advances_by_hand():
     slow, fast = model("torch"), model("triton")
     for made in (slow, fast):
@@ -284,6 +291,7 @@ def test_a_setting_that_there_is_not():
 
 
 @here
+@pytest.mark.slow
 def test_second_derivatives_and_types_without_kernels():
     with pytest.raises(ValueError, match="float64; allowed are"):
         model("triton").double()(batch(0).double())
