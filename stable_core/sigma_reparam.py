@@ -582,6 +582,8 @@ class SigmaReparam(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.u = self.u.float()
         self.watch.forget()
+        if None not in self._members:
+            self.watch.rebind(self.originals())
         if self.u.is_meta:
             return
         # An average of checkpoints has an average of u; a checkpoint without u leaves that of other weights.

@@ -31,9 +31,10 @@ class RecordFile:
         if not self.path.is_file():  # a device
             return False
         whole = self.path.read_bytes()
-        if not whole.endswith(b"\n"):
-            os.truncate(self.path, whole.rfind(b"\n") + 1)
-        return bool(whole.strip())
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            os.truncate(self.path, end)
+        return bool(whole[:end].strip())
 
     def append(self, record: dict) -> None:
         """The whole line or, where there is no room for it, none of it."""

@@ -167,5 +167,5 @@ def assert_same_run(state: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     """Sums in another order round otherwise; in u the more, the closer the first two singular values are."""
     directions = [{name: x for name, x in some.items() if name.endswith(".u")} for some in (state, expected)]
     rest = [{name: x for name, x in some.items() if not name.endswith(".u")} for some in (state, expected)]
-    torch.testing.assert_close(*rest, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(*rest, rtol=1e-5, atol=3e-6)
     torch.testing.assert_close(*directions, rtol=1e-5, atol=2e-5)

@@ -217,11 +217,10 @@ def test_half_precision_advances_once_and_not_a_step_behind(train, precision, mo
     assert len(calls) == 5 * len(weights)
     for key, W in state.items():
         if key.endswith("original"):
-            u, v = (state[key.replace("original", f"0.{x}")] for x in "uv")
-            assert u.dtype == v.dtype == torch.float32
-            torch.testing.assert_close(
-                v[0], torch.nn.functional.normalize(W.float().T @ u, dim=0), rtol=1e-4, atol=1e-5
-            )
+            u = state[key.replace("original", "0.u")]
+            assert u.dtype == torch.float32
+            norm = torch.linalg.svdvals(W.float())[0]
+            torch.testing.assert_close((W.float().T @ u).norm(), norm, rtol=0.05, atol=0)
 
 
 def test_generation_folds_and_incremental_decoding_agrees(train, generate, tmp_path):

@@ -22,9 +22,10 @@ def test_entropy_is_that_of_the_layer_where_it_is_least(tmp_path):
         "uniform": {"kind": "encoder", "keys": 8.0, "entropy": [math.log(8)] * 2},
         "half": {"kind": "decoder", "keys": 16.0, "entropy": [math.log(4)] * 2},
     }
+    alarm = {"layer": "half", "kind": "decoder", "entropy": 1.0, "threshold": 1.1}
     records = [
         {"step": 0, "layers": {"uniform": layers["uniform"]}, "alarms": []},
-        {"step": 5, "layers": layers, "alarms": [{}]},
+        {"step": 5, "layers": layers, "alarms": [alarm]},
     ]
     (tmp_path / "monitor.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert experiments.curves(tmp_path) == {"recorded": [0, 5], "entropy": [1.0, 0.5], "alarms": 1}
