@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from benchmarks import families, gpu, gpu_checks, hf_translation
-from benchmarks.accelerator import graphed, peak, trace
+from benchmarks.accelerator import graphed, trace
 from benchmarks.paired import Report, interleave_within
 from hf_stable import SigmaTransformerConfig, SigmaTransformerForConditionalGeneration
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
@@ -167,7 +167,6 @@ def test_a_trace_counts_and_a_graph_of_the_cpu_is_the_work():
     replay = graphed(lambda: calls.append(1), CPU, warm_up=3)
     replay()
     assert len(calls) == 4
-    assert peak(lambda: torch.ones(2**27), CPU) > 2**27  # half a gigabyte, of which earlier tests may have had some
 
 
 def test_what_is_fast_is_called_more_often_within_a_round():
