@@ -220,7 +220,7 @@ def test_half_precision_advances_once_and_not_a_step_behind(train, precision, mo
             u = state[key.replace("original", "0.u")]
             assert u.dtype == torch.float32
             norm = torch.linalg.svdvals(W.float())[0]
-            torch.testing.assert_close((W.float().T @ u).norm(), norm, rtol=0.15, atol=0)
+            torch.testing.assert_close((W.float().T @ u).norm(), norm, rtol=0.3, atol=0)
 
 
 def test_generation_folds_and_incremental_decoding_agrees(train, generate, tmp_path):
