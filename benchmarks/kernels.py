@@ -28,7 +28,7 @@ from stable_core.kernels import (
     power_iteration_,
     scale_backward,
 )
-from stable_core.sigma_reparam import scaled
+from stable_core.scale_by_sigma import scaled
 
 Rows = tuple[int, ...]
 EAGER, COMPILED, KERNELS = "torch", "torch.compile", "σ kernels"

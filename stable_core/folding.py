@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .recomputing import keep
+from .scale_by_sigma import full_precision, scale_plainly, sound_u
 from .sharding import is_sharded
-from .sigma_reparam import full_precision, refuse_plain_weight, scale_plainly, sound_u
+from .sigma_reparam import refuse_plain_weight
 from .targets import QKV_NAMES, cut, join, matrix
 
 _ORIGINAL = re.compile(r"(?P<layer>.*?)parametrizations\.(?P<tensor>[^.]+)\.original(?P<weight_norm>0?)")
