@@ -29,7 +29,7 @@ def fold(model: nn.Module) -> nn.Module:
         for name, module in model.named_modules()
         if parametrize.is_parametrized(module)
         for tensor in module.parametrizations
-        if _is_ours(module)
+        if is_reparametrised(module)
     ]
     if not found:
         raise ValueError(f"{type(model).__name__}: nothing to fold, no layer of it is reparametrised")
@@ -71,7 +71,8 @@ def _W_hats(found: list[tuple[str, nn.Module, str]]) -> list[Tensor]:
             keeper.train(mode)
 
 
-def _is_ours(module: nn.Module) -> bool:
+def is_reparametrised(module: nn.Module) -> bool:
+    """Whether `sigma_reparam` reparametrised a weight of this very layer, in whichever copy of this library."""
     return any(_is_our_hook(hook) for hook in module._load_state_dict_pre_hooks.values())
 
 
@@ -155,9 +156,8 @@ def _members(name: str, state: Mapping[str, Tensor], originals: Mapping[str, re.
             if f".{leaf}." in f".{name}.":
                 siblings = [f".{name}.".replace(f".{leaf}.", f".{other}.")[1:-1] for other in group]
                 shared = [s for s in siblings if s == name or (s in originals and _keeps_none(state, originals[s]))]
-                return (
-                    shared if name != siblings[2] or len(shared) == 3 else [name]
-                )  # the other two may share without v
+                # The other two may share without v.
+                return shared if name != siblings[2] or len(shared) == 3 else [name]
     return [name]
 
 

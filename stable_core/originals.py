@@ -59,9 +59,8 @@ class Originals(ParametrizationList):
             self._settle()
 
     def __setattr__(self, name: str, value) -> None:
-        super().__setattr__(
-            name, value
-        )  # FSDP2 passes by `register_parameter` where a module has no method of its own here
+        # FSDP2 passes by `register_parameter` where a module has no method of its own here.
+        super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # it may put new parameters in place of the old

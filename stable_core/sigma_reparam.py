@@ -106,9 +106,8 @@ class SigmaReparam(nn.Module):
         self.watch, self.before_rest, self._unit = Watch(), None, None
         self._taken, self._placed = None, (None, None)  # known of its weight: a look again takes longer
         self._notice, self.together = shared or (Notice(), Together())
-        self._evaluated: tuple | None = (
-            None  # (versions, u, sigma) of weights that u does not belong to, while evaluated
-        )
+        # (versions, u, sigma) of weights that u does not belong to, while evaluated.
+        self._evaluated: tuple | None = None
         weight, stacked = group.members[0].weight, join([target.matrix for target in group.members])
         fp32 = {"device": weight.device, "dtype": torch.float32}
         self.register_buffer("u", torch.zeros(stacked.shape[0], **fp32))

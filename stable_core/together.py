@@ -67,10 +67,8 @@ class Together:
 
     def _missed(self, layer: "SigmaReparam") -> None:
         self._misses += 1
-        if (
-            self._misses > 4 * len(self._layers) + 4
-        ):  # the first was frozen, or is not called any more: there may be another
-            self._layers.clear()
+        if self._misses > 4 * len(self._layers) + 4:
+            self._layers.clear()  # the first was frozen, or is not called any more: there may be another
             self._misses = 0
         if not self._layers:
             self._first = id(layer)

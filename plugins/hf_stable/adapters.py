@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from stable_core.folding import _is_ours as is_reparametrised
+from stable_core.folding import is_reparametrised
 
 MERGES = ("merge", "unmerge")
 

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import stable_core
 from stable_core import SigmaReparamConfig
-from stable_core.folding import _is_ours as is_reparametrised
+from stable_core.folding import is_reparametrised
 from stable_core.targets import FilterFn, layers
 
 from .adapters import watch_adapters, watch_adapters_of

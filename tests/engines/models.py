@@ -159,7 +159,7 @@ def alone(kind: str, steps: tuple[int, ...] = tuple(range(STEPS))) -> dict[str, 
     train(kind, model, sgd(model), steps)
     state = model.state_dict()
     for name, tensor in state.items():
-        assert (tensor - start[name]).abs().max() > 5e-6, f"{name} hardly moved: a comparison would say little"
+        assert (tensor - start[name]).abs().max() > 1e-4, f"{name} hardly moved: a comparison would say little"
     return state
 
 
@@ -168,4 +168,4 @@ def assert_same_run(state: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     directions = [{name: x for name, x in some.items() if name.endswith(".u")} for some in (state, expected)]
     rest = [{name: x for name, x in some.items() if not name.endswith(".u")} for some in (state, expected)]
     torch.testing.assert_close(*rest, rtol=1e-5, atol=3e-6)
-    torch.testing.assert_close(*directions, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(*directions, rtol=1e-5, atol=1e-5)

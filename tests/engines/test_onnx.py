@@ -8,9 +8,8 @@ import torch
 from tests.engines.exported import example, folded
 
 
-@pytest.mark.parametrize(
-    "kind", ["sigma_vit", "stable_gpt", "gpt2"]
-)  # what it begins with, torch.export, has all of them
+# What it begins with, torch.export, has all kinds.
+@pytest.mark.parametrize("kind", ["sigma_vit", "stable_gpt", "gpt2"])
 def test_other_sizes_than_the_example(kind, tmp_path):
     model, expected = folded(kind)
     args, kwargs, dynamic = example(kind)

@@ -1,41 +1,16 @@
 """The Triton kernels against float64 and its autograd; on the CPU under Triton's interpreter, in a process of its own."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from stable_core import kernels
 from stable_core.kernels import Tile, measure, power_iteration_, scale_backward
+from tests.stable_core.interpreter import DEVICE, INTERPRETED, here, in_process
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-ROOT = Path(__file__).parents[2]
 SHAPES = ((1, 1), (3, 5), (1, 70), (65, 1), (65, 129), (300, 70), (48, 64))
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 BF16 = 2**-7 if INTERPRETED else 2**-8  # the interpreter cuts bits off where a GPU rounds
-
-here = pytest.mark.skipif(
-    DEVICE.type == "cpu" and not INTERPRETED, reason="runs in the process of test_all_of_it_under_the_interpreter"
-)
-
-
-def in_process(*command, **environment):
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_all_of_it_under_the_interpreter():
-    pytest.importorskip("triton")
-    done = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed, 1 skipped" in done.stdout  # that is this one
 
 
 @pytest.mark.parametrize("before", ["pass", "sys.modules['triton'] = None"], ids=["as it is", "no triton"])

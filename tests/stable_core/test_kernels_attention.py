@@ -7,7 +7,7 @@ import torch
 
 from stable_core import attention_statistics
 from tests.reference import attention_probabilities, entropy
-from tests.stable_core.test_kernels import DEVICE, INTERPRETED, here, in_process
+from tests.stable_core.interpreter import DEVICE, here
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,14 +16,6 @@ def statistics(*arguments, **settings):
     from stable_core.kernels_attention import entropy_and_largest_logit  # which imports triton
 
     return entropy_and_largest_logit(*arguments, **settings)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_all_of_it_under_the_interpreter():
-    pytest.importorskip("triton")
-    done = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed, 1 skipped" in done.stdout  # that is this one
 
 
 def some(queries, keys, size=24, heads=4, key_heads=2, dtype=torch.float32):

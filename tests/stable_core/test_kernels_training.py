@@ -9,16 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from stable_core import SigmaReparamConfig, advance, kernels, recompute, sigma_layers, sigma_reparam
-from tests.stable_core.test_kernels import DEVICE, INTERPRETED, here, in_process
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_all_of_it_under_the_interpreter(chosen):
-    pytest.importorskip("triton")
-    done = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, __file__, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+from tests.stable_core.interpreter import DEVICE, INTERPRETED, here
 
 
 class Conv1D(nn.Module):
