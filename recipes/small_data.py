@@ -6,6 +6,7 @@ a network mt is number words, and images are scikit-learn's digits; the same com
 """
 
 import importlib.util
+import itertools
 import os
 import random
 import re
@@ -89,14 +90,19 @@ def news(folder: Path) -> None:
 
 
 def number_words(folder: Path) -> None:
-    """English and German number words below 100,000, none twice: "forty-two" and "zweiundvierzig"."""
+    """Four to eight numbers below 100 a sentence, none twice: "forty-two seven ..." and "zweiundvierzig sieben ..."."""
     from num2words import num2words
 
-    numbers = random.Random(0).sample(range(100_000), sum(NUMBERS.values()))
+    words = {language: [num2words(n, lang=language) for n in range(100)] for language in ("en", "de")}
+    draw = random.Random(0)
+    sentences: dict[tuple[int, ...], None] = {}  # a set that keeps its order
+    while len(sentences) < sum(NUMBERS.values()):
+        sentences[tuple(draw.choices(range(100), k=draw.randint(4, 8)))] = None
+    numbers = iter(sentences)
     for split, size in NUMBERS.items():
-        part, numbers = numbers[:size], numbers[size:]
-        for language in ("en", "de"):
-            write(folder / f"{split}.{language}", (num2words(n, lang=language).replace(",", "") for n in part))
+        part = list(itertools.islice(numbers, size))
+        for language, names in words.items():
+            write(folder / f"{split}.{language}", (" ".join(names[n] for n in sentence) for sentence in part))
 
 
 # --------------------------------------------------------------------------------------------------------------- plays

@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.runs import last_line, python, run_all
+from recipes.small_data import ROOT
 from stable_monitor.records import read
-
-from .data import ROOT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

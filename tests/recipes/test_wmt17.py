@@ -21,7 +21,7 @@ def script(name: str, *args, env: dict) -> subprocess.CompletedProcess:
 
 
 def test_prepare_train_evaluate(tmp_path, monkeypatch):
-    """On a folder of one's own, number words of fewer than eight in each language and longer ones."""
+    """On a folder of one's own: number words, and a longer sentence that the recipe leaves out."""
     monkeypatch.setattr(small_data, "NUMBERS", {"train": 500, "valid": 4, "test": 5})
     small_data.number_words(tmp_path / "data" / "mt")
     for language, word in (("en", "and "), ("de", "und ")):
