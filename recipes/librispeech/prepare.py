@@ -1,15 +1,17 @@
 """`prepare.py HOURS ARCHIVES MANIFEST`: LibriSpeech from openslr.org/12, checked, unpacked, as a manifest for `sigma_ctc`."""
 
-import hashlib
 import sys
 import tarfile
-import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import soundfile
 
-URL = "https://www.openslr.org/resources/12"
-MD5 = {  # its md5sum.txt
+from recipes.download import Archive, fetch, md5
+
+URL = "https://www.openslr.org/resources"
+MINI = ("train-clean-5", "dev-clean-2")  # openslr.org/31
+MD5 = {  # their md5sum.txt
     "train-clean-100": "2a93770f6d5c6c964bc36631d331a522",
     "train-clean-360": "c0e676e450a7ff2f54aeade5171606fa",
     "train-other-500": "d1a0fd59409feb2c614ce4d30c387708",
@@ -17,36 +19,35 @@ MD5 = {  # its md5sum.txt
     "dev-other": "c8d0bcc9cca99d4f8b62fcc847357931",
     "test-clean": "32fa31d27d2e1cad72775fee3f4849a9",
     "test-other": "fb5a50374b501bb3bac4815ee91d3135",
+    "train-clean-5": "5df7d4e78065366204ca6845bb08f490",
+    "dev-clean-2": "6d7ab67ac6a1d2c993d050e16d61080d",
 }
 TRAIN = {"100": ("train-clean-100",), "960": ("train-clean-100", "train-clean-360", "train-other-500")}
 
 
-def fetch(part: str, folder: Path) -> Path:
-    """Downloads an archive unless it is there, and unpacks it unless that was done; returns the folder of its speakers.
+def fetch_all(parts: Sequence[str], folder: Path) -> list[Path]:
+    """Downloads the archives that are not there, and unpacks those that were not; returns the folder of speakers of each part.
 
     Raises:
+        OSError: one could not be downloaded.
         ValueError: its checksum is wrong, or the recordings are not in it.
     """
-    archive, speakers, done = folder / f"{part}.tar.gz", folder / "LibriSpeech" / part, folder / f"{part}.done"
-    if done.exists():
-        return speakers
-    folder.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        print(f"downloading {URL}/{archive.name}")
-        partial = archive.with_suffix(".part")
-        urllib.request.urlretrieve(f"{URL}/{archive.name}", partial)
-        partial.rename(archive)
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != MD5[part]:
-        raise ValueError(f"{archive}: md5 {found}, but openslr's is {MD5[part]}; remove it to download it again")
-    print(f"unpacking {archive.name}")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    if not speakers.is_dir():
-        raise ValueError(f"{archive}: no folder LibriSpeech/{part} in it")
-    done.touch()
-    return speakers
+    todo = [part for part in parts if not (folder / f"{part}.done").exists()]
+    archives = {part: folder / f"{part}.tar.gz" for part in todo}
+    fetch(
+        [Archive(f"{URL}/{31 if part in MINI else 12}/{path.name}", path, MD5[part]) for part, path in archives.items()]
+    )
+    for part, archive in archives.items():
+        found = md5(archive)
+        if found != MD5[part]:
+            raise ValueError(f"{archive}: md5 {found}, but openslr's is {MD5[part]}; remove it to download it again")
+        print(f"unpacking {archive.name}")
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        if not (folder / "LibriSpeech" / part).is_dir():
+            raise ValueError(f"{archive}: no folder LibriSpeech/{part} in it")
+        (folder / f"{part}.done").touch()
+    return [folder / "LibriSpeech" / part for part in parts]
 
 
 def rows(split: str, speakers: Path) -> list[str]:
@@ -73,8 +74,9 @@ def rows(split: str, speakers: Path) -> list[str]:
 def main(hours: str, archives: Path, manifest: Path) -> int:
     try:
         lines = ["split\tpath\tseconds\ttext"]
-        for part in (*TRAIN[hours], "dev-clean", "dev-other", "test-clean", "test-other"):
-            lines += rows("train" if part.startswith("train") else part, fetch(part, archives))
+        parts = (*TRAIN[hours], "dev-clean", "dev-other", "test-clean", "test-other")
+        for part, speakers in zip(parts, fetch_all(parts, archives), strict=True):
+            lines += rows("train" if part.startswith("train") else part, speakers)
     except (OSError, ValueError, tarfile.TarError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,15 @@ DEVICE_BATCH=${DEVICE_BATCH:-128} # images in a GPU's memory at a time
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') ||
     die "torch is missing: run 'make venv', or pip install '.[timm,recipes]'"
 
+# small_images: sets DATA and DATA_DIR to CIFAR-10 as recipes/small_data.py gets it, or to scikit-learn's digits at its size.
+small_images() {
+    DATA_DIR=${DATA_DIR:-${STABLE_DATA:-$ROOT/runs/data}}
+    if [ -n "${DATA:-}" ] || [ "${DRY_RUN:-0}" = 1 ]; then DATA=${DATA:-cifar10} && return; fi
+    STABLE_DATA=$DATA_DIR python -m recipes.small_data images || exit 1
+    DATA=cifar10
+    if [ ! -e "$DATA_DIR/cifar10.npz" ] && [ ! -e "$DATA_DIR/cifar-10-batches-py" ]; then DATA=digits32; fi
+}
+
 # train NAME BATCH OPTION...: recipes.vision.train on all GPUs, BATCH images an update. Later options win: after these come those of
 # SMALL_OPTIONS where SMALL=1, and the user's last. DRY_RUN=1 shows the command.
 SMALL_OPTIONS=() USER_OPTIONS=()
@@ -14,7 +23,8 @@ train() {
     shift 2
     if [ "$SMALL" = 1 ]; then
         # Width 64 and 8 blocks on CIFAR-10: a minute an epoch on one core.
-        set -- "$@" --data "${DATA:-cifar10}" --data-dir "${DATA_DIR:-$ROOT/runs/data}" --batch-size 128 --accumulation 1 --epochs 2 \
+        small_images
+        set -- "$@" --data "$DATA" --data-dir "$DATA_DIR" --batch-size 128 --accumulation 1 --epochs 2 \
             --lr-base-size None --repeats 1 --drop-path 0 --monitor-every 50 "${SMALL_OPTIONS[@]}"
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     else

@@ -1,7 +1,5 @@
 """Images and labels: the small sets that train on a laptop, and whatever timm reads."""
 
-import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +12,9 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import RandomCrop
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "runs" / "data"
-SHARED = Path(os.environ.get("STABLE_DATA", ROOT.parent / "shared" / "data"))
-SMALL = ("digits", "cifar10", "cifar100")
+from recipes.small_data import data_folder
+
+SMALL = ("digits", "digits32", "cifar10", "cifar100")
 PADDED_UP_TO = 64  # pixels: images this small are shifted, larger ones cropped and resized
 
 
@@ -49,22 +46,23 @@ def load(name: str, directory: Path | None = None, num_classes: int | None = Non
     """The data called `name`.
 
     Args:
-        name: "digits" (8 x 8, of scikit-learn), "cifar10", "cifar100", or a dataset of timm's `create_dataset`, such as
-            "" for a folder of class folders under train/ and val/, or "hfds/..." and "wds/...".
-        directory: where it is. CIFAR is fetched into it, runs/data by default.
+        name: "digits" (8 x 8, of scikit-learn), "digits32" (the same at CIFAR's size), "cifar10", "cifar100", or a dataset of
+            timm's `create_dataset`, such as "" for a folder of class folders under train/ and val/, "hfds/..." or "wds/...".
+        directory: where it is. CIFAR is fetched into it, by default $STABLE_DATA or runs/data.
         num_classes: of a dataset of timm's, which does not always know.
 
     Raises:
         ValueError: nothing there; num_classes missing.
     """
-    if name == "digits":
-        digits = load_digits()
+    if name in ("digits", "digits32"):
+        digits, size = load_digits(), 8 if name == "digits" else 32
         images = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
+        images = images.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
         test = np.arange(len(images)) % 5 == 4  # every fifth image
         parts = (Arrays(images[part], digits.target[part]) for part in (~test, test))
-        return Data(*parts, num_classes=10, image_size=8, mirrored=False)
+        return Data(*parts, num_classes=10, image_size=size, mirrored=False)
     if name in SMALL:
-        arrays = _cifar(name, directory or DATA)
+        arrays = _cifar(name, directory or data_folder())
         return Data(*(Arrays(*part) for part in arrays), num_classes=int(name.removeprefix("cifar")), image_size=32)
     if num_classes is None:
         raise ValueError(f"num_classes is missing: data {name!r} is none of {', '.join(SMALL)}")
@@ -75,13 +73,8 @@ def load(name: str, directory: Path | None = None, num_classes: int | None = Non
 
 
 def _cifar(name: str, directory: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    packed, script = directory / f"{name}.npz", SHARED / f"get_{name}.sh"
+    packed = directory / f"{name}.npz"
     directory.mkdir(parents=True, exist_ok=True)
-    if not packed.exists() and script.exists():
-        try:
-            subprocess.run(["bash", script, directory], check=True, capture_output=True, text=True)
-        except subprocess.CalledProcessError as error:
-            raise ValueError(f"{script.name}: {(error.stderr.strip() or 'failed').splitlines()[-1]}") from None
     if packed.exists():
         arrays = np.load(packed)
         return [(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")]

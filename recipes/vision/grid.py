@@ -21,9 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.runs import last_line, python, run_all
+from recipes.small_data import ROOT
 from stable_monitor.records import read
-
-from .data import ROOT
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,7 +30,7 @@ import matplotlib.pyplot as plt
 MONITOR_EVERY = 20
 LR_BASE_SIZE = 128
 WIDTH = ("embed_dim=64", "num_heads=4")
-PATCH = {"cifar10": 8, "cifar100": 8, "digits": 2}  # 16 of an image
+PATCH = {"cifar10": 8, "cifar100": 8, "digits": 2, "digits32": 8}  # 16 of an image
 STD = ("weight_std=0.07", "patch_std=0.07")  # 0.02 at width 768 has the spectral norm of 0.07 at width 64
 PLAIN = ("norm=layernorm", "attention=dot", "init=timm")  # of which stablevit_small is timm's ViT; later values win
 
@@ -100,7 +99,7 @@ class Settings:
     opt: str = "adamw"
     weight_decay: float = 0.05
     epochs: int = 1
-    data: Literal["cifar10", "cifar100", "digits"] = "cifar10"
+    data: Literal[*PATCH] = "cifar10"
     data_dir: Path | None = None
     jobs: int = os.cpu_count() or 1
     """runs at a time, a thread each"""

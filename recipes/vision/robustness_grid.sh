@@ -12,7 +12,8 @@
 #   SMALL=1 recipes/vision/robustness_grid.sh         all four models, three seeds, on CIFAR-10: 45 minutes on 2 cores
 source "$(dirname "$0")/common.sh"
 if [ "$SMALL" = 1 ]; then
-    exec python -m recipes.vision.grid --output "$RUNS/grid" --data-dir "${DATA_DIR:-$ROOT/runs/data}" "$@"
+    small_images
+    exec python -m recipes.vision.grid --output "$RUNS/grid" --data "$DATA" --data-dir "$DATA_DIR" "$@"
 fi
 MODEL=${1:-} SEED=${2:-1}
 case $MODEL in

@@ -39,7 +39,7 @@ class Settings(FitSettings):
     grad_checkpointing: bool = False
     """compute activations again in the backward pass instead of keeping them"""
     data: str = "cifar10"
-    """digits, cifar10, cifar100, or a dataset of timm's; "" is a folder that holds train/ and val/"""
+    """digits, digits32, cifar10, cifar100, or a dataset of timm's; "" is a folder that holds train/ and val/"""
     data_dir: Path | None = None
     num_classes: int | None = None
     """needed for timm's datasets"""

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # prepare.sh: downloads WikiText-103 and binarises it [σ, App. G].
-# SMALL=1 prepare.sh: the same from $STABLE_DATA/lm/{train,valid,test}.txt, words that are there 10 times or more.
+# SMALL=1 prepare.sh: the same from `python -m recipes.small_data lm`, words that are there 10 times or more.
 # A step whose output is there is not done again; remove runs/wikitext103* to start over.
 source "$(dirname "$0")/common.sh"
 mkdir -p "$TEXT"
 
 if [ "$SMALL" = 1 ]; then
-    RAW=${STABLE_DATA:-$ROOT/../shared/data}/lm VOCABULARY=(--thresholdsrc 10)
+    small_data lm {train,valid,test}.txt
+    VOCABULARY=(--thresholdsrc 10)
     for split in train valid test; do
-        [ -s "$RAW/$split.txt" ] ||
-            die "$RAW/$split.txt is missing: set STABLE_DATA to a folder that has lm/{train,valid,test}.txt"
         # Punctuation becomes words, as in WikiText.
         LC_ALL=C sed 's/[[:punct:]]/ & /g' "$RAW/$split.txt" >"$TEXT/wiki.$split.tokens.part"
         mv "$TEXT/wiki.$split.tokens.part" "$TEXT/wiki.$split.tokens"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # prepare.sh: downloads, tokenises, segments and binarises WMT'17 English-German [σ, App. F].
-# SMALL=1 prepare.sh: the same from the short sentences of $STABLE_DATA/mt/{train,valid,test}.{en,de}, with sentencepiece.
+# SMALL=1 prepare.sh: the same from the short sentences of `python -m recipes.small_data mt`, with sentencepiece.
 # A step whose output is there is not done again; remove runs/wmt17_en_de* to start over.
 source "$(dirname "$0")/common.sh"
 mkdir -p "$TEXT"
@@ -27,10 +27,7 @@ binarise() {
 }
 
 if [ "$SMALL" = 1 ]; then
-    RAW=${STABLE_DATA:-$ROOT/../shared/data}/mt
-    for f in "$RAW"/{train,valid,test}.{en,de}; do
-        [ -s "$f" ] || die "$f is missing: set STABLE_DATA to a folder that has mt/{train,valid,test}.{en,de}"
-    done
+    small_data mt {train,valid,test}.{en,de}
     echo "pairs of at most 8 words a side from $RAW"
     short() {
         paste -d '\t' "$RAW/$1.en" "$RAW/$1.de" | awk -F '\t' 'split($1, _, " ") <= 8 && split($2, _, " ") <= 8'
@@ -46,7 +43,7 @@ import sys
 import sentencepiece
 text = sys.argv[1]
 files = f"{text}/train.ref.en,{text}/train.ref.de"
-sentencepiece.SentencePieceTrainer.train(input=files, model_prefix=f"{text}/spm.part", vocab_size=2000)
+sentencepiece.SentencePieceTrainer.train(input=files, model_prefix=f"{text}/spm.part", vocab_size=2000, hard_vocab_limit=False)
 PY
         mv "$TEXT/spm.part.model" "$TEXT/spm.model"
     fi

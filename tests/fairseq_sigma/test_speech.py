@@ -35,7 +35,7 @@ from tests.stable_core.models import count_advances
 
 from .conftest import USER_DIR, call
 
-REAL = Path(os.environ.get("STABLE_DATA", USER_DIR.parents[2] / "shared" / "data")) / "asr"
+REAL = Path(os.environ.get("STABLE_DATA") or USER_DIR.parents[1] / "runs" / "data") / "asr"
 RATE = 8000
 TINY = (
     "--task sigma_ctc --sample-rate 8000 --mel-bins 40 --arch sigma_transformer_ctc_36l --encoder-layers 2 "
@@ -672,14 +672,14 @@ def test_a_wrong_manifest_is_named(tmp_path, text, message):
 
 
 @pytest.mark.skipif(
-    not REAL.is_dir(), reason=f"needs real recordings in {REAL}; set STABLE_DATA to the folder above asr/"
+    not REAL.is_dir(), reason=f"needs real recordings in {REAL}: python -m recipes.small_data asr, or STABLE_DATA"
 )
 def test_real_recordings_are_all_usable_and_their_loss_falls(train, caplog):
     caplog.set_level(logging.INFO)
     rows = [row for split in ("train", "valid", "test") for row in read_manifest(REAL / "manifest.tsv", split)]
     data = SpeechDataset(rows, dictionary(), 16000, 80, strided)
-    assert len(data) == 429 and data.bad == 0 and data.notes == {"at 8000 Hz: resampled to 16000 Hz": 429}
-    signal = speech_features.read_audio(rows[0].path, RATE)  # at 16 kHz the upper half is empty but for rounding
+    assert len(data) == len(rows) > 100 and data.bad == 0
+    signal = speech_features.read_audio(rows[0].path, RATE)  # of 8 kHz the upper half is empty but for rounding
     np.testing.assert_allclose(speech_features.log_mel(signal, RATE, 40), numpy_log_mel(signal, RATE, 40), atol=2e-3)
     caplog.clear()
     flags = ("--optimizer", "adam", "--lr", 0.005, "--max-tokens", 4000, "--batch-size", 16)

@@ -376,8 +376,8 @@ def test_the_small_run_for_two_updates(tmp_path):
         (["S"], {"ENGINE": "deepspeed"}, "ENGINE=deepspeed: allowed are ddp and fsdp2"),
         (
             ["S"],
-            {"SMALL": "1", "STABLE_DATA": "nowhere"},
-            "nowhere/lm/train.txt is missing: set STABLE_DATA to a folder that has lm/{train,valid}.txt",
+            {"SMALL": "1", "STABLE_DATA": "nowhere", "DRY_RUN": "0"},
+            "nowhere/lm/train.txt is missing: STABLE_DATA names your folder with lm/; unset, some is fetched",
         ),
     ],
 )

@@ -13,17 +13,35 @@ import numpy as np
 import pytest
 import soundfile
 
+from recipes import small_data
 from recipes.librispeech import prepare
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "librispeech"
-DATA = Path(os.environ.get("STABLE_DATA", ROOT.parent / "shared" / "data")) / "asr"
-real = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs {DATA}; set STABLE_DATA to the folder above asr/")
 
 
 def script(name: str, *args, **env) -> subprocess.CompletedProcess:
     command = [str(RECIPE / name), *map(str, args)]
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def packed(part: str, speakers: dict[str, list[np.ndarray]]) -> bytes:
+    """An archive of LibriSpeech's shape, of these recordings at 16 kHz."""
+    result = io.BytesIO()
+    with tarfile.open(fileobj=result, mode="w:gz") as tar:
+        for speaker, recordings in speakers.items():
+            names = [f"{speaker}-8-{i:04}" for i in range(len(recordings))]
+            said = ("IT'S A TEST", "SECOND")
+            files = {f"{speaker}-8.trans.txt": "".join(f"{n} {said[i % 2]}\n" for i, n in enumerate(names)).encode()}
+            for name, recording in zip(names, recordings, strict=True):
+                sound = io.BytesIO()
+                soundfile.write(sound, recording, 16000, format="FLAC")
+                files[f"{name}.flac"] = sound.getvalue()
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"LibriSpeech/{part}/{speaker}/8/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return result.getvalue()
 
 
 @pytest.fixture
@@ -32,18 +50,9 @@ def archives(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "archives"
     folder.mkdir()
     for part in ("train-clean-100", "dev-clean", "dev-other", "test-clean", "test-other"):
-        files = {"7-8.trans.txt": b"7-8-0000 IT'S A TEST\n7-8-0001 SECOND\n"}
-        for name in ("7-8-0000", "7-8-0001"):
-            sound = io.BytesIO()
-            soundfile.write(sound, np.zeros(16000), 16000, format="FLAC")
-            files[f"{name}.flac"] = sound.getvalue()
-        with tarfile.open(folder / f"{part}.tar.gz", "w:gz") as tar:
-            for name, content in files.items():
-                member = tarfile.TarInfo(f"LibriSpeech/{part}/7/8/{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-        digest = hashlib.md5((folder / f"{part}.tar.gz").read_bytes()).hexdigest()
-        monkeypatch.setitem(prepare.MD5, part, digest)
+        content = packed(part, {"7": [np.zeros(16000)] * 2})
+        (folder / f"{part}.tar.gz").write_bytes(content)
+        monkeypatch.setitem(prepare.MD5, part, hashlib.md5(content).hexdigest())
     return folder
 
 
@@ -176,16 +185,27 @@ def test_wrong_calls_are_named(tmp_path, args, env, message):
     assert done.returncode == 1 and message in done.stderr
 
 
-@real
-def test_prepare_train_evaluate(tmp_path):
-    """The small recipe on every seventh recording, for a few updates."""
-    (tmp_path / "data" / "asr").mkdir(parents=True)
-    header, *lines = (DATA / "manifest.tsv").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "data" / "asr" / "wav").symlink_to(DATA / "wav")
-    (tmp_path / "data" / "asr" / "manifest.tsv").write_text("".join(f"{line}\n" for line in [header, *lines[::7]]))
-    env = {"STABLE_DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs"), "SMALL": "1"}
+def test_prepare_train_evaluate(tmp_path, monkeypatch, server):
+    """The small recipe for two updates, on what `small_data asr` makes of archives with noise in them."""
+    rng = np.random.default_rng(0)
+    speakers = {"train-clean-5": {"7": 6}, "dev-clean-2": {"21": 2, "3": 3, "4": 1}}
+    for part, counts in speakers.items():
+        content = packed(
+            part, {name: [0.1 * rng.standard_normal(16000) for _ in range(n)] for name, n in counts.items()}
+        )
+        server.files[f"/31/{part}.tar.gz"] = content
+        monkeypatch.setitem(prepare.MD5, part, hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(prepare, "URL", server.address)
+    monkeypatch.setenv("STABLE_DATA", str(tmp_path / "data"))
+    assert small_data.main(["asr"]) == 0
+    rows = [line.split("\t") for line in (tmp_path / "data/asr/manifest.tsv").read_text().splitlines()]
+    assert rows[1][0::2] == ["train", "1.000"] and rows[1][3] == "it's a test"
+    held_out = {(split, Path(path).parts[-3]) for split, path, *_ in rows[7:]}
+    assert len(rows) == 13 and held_out == {("valid", "21"), ("test", "3"), ("valid", "4")}
+
+    env = {"RUNS": str(tmp_path / "runs"), "SMALL": "1", "GPUS": "0"}
     done = script("prepare.sh", **env)
-    assert done.returncode == 0 and re.search(r"ready: \d\d training utterances", done.stdout), done.stderr
+    assert done.returncode == 0 and "ready: 6 training utterances" in done.stdout, done.stderr
     for _ in range(2):  # the second finds the checkpoint of the first
         done = script("train.sh", "sigma_postln", 1, "--max-update", 2, "--encoder-layers", 1, **env)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -193,5 +213,16 @@ def test_prepare_train_evaluate(tmp_path):
     run = tmp_path / "runs" / "librispeech_small" / "sigma_postln-adagrad-step-36-1--max-update_2_--encoder-layers_1"
     done = script("evaluate.sh", run, **env)
     assert done.returncode == 0, done.stderr[-2000:]
-    for split in ("train", "valid", "test"):
-        assert re.search(rf"{split}: WER [\d.]+ %, CER [\d.]+ %, \d+ utterances, 0 of them unusable", done.stdout)
+    for split, count in (("train", 6), ("valid", 3), ("test", 3)):
+        assert re.search(rf"{split}: WER [\d.]+ %, CER [\d.]+ %, {count} utterances, 0 of them unusable", done.stdout)
+
+
+def test_ones_own_manifest(tmp_path):
+    """Its paths are relative to it, or absolute."""
+    folder = tmp_path / "data" / "asr"
+    folder.mkdir(parents=True)
+    (folder / "manifest.tsv").write_text("split\tpath\ttext\ntrain\tone.wav\ta\ntrain\t/else/two.wav\tb\n")
+    done = script("prepare.sh", STABLE_DATA=str(tmp_path / "data"), RUNS=str(tmp_path), SMALL="1")
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "librispeech_small" / "manifest.tsv").read_text().splitlines()
+    assert written[1:] == [f"train\t{folder}/one.wav\ta", "train\t/else/two.wav\tb"]

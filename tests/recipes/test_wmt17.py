@@ -1,4 +1,4 @@
-"""The three scripts of the translation recipe, end to end on a few thousand real sentences."""
+"""The three scripts of the translation recipe, end to end on a few number words; the full one's commands."""
 
 import os
 import re
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from recipes import small_data
+
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "wmt17_en_de"
-DATA = Path(os.environ.get("STABLE_DATA", ROOT.parent / "shared" / "data")) / "mt"
-SIZES = {"train": 8000, "valid": 30, "test": 40}  # of which the recipe takes the short ones
 
 
 def script(name: str, *args, env: dict) -> subprocess.CompletedProcess:
@@ -20,18 +20,14 @@ def script(name: str, *args, env: dict) -> subprocess.CompletedProcess:
     return subprocess.run(command, env={**os.environ, "SMALL": "1", **env}, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(
-    not DATA.is_dir(), reason=f"needs real sentences in {DATA}; set STABLE_DATA to the folder above mt/"
-)
-def test_prepare_train_evaluate(tmp_path):
-    (tmp_path / "data" / "mt").mkdir(parents=True)
-    for split, size in SIZES.items():
-        for language in ("en", "de"):
-            lines = (DATA / f"{split}.{language}").read_text(encoding="utf-8").split("\n")[:size]
-            (tmp_path / "data" / "mt" / f"{split}.{language}").write_text(
-                "".join(f"{line}\n" for line in lines), encoding="utf-8"
-            )
-    env = {"STABLE_DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs")}
+def test_prepare_train_evaluate(tmp_path, monkeypatch):
+    """On a folder of one's own: number words, and a longer sentence that the recipe leaves out."""
+    monkeypatch.setattr(small_data, "NUMBERS", {"train": 500, "valid": 4, "test": 5})
+    small_data.number_words(tmp_path / "data" / "mt")
+    for language, word in (("en", "and "), ("de", "und ")):
+        with (tmp_path / "data" / "mt" / f"test.{language}").open("a") as file:
+            file.write(f"{word * 8}one\n")
+    env = {"STABLE_DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs"), "GPUS": "0"}
 
     early = script("train.sh", "sigma_transformer_6l", env=env)
     assert early.returncode == 1 and "prepare.sh first" in early.stderr
@@ -39,25 +35,24 @@ def test_prepare_train_evaluate(tmp_path):
     for _ in range(2):  # the second finds everything done
         done = script("prepare.sh", env=env)
         assert done.returncode == 0, done.stderr
-        assert re.search(r"ready: \d{4} training pairs and 20\d\d subwords", done.stdout)
+        assert re.search(r"ready: 500 training pairs and \d{3} subwords", done.stdout)
     assert "train.en\n" not in done.stdout
 
-    call, name = ("sigma_transformer_6l", 1, "--max-update", 2), "sigma_transformer_6l-1--max-update_2"
-    for _ in range(2):  # the second finds the checkpoint of the first
-        done = script("train.sh", *call, env=env)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"Loaded checkpoint .*@ 2 updates", done.stdout + done.stderr)
+    call = ("sigma_transformer_6l", 1, "--max-update", 2, "--distributed-world-size", 1)
+    name = "sigma_transformer_6l-1--max-update_2_--distributed-world-size_1"
+    done = script("train.sh", *call, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
 
     done = script("evaluate.sh", *call, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    for split in ("valid", "test"):
+    for split, short in (("valid", 4), ("test", 5)):
         assert re.search(rf"^{name} {split}: BLEU [\d.]+ \(fairseq\), [\d.]+ \(sacrebleu\)$", done.stdout, re.MULTILINE)
         translations = tmp_path / "runs" / "wmt17_en_de_small" / name / f"{split}.hyp.de"
-        both = zip(
-            *((tmp_path / "data" / "mt" / f"{split}.{l}").read_text().splitlines() for l in ("en", "de")), strict=True
-        )
-        short = [max(len(side.split()) for side in pair) <= 8 for pair in both]
-        assert len(translations.read_text().splitlines()) == sum(short) > 0
+        assert len(translations.read_text().splitlines()) == short
+
+    (tmp_path / "data" / "mt" / "valid.en").write_text("other sentences\n")
+    done = script("prepare.sh", env=env)
+    assert done.returncode == 1 and "wmt17_en_de_small is of other data than" in done.stderr
 
 
 @pytest.fixture
@@ -160,7 +155,7 @@ def test_other_options_are_another_run(tmp_path):
     [
         ("train.sh", [], {}, "give an ARCH"),
         ("train.sh", ["sigma_transformer_6l", "one"], {}, "SEED = one: allowed are whole numbers"),
-        ("prepare.sh", [], {"STABLE_DATA": "nowhere"}, "train.en is missing: set STABLE_DATA"),
+        ("prepare.sh", [], {"STABLE_DATA": "nowhere"}, "train.en is missing: STABLE_DATA names your folder with mt/"),
         ("prepare.sh", [], {"SMALL": "yes"}, "SMALL=yes: allowed are 0 and 1"),
         ("evaluate.sh", ["sigma_transformer_6l"], {}, "checkpoint_best.pt is missing"),
     ],
