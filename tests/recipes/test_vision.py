@@ -444,6 +444,23 @@ def test_what_counts_as_divergence():
         diverged.Settings((Path("nowhere"),))
 
 
+def test_the_readmes_heads_are_those_of_the_log():
+    readme = (RECIPES / "README.md").read_text()
+    runs = map(json.loads, (RECIPES / "results" / "small.jsonl").read_text().splitlines())
+    rows = []
+    for run in runs:
+        kwargs = train.keyword_arguments(run["settings"]["model_kwargs"])
+        name, top1 = (
+            {"dot": "dot product", "stable": "StableAtten"}.get(kwargs.get("attention")),
+            run["rows"][-1]["top1"],
+        )
+        if name:
+            numbers = f"{top1:.1f} | {max(run['max_logit']):.0f} | {min(run['entropy']):.2f}"
+            rows.append(f"| {name} | {kwargs['num_heads']} | {numbers} |\n")
+        assert not run["alarms"] and f"{top1:.1f}" in readme
+    assert len(rows) >= 4 and all(row in readme for row in rows)
+
+
 def test_the_robustness_grid_is_the_papers(tmp_path):
     runs = recipe(tmp_path, "robustness_grid.sh sigma")
     points = {(run.lr, run.batch_size, run.warmup_epochs) for run in runs}
