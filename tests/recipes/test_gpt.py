@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nanogpt_patch.launch import _assigned, check
+from nanogpt_patch.model import GPT, GPTConfig
 from recipes.gpt import compare, prepare
 from tests.nanogpt_patch.test_launch import write_scripts
 
@@ -46,7 +48,7 @@ def settings_of(checkout: Path, line: str) -> dict:
         (
             "alpha.sh",
             "alpha",
-            ["0.0", "0.125", "0.25", "0.375", "0.5", 0.475, 0.475],
+            ["0.0", "0.125", "0.25", "0.375", "0.5", None, None],
         ),  # Figure 3, and its two baselines
         ("init.sh", "init", ["xavier", "stable", "gpt2"]),  # Figure 2
         ("tau.sh", "tau_scale", ["0.5", "1.0", "2.0"]),  # Figure 7
@@ -57,13 +59,35 @@ def test_figures(checkout, script, varied, values):
     done = recipe(checkout, script, DRY_RUN="1")
     assert done.returncode == 0, done.stderr
     settings = [settings_of(checkout, line) for line in done.stdout.splitlines()]
-    assert [s[varied] for s in settings] == values
+    assert [s.get(varied) for s in settings] == values
     warmup = "0" if script in ("alpha.sh", "init.sh") else 2000
     for s in settings:
-        assert (s["warmup_iters"], s["max_iters"], s["weight_decay"]) == (warmup, 600_000, 0.1)
+        iterations = "100000" if script == "l2.sh" else 600_000  # App. N: "the same training settings as" App. K
+        assert (s["warmup_iters"], s["max_iters"], s["weight_decay"]) == (warmup, iterations, 0.1)
+        assert s["lr_decay_iters"] == 600_000  # "including all learning rate settings" [ST, App. K]
         assert s["batch_size"] * s["gradient_accumulation_steps"] * s["block_size"] == 491_520
         assert float(s["min_lr"]) == pytest.approx(float(s["learning_rate"]) / 10)
         assert s.get("n_layer", 12) == (36 if script == "l2.sh" else 12)
+
+
+def test_alpha_varies_the_norm_of_gpt2_alone(checkout):
+    """Attention and first weights are those of the run with LayerNorm, and alpha = 0.5 is RMSNorm [ST, Sections 2 and 3.2]."""
+    lines = recipe(checkout, "alpha.sh", DRY_RUN="1").stdout.splitlines()
+    models = {}
+    for s in (settings_of(checkout, line) for line in lines):
+        ours = {name: s[name] for name in ("norm", "attention", "init")} | {"alpha": float(s.get("alpha", 0.475))}
+        torch.manual_seed(0)
+        config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50, bias=False, **ours)
+        assert config.attention == "dot"
+        models[ours["alpha"] if ours["norm"] == "stable" else ours["norm"]] = GPT(config).eval()
+    stock = [p for p in models["layernorm"].parameters() if p.ndim > 1]
+    for model in models.values():
+        assert all(map(torch.equal, stock, [p for p in model.parameters() if p.ndim > 1]))
+    for model in models.values():
+        model.transformer.wpe.weight.data.mul_(1000)  # beside which eps, where each norm has its own, is nothing
+    tokens = torch.arange(16)[None]
+    torch.testing.assert_close(models[0.5](tokens)[0], models["rmsnorm"](tokens)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(models[0.25](tokens)[0], models["rmsnorm"](tokens)[0], rtol=1e-2)
 
 
 def test_table_2_and_the_stability_test(checkout):
