@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from . import train
-from .data import SMALL, Arrays, Data, load, test_transform
+from .data import CLASSES, Arrays, Data, load, test_transform
 from .engine import load_export, read_settings
 from .train import build, evaluator, image_settings
 
@@ -84,8 +84,8 @@ def variants(settings: Settings, data: Data) -> Iterator[tuple[str, int, Dataset
 def evaluate(run: Path, settings: Settings) -> dict[str, float]:
     """{"clean": accuracy, "fog 3": accuracy, ...} of the run's weights, percent."""
     trained = read_settings(train.Settings, run)
-    if trained.data not in SMALL:
-        raise ValueError(f"{run}: trained on {trained.data!r}; allowed are {', '.join(SMALL)}")
+    if trained.data not in CLASSES:
+        raise ValueError(f"{run}: trained on {trained.data!r}; allowed are {', '.join(CLASSES)}")
     data = load(trained.data, trained.data_dir)
     model = load_export(build(trained, data), run).eval()
     data.test.transform = test_transform(data, image_settings(model))

@@ -17,7 +17,7 @@ from torchvision.transforms import RandomCrop
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "runs" / "data"
 SHARED = Path(os.environ.get("STABLE_DATA", ROOT.parent / "shared" / "data"))
-SMALL = ("digits", "cifar10", "cifar100")
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}  # of the small sets
 PADDED_UP_TO = 64  # pixels: images this small are shifted, larger ones cropped and resized
 
 
@@ -63,11 +63,11 @@ def load(name: str, directory: Path | None = None, num_classes: int | None = Non
         test = np.arange(len(images)) % 5 == 4  # every fifth image
         parts = (Arrays(images[part], digits.target[part]) for part in (~test, test))
         return Data(*parts, num_classes=10, image_size=8, mirrored=False)
-    if name in SMALL:
+    if name in CLASSES:
         arrays = _cifar(name, directory or DATA)
-        return Data(*(Arrays(*part) for part in arrays), num_classes=int(name.removeprefix("cifar")), image_size=32)
+        return Data(*(Arrays(*part) for part in arrays), num_classes=CLASSES[name], image_size=32)
     if num_classes is None:
-        raise ValueError(f"num_classes is missing: data {name!r} is none of {', '.join(SMALL)}")
+        raise ValueError(f"num_classes is missing: data {name!r} is none of {', '.join(CLASSES)}")
     if directory is None or not directory.is_dir():
         raise ValueError(f"data_dir = {directory}: it has to be the directory of data {name!r}")
     parts = (create_dataset(name, directory, split, is_training=split == "train") for split in ("train", "validation"))

@@ -23,7 +23,8 @@ from rich.table import Table
 from recipes.runs import last_line, python, run_all
 from stable_monitor.records import read
 
-from .data import ROOT
+from .data import CLASSES, ROOT
+from .diverged import lost
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -198,14 +199,18 @@ def points_of(log: list[dict]) -> list[Point]:
 
 
 def accuracies(log: list[dict], model: str, point: Point) -> list[float]:
-    """By seed, percent; 0 of a run that diverged."""
+    """By seed, percent; 0 of a run that became NaN."""
     return [line["top1"] or 0.0 for line in log if line["model"] == model and point_of(line) == point]
 
 
-def rows(log: list[dict]) -> list[tuple[str, ...]]:
-    """Accuracies by point, a column a model, the seeds in order; mean, deviation, least; least entropy at the last point."""
+def rows(log: list[dict], classes: int = 10) -> list[tuple[str, ...]]:
+    """Accuracies by point, a column a model, the seeds in order; what became of all of a model's runs."""
     models, points = list(dict.fromkeys(line["model"] for line in log)), points_of(log)
     every = [[x for point in points for x in accuracies(log, model, point)] for model in models]
+    best = max(line["top1"] or 0.0 for line in log)
+    of = [[line for line in log if line["model"] == model] for model in models]
+    gone = [sum(lost(line["top1"], best, classes) for line in runs) for runs in of]
+    rang = [sum(line["alarms"] > 0 for line in runs) for runs in of]
     last = [[line["entropy"] for line in log if (line["model"], point_of(line)) == (m, points[-1])] for m in models]
     return [
         *(
@@ -214,6 +219,8 @@ def rows(log: list[dict]) -> list[tuple[str, ...]]:
         ),
         ("mean ± deviation", *(f"{np.mean(x):.1f} ± {np.std(x):.1f}" for x in every)),
         ("least", *(f"{min(x):.1f}" for x in every)),
+        ("runs that diverged", *(f"{n} of {len(runs)}" for n, runs in zip(gone, of, strict=True))),
+        ("runs in which the alarm rang", *(f"{n} of {len(runs)}" for n, runs in zip(rang, of, strict=True))),
         (
             f"least entropy, nats, at lr {points[-1].lr:g}",
             *(" / ".join(f"{min(x):.2f}" for x in runs) for runs in last),
@@ -221,15 +228,15 @@ def rows(log: list[dict]) -> list[tuple[str, ...]]:
     ]
 
 
-def table(log: list[dict]) -> Table:
+def table(log: list[dict], classes: int) -> Table:
     models = dict.fromkeys(line["model"] for line in log)
     result = Table("", *(MODELS[model].label for model in models), title="test accuracy, %")
-    for row in rows(log):
+    for row in rows(log, classes):
         result.add_row(*row)
     return result
 
 
-def picture(log: list[dict], path: Path) -> None:
+def picture(log: list[dict], path: Path, classes: int) -> None:
     """Accuracy at each point of the grid, a mark a seed; training loss and entropy at its last point, a line a seed."""
     models, points = list(dict.fromkeys(line["model"] for line in log)), points_of(log)
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", width_ratios=[3, 2, 2])
@@ -242,7 +249,7 @@ def picture(log: list[dict], path: Path) -> None:
             axes[2].plot(line["steps"], line["entropy"], linewidth=1, **style)
     axes[0].set_xticks(range(len(points)), [str(point).replace(", ", "\n") for point in points])
     axes[0].set(title="test accuracy, %", ylim=(0, None))
-    axes[0].axhline(10, color="gray", linestyle=":", label="chance")
+    axes[0].axhline(100 / classes, color="gray", linestyle=":", label="chance")
     axes[0].legend(fontsize=8)
     top = max(line["losses"][0] for line in log)  # a run that diverges would leave the others a flat line
     axes[1].set(xlabel="update", title=f"training loss, nats, {points[-1]}", ylim=(None, 1.5 * top))
@@ -257,8 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="python -m recipes.vision.grid", description=__doc__)
     console = Console()
     log = train_all(settings, console)
-    picture(log, settings.output / "grid.png")
-    console.print(table(log))
+    classes = CLASSES[settings.data]
+    picture(log, settings.output / "grid.png", classes)
+    console.print(table(log, classes))
     console.print(f"log and picture: {settings.output}/log.jsonl, {settings.output}/grid.png")
     return 0
 

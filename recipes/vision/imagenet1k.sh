@@ -7,7 +7,7 @@
 #   mae_b          ViT-B/16, MAE's recipe    82.1  (82.3)     300     11
 #   sigma_b        σReparam, LARS            81.88 (82.37)    250      9
 #   sn_b           spectral norm, LARS       69.81            250      9
-#   wn_b           weight norm, pre-LN       77.51            250      9
+#   wn_b           weight norm, AdamW        77.51            250      9
 #   mae_l          ViT-L/16, MAE's recipe    81.5  (82.6)     200     26
 #   sigma_l        σReparam, LARS            82.41 (82.48)    300     39
 #   mae_h          ViT-H/14, MAE's recipe    80.90            200     71
@@ -31,10 +31,11 @@ OPTIONS=("${AUGMENTED[@]}" --erasing 0.25 --repeats 2 --drop-path $DROP --ema-de
 # "Base LR" is for 512 images in DeiT's recipe and 256 in MAE's; the paper does not say for LARS: 256, as is usual for it.
 LARS=(--opt lars --momentum 0.9 --lr-base-size 256)
 SMALL_LARS=(--lr 1.6 --ema-decay 0.99)
+ADAMW=(--opt adamw --betas 0.9 0.95 --lr 5e-4 --lr-base-size 512) # DeiT's [σ, Table 13]
 case $VARIANT in
 deit_b | sigma_deit_b)
     BATCH=1024
-    OPTIONS+=(--opt adamw --betas 0.9 0.95 --lr 5e-4 --lr-base-size 512 --weight-decay 0.05 --warmup-epochs 5 --epochs 300)
+    OPTIONS+=("${ADAMW[@]}" --weight-decay 0.05 --warmup-epochs 5 --epochs 300)
     SMALL_OPTIONS=(--lr 1e-3 --warmup-epochs 0.2 --ema-decay 0.99)
     ;;
 mae_*)
@@ -43,10 +44,15 @@ mae_*)
     OPTIONS+=(--opt adamw --betas 0.9 0.95 --lr 1e-4 --lr-base-size 256 --weight-decay 0.3 --warmup-epochs 20 --warmup-prefix --epochs $EPOCHS)
     SMALL_OPTIONS=(--lr 1e-3 --warmup-epochs 0.2 --ema-decay 0.99)
     ;;
-sigma_b | sn_b | wn_b)
+sigma_b | sn_b)
     BATCH=4096
     OPTIONS+=("${LARS[@]}" --lr 0.1 --sched step --decay-epochs 210 --epochs 250)
     SMALL_OPTIONS=("${SMALL_LARS[@]}" --decay-epochs 1.7)
+    ;;
+wn_b) # "SGD: No", and no cosine, warm-up or decay [σ, Table 1]: DeiT's AdamW and batch; the step schedule is σReparam's, of as many epochs
+    BATCH=1024
+    OPTIONS+=("${ADAMW[@]}" --sched step --decay-epochs 210 --epochs 250)
+    SMALL_OPTIONS=(--lr 1e-3 --decay-epochs 1.7 --ema-decay 0.99)
     ;;
 sigma_l | sigma_h)
     BATCH=4096

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from recipes.vision import corruptions, data, engine, grid, train
+from recipes.vision import corruptions, data, diverged, engine, grid, train
 
 RECIPES = Path(train.__file__).parent
 TINY = "--data digits --model-kwargs patch_size=2 embed_dim=32 depth=2 num_heads=2"
@@ -335,7 +335,7 @@ TABLES = {
     "imagenet1k.sh mae_h": ("vit_huge_patch14_224", 632, "adamw", 1.6e-3, 4096, 200, 20, 0.3),
     "imagenet1k.sh sigma_b": ("sigma_vit_base_patch16_224", 86.5, "lars", 1.6, 4096, 250, 0, 0),
     "imagenet1k.sh sn_b": ("sigma_vit_base_patch16_224", 86.5, "lars", 1.6, 4096, 250, 0, 0),
-    "imagenet1k.sh wn_b": ("sigma_vit_base_patch16_224_preln", 86.6, "lars", 1.6, 4096, 250, 0, 0),
+    "imagenet1k.sh wn_b": ("sigma_vit_base_patch16_224_preln", 86.6, "adamw", 1e-3, 1024, 250, 0, 0),
     "imagenet1k.sh sigma_l": ("sigma_vit_large_patch16_224", 304, "lars", 2.4, 4096, 300, 0, 0),
     "imagenet1k.sh sigma_h": ("sigma_vit_huge_patch14_224", 632, "lars", 2.4, 4096, 170, 0, 0),
     "imagenet21k.sh pretrain": ("sigma_vit_base_patch16_224", 94, "lamb", 3e-3, 2048, 90, 0, 1e-5),
@@ -362,6 +362,86 @@ def test_recipes_have_the_settings_of_the_tables(tmp_path, command):
             given.model, num_classes=given.num_classes, **train.keyword_arguments(given.model_kwargs)
         )
     assert sum(p.numel() for p in built.parameters()) / 1e6 == pytest.approx(millions, rel=0.015)
+
+
+def test_weight_norm_has_neither_sgd_nor_a_cosine(tmp_path):
+    """[σ, Table 1]: "SGD: No", "Cosine Schedule: No"; AdamW's betas are DeiT's [σ, Table 13]."""
+    (given,) = recipe(tmp_path, "imagenet1k.sh wn_b")
+    assert (given.opt, given.betas, given.sched) == ("adamw", (0.9, 0.95), "step")
+
+
+@pytest.mark.parametrize(
+    ("what", "ratio"),
+    [
+        ("heads {}", 2.0),  # the original Transformer's, which grow with sqrt(d1) [ST, Section 3.3.1]
+        ("attention stable", 1.0),  # "not directly related to the hidden dimension" [ST, Section 3.3.2]
+    ],
+)
+def test_logits_over_the_number_of_heads(tmp_path, monkeypatch, what, ratio):
+    """Of a block in which keys are queries: a token's logit of itself, with 16 heads of 64 and with 4 of 256."""
+    seen = []
+
+    def spy(q, k, v, **kwargs):
+        seen.append((q * k).sum(-1).mean().item() / math.sqrt(q.shape[-1]))
+        return v
+
+    for heads in (4, 16):
+        (given,) = recipe(tmp_path, f"ablations.sh {what.format(heads)}", HEADS="" if "{" in what else str(heads))
+        torch.manual_seed(0)
+        kwargs = train.keyword_arguments((*given.model_kwargs, "depth=1", "img_size=32", "num_classes=2"))
+        model = timm.create_model(given.model, **kwargs).eval()
+        attention = model.blocks[0].attn
+        assert attention.num_heads == heads and isinstance(model.norm, nn.LayerNorm) and not attention.qkv.bias.any()
+        with torch.no_grad():
+            torch.nn.init.normal_(attention.qkv.weight, generator=torch.Generator().manual_seed(0))
+            attention.qkv.weight[1024:2048] = attention.qkv.weight[:1024]
+            monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+            model(torch.randn(2, 3, 32, 32))
+            monkeypatch.undo()
+    few, many = seen
+    assert few / many == pytest.approx(ratio, rel=1e-4)
+
+
+def test_heads_go_with_attention_only(tmp_path):
+    env = {**os.environ, "DRY_RUN": "1", "HEADS": "8"}
+    done = subprocess.run([RECIPES / "ablations.sh", "norm", "rmsnorm"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "ablations.sh: HEADS=8: allowed with attention only\n"
+
+
+def test_an_alarm_does_not_end_a_run_of_the_grid(tmp_path, capsys):
+    """At the rate of the alarm that ended a run above, and without the option that the grid's command does not have."""
+    assert not any(given.stop_on_alarm for given in recipe(tmp_path, "robustness_grid.sh vit"))
+    train.train(settings(tmp_path / "collapsed", "--lr 0.3 --monitor-every 1 --epochs 1"))
+    with pytest.raises(engine.Diverged):
+        train.train(settings(tmp_path / "nan", "--opt sgd --lr 1e20"))
+    capsys.readouterr()
+    assert diverged.main([str(tmp_path / "collapsed"), str(tmp_path / "nan")]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"collapsed .* 1 .*update \d+, blocks\.\d\.attn", told) and re.search(r"nan .* NaN", told)
+    assert "of 2 diverged" in told and "the alarm rang in 1" in told
+
+
+def test_what_counts_as_divergence():
+    """NaN, or accuracy lost, also by all of them; an alarm is beside it, and what has not ended counts for nothing."""
+
+    def run(*accuracies: float, ended: bool = True, became_nan: bool = False, alarm: str = "-") -> diverged.Run:
+        return diverged.Run("run", 300, ended, accuracies, became_nan, classes=1000, alarm=alarm)
+
+    alarm = "update 100, blocks.0.attn"
+    runs = [
+        run(10, 81.0, alarm=alarm),
+        run(10, 82.0),
+        run(60, 3.0, alarm=alarm),
+        run(60, became_nan=True),
+        run(20, ended=False),
+    ]
+    assert diverged.verdicts(runs) == ["no", "no", "accuracy lost", "NaN", "-"]
+    assert diverged.summary(runs) == (
+        "2 of 4 diverged; top-1 of the others 81.50 ± 0.50 %; the alarm rang in 2; 1 have not ended"
+    )
+    assert diverged.verdicts([run(0.1), run(0.15)]) == ["accuracy lost"] * 2
+    with pytest.raises(ValueError, match=r"runs = nowhere: allowed are directories of recipes.vision.train"):
+        diverged.Settings((Path("nowhere"),))
 
 
 def test_the_robustness_grid_is_the_papers(tmp_path):
