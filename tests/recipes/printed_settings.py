@@ -15,6 +15,7 @@ import tyro
 from fairseq import options
 from fairseq.optim import FairseqOptimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -81,9 +82,8 @@ def _vision(words: list[str]) -> Settings:
         "cutmix": given.cutmix,
         "erasing": given.erasing,
     }
-    return Settings(
-        found, lambda: _drawn(timm.create_model(given.model, **kwargs | {"depth": 1}))
-    )  # blocks are drawn alike
+    # Of one block: all are drawn alike.
+    return Settings(found, lambda: _drawn(timm.create_model(given.model, **kwargs | {"depth": 1})))
 
 
 def _randaug(rule: str) -> str:
@@ -145,7 +145,7 @@ def _shape(vit: VisionTransformer) -> dict:
         "layer_norm": any(isinstance(module, nn.LayerNorm) for module in vit.modules()),
         "norm": norms.get(type(block.norm1).__name__),
         "alpha": getattr(block.norm1, "alpha", None),
-        "attention": "stable" if isinstance(attention.q_norm, StableNorm) else "dot",
+        "attention": _attention(attention),
         "init": getattr(vit, "init", "timm"),
     }
     if found["attention"] == "stable":  # softmax(tau SN(q) SN(k) / d1^(2 alpha)), all of it in the norm of q
@@ -153,6 +153,12 @@ def _shape(vit: VisionTransformer) -> dict:
         tau = q_norm.scale * attention.head_dim ** (2 * q_norm.alpha - 0.5)
         found["tau_factor"] = tau / log2(tokens)
     return found
+
+
+def _attention(attention: nn.Module) -> str:
+    if isinstance(attention.q_norm, StableNorm):
+        return "stable"
+    return "dot" if type(attention) is Attention and isinstance(attention.q_norm, nn.Identity) else "another"
 
 
 def _kind(layer: nn.Module) -> str:
@@ -209,16 +215,11 @@ def _trained_by_fairseq(words: list[str]) -> Settings:
 
 
 class _Optimizer(FairseqOptimizer):
-    """Keeps the learning rate that a schedule sets."""
+    """Of nothing, for a schedule to set its learning rate."""
 
     def __init__(self) -> None:
         super().__init__(None)
-
-    def set_lr(self, lr: float) -> None:
-        self.lr = lr
-
-    def get_lr(self) -> float:
-        return self.lr
+        self._optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
 
 def _rate(args: Namespace) -> Callable[[int], float]:
