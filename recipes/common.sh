@@ -23,6 +23,11 @@ folder_name() {
     echo "$name"
 }
 
+# would_write PATH...: in a dry run, what a preparation would write, and its end.
+would_write() {
+    if [ "${DRY_RUN:-0}" = 1 ]; then echo "$(basename "$0") would write $*" && exit; fi
+}
+
 # show_or_run COMMAND...: DRY_RUN=1 shows the command.
 show_or_run() {
     if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "$@" && echo; else "$@"; fi

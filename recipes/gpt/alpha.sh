@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# alpha.sh: StableNorm's alpha, against LayerNorm and RMSNorm, in StableGPT-S without warm-up [ST, Figure 3].
+# alpha.sh: StableNorm and its alpha, LayerNorm and RMSNorm, in GPT-2 small without warm-up [ST, Section 3.2.1, Figure 3]. "We only
+# replace the corresponding module" [ST, Section 2]: attention and initialisation stay GPT-2's, whatever the figure's legend says.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 for alpha in 0.0 0.125 0.25 0.375 0.5; do
-    train "alpha_stablegpt-$alpha" train_stablegpt_small --alpha=$alpha --warmup_iters=0
+    train "alpha_gpt2-$alpha" train_gpt2_small --norm=stable --alpha=$alpha --warmup_iters=0
 done
 for norm in layernorm rmsnorm; do
-    train "alpha_stablegpt-$norm" train_stablegpt_small --norm=$norm --warmup_iters=0
+    train "alpha_gpt2-$norm" train_gpt2_small --norm=$norm --warmup_iters=0
 done
 compare alpha

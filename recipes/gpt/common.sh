@@ -3,7 +3,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 SEEDS=${SEEDS:-0} USER_OPTIONS=("$@")
 RUNS=${RUNS:-$ROOT/runs}/gpt$([ "$SMALL" = 1 ] && echo _small || true)
 
-[ -f "${NANOGPT_DIR:-}/train.py" ] || die "NANOGPT_DIR=${NANOGPT_DIR:-}: a checkout of github.com/karpathy/nanoGPT is needed"
+if [ "${DRY_RUN:-0}" = 1 ]; then NANOGPT_DIR=${NANOGPT_DIR:-PATH/TO/nanoGPT}; fi
+[ -f "${NANOGPT_DIR:-}/train.py" ] || [ "${DRY_RUN:-0}" = 1 ] ||
+    die "NANOGPT_DIR=${NANOGPT_DIR:-}: a checkout of github.com/karpathy/nanoGPT is needed"
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch is missing: run 'make venv', or pip install ."
 
 if [ "$SMALL" = 1 ]; then

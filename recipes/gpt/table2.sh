@@ -4,7 +4,7 @@
 #   SIZE     KIND stable: validation loss   KIND gpt2   days (the paper's)
 #   small    2.827                          2.848       3 on 8 A800
 #   medium   2.569                          2.579       7.5 on 8
-#   large    a curve                        a curve     14 on 16
+#   large    a curve                        a curve     14 on 16; Figure 11 is its first 100,000 updates: --max_iters=100000
 #   200      200 blocks of width 768; the paper's are ViTs (Figure 13)
 #
 #   NANOGPT_DIR=~/nanoGPT recipes/gpt/table2.sh small stable          SMALL=1 recipes/gpt/table2.sh small gpt2

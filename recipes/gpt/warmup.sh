@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# warmup.sh: no warm-up, at 1, 2 and 4 times the learning rate: the stability test of [ST, Section 4], GPT-2 and StableGPT.
+# warmup.sh: GPT-2 and StableGPT without warm-up, as in [ST, Figures 2 to 4], at 1, 2 and 4 times the learning rate, which are Figure 6's.
 # Small, the learning rate is nanoGPT's for its character model, 1e-3; SCALES="1 2 4 16 32" goes on to where something breaks.
 #
 #   NANOGPT_DIR=~/nanoGPT SMALL=1 SEEDS="1 2 3" recipes/gpt/warmup.sh

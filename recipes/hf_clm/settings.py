@@ -34,6 +34,8 @@ class Settings:
     """sigma: σReparam on the blocks' layers"""
     lr: float
     """peak; a cosine takes it to a tenth"""
+    decay_steps: int | None = None
+    """updates until then, warm-up included; by default steps. Where there are more the run ends on the way"""
     warmup: int = 2000
     """updates"""
     steps: int = 600_000
@@ -69,6 +71,7 @@ class Settings:
             self._check(name, getattr(self, name) >= 0, "numbers from 0")
         self._check("betas", all(0 <= beta < 1 for beta in self.betas), "numbers from 0 to under 1")
         self._check("warmup", 0 <= self.warmup < self.steps, f"numbers from 0 to under steps, {self.steps}")
+        self._check("decay_steps", (self.decay_steps or self.steps) >= self.steps, f"numbers from steps, {self.steps}")
         self.config()  # which checks the model's
 
     def _check(self, name: str, right: bool, allowed: str) -> None:

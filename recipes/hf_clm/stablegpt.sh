@@ -4,10 +4,11 @@
 #   SIZE   parameters   peak LR   KIND stable: validation loss   KIND gpt: validation loss   8 A100, hours (600k updates)
 #   S      124M         6e-4      2.827 (LR=1.2e-3: 2.819)       2.848                       70
 #   M      350M         3e-4      2.569                          2.579                       199
-#   L      774M         2.5e-4    a curve (STEPS=100000)         a curve                     427
+#   L      774M         2.5e-4    a curve                        a curve                     427; Figure 11: STEPS=100000
 #
 #   recipes/hf_clm/stablegpt.sh S stable     WARMUP=0 recipes/hf_clm/stablegpt.sh S gpt     SMALL=1 recipes/hf_clm/stablegpt.sh S gpt
-# LR, WARMUP (2000; 0 for the paper's stability tests) and STEPS (600000) can be given; OPTIONs are those of recipes.hf_clm.train.
+# LR, WARMUP (2000; 0 for the paper's stability tests) and STEPS (600000) can be given; OPTIONs are those of recipes.hf_clm.train. STEPS
+# ends the run and leaves the cosine at 600,000 updates, "including all learning rate settings" [ST, App. K]; --decay-steps shortens it.
 # ENGINE=fsdp2 shards the model (ddp: it does not). DATA_DIR: tokens that are prepared already. DRY_RUN=1 shows the commands.
 # SMALL=1: the same for 4 blocks of width 128, on the speeches of $STABLE_DATA/lm, two minutes on one core.
 # Interrupted? The same command goes on after the last checkpoint.
@@ -31,19 +32,20 @@ esac
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') ||
     die "torch is missing: run 'make venv', or pip install '.[hf,recipes]'"
 
-PREPARE=() LAUNCH=(python -m recipes.hf_clm.train)
+PREPARE=() DECAY=() LAUNCH=(python -m recipes.hf_clm.train)
 if [ "$SMALL" = 1 ]; then
     RUNS=${RUNS:-$ROOT/runs}/hf_clm_small SIZE=small LR=${LR:-3e-2} WARMUP=${WARMUP:-0} STEPS=${STEPS:-300}
     DATA=${DATA_DIR:-$RUNS/data}
     TEXT=${STABLE_DATA:-$ROOT/../shared/data}/lm
     if [ ! -f "$DATA/val.bin" ]; then
-        [ -f "$TEXT/train.txt" ] || die "$TEXT/train.txt is missing: set STABLE_DATA to a folder that has lm/{train,valid}.txt"
+        [ -f "$TEXT/train.txt" ] || [ "${DRY_RUN:-0}" = 1 ] || die "$TEXT/train.txt is missing: set STABLE_DATA to a folder that has lm/{train,valid}.txt"
         PREPARE=(--train "$TEXT/train.txt" --val "$TEXT/valid.txt")
     fi
     OPTIONS=(--batch-tokens 2048 --device-batch 16 --eval-every 100 --save-every 100 --monitor-every 10)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 else
     RUNS=${RUNS:-$ROOT/runs}/hf_clm LR=${LR:-$PEAK} WARMUP=${WARMUP:-2000} STEPS=${STEPS:-600000}
+    [ "$STEPS" = 600000 ] || DECAY=(--decay-steps 600000)
     DATA=${DATA_DIR:-$RUNS/data}
     OPTIONS=(--batch-tokens $((480 * 1024)) --device-batch "$DEVICE_BATCH" --workers 4 --compile)
     if [ "$GPUS" -gt 1 ]; then
@@ -53,4 +55,4 @@ fi
 
 if [ ! -f "$DATA/val.bin" ]; then show_or_run python -m recipes.hf_clm.prepare --output "$DATA" "${PREPARE[@]}"; fi
 show_or_run "${LAUNCH[@]}" --output "$RUNS/$SIZE-$KIND-$LR-$WARMUP-$SEED" --data "$DATA" --size "$SIZE" "${MODEL[@]}" \
-    --lr "$LR" --warmup "$WARMUP" --steps "$STEPS" "${OPTIONS[@]}" --seed "$SEED" "$@"
+    --lr "$LR" --warmup "$WARMUP" --steps "$STEPS" "${DECAY[@]}" "${OPTIONS[@]}" --seed "$SEED" "$@"

@@ -42,6 +42,12 @@ class StopAtNaN(TrainerCallback):
 
 
 class StableGPTTrainer(Trainer):
+    decay_steps: int | None = None
+    """updates that the learning rate's schedule is made for; by default those of the run"""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        return super().create_scheduler(self.decay_steps or num_training_steps, optimizer)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Those with two dimensions; by its names for them Trainer would decay StableNorm's gain and σReparam's gamma."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
@@ -115,6 +121,7 @@ def train(settings: Settings) -> Trainer:
         processing_class=tokenizer,
         callbacks=[MonitorCallback(settings.monitor_every, settings.stop_on_alarm), StopAtNaN()],
     )
+    trainer.decay_steps = settings.decay_steps
     trainer.train(resume_from_checkpoint=last_checkpoint(settings.output))
     done, log = trainer.state.global_step, trainer.state.log_history
     if done == settings.steps != max(series(log, "eval_loss")[0], default=0):

@@ -3,6 +3,7 @@
 # SMALL=1 prepare.sh: a manifest of the recordings in $STABLE_DATA/asr.
 # An archive that is there is not downloaded again, nor unpacked twice; ARCHIVES is where they are kept.
 source "$(dirname "$0")/common.sh"
+would_write "$MANIFEST"
 if [ "$SMALL" = 1 ]; then
     ASR=${STABLE_DATA:-$ROOT/../shared/data}/asr
     [ -s "$ASR/manifest.tsv" ] || die "$ASR/manifest.tsv is missing: set STABLE_DATA to a folder that has asr/manifest.tsv"

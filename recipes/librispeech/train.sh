@@ -30,6 +30,19 @@ wn_postln) BLOCKS=(--residual post-ln --reparam weight) LR=(0.03 0.1) ;;
 esac
 UPDATES=500000 WARMUP=64000 DECAY=330000 DROPOUT=0.3
 if [ "$OPTIMIZER" = lars ]; then LR=${LR[1]} WARMUP=0 DECAY=300000; else LR=${LR[0]}; fi
+LIMIT=$((2 * DECAY - UPDATES)) # with a longer warm-up the step schedule's next halving would be before the end
+if [ "$SMALL" = 1 ]; then UPDATES=3000 WARMUP=300 DECAY=1200 LIMIT=1199; fi
+if [ "$SCHEDULE" != step ]; then LIMIT=$((UPDATES - 1)); fi
+# fairseq counts a schedule's periods from the end of the warm-up. One among the options, as Figures 12 and 13 vary it, makes them
+# longer or shorter, so that they end where they did.
+BEFORE=
+for OPTION in "$@"; do
+    if [ "$BEFORE" = --warmup-updates ]; then WARMUP=$OPTION; fi
+    if [ "${OPTION%%=*}" = --warmup-updates ] && [ "$OPTION" != --warmup-updates ]; then WARMUP=${OPTION#*=}; fi
+    BEFORE=$OPTION
+done
+[[ $WARMUP =~ ^[0-9]+$ ]] && [ "$WARMUP" -le $LIMIT ] ||
+    die "--warmup-updates $WARMUP: allowed are whole numbers up to $LIMIT"
 if [ "$SMALL" = 0 ] && [ "$HOURS" = 960 ]; then DROPOUT=0.1; fi
 # The paper has no convolution among its reparametrised layers: blocks and final layer [App. E.2].
 case $MODEL in
@@ -52,7 +65,7 @@ FLAGS=(
     --num-workers 4 --ddp-backend legacy_ddp # which lets a process leave out layers
 )
 if [ "$SMALL" = 1 ]; then
-    UPDATES=3000 WARMUP=300 DECAY=1200 VALID=valid
+    VALID=valid
     FLAGS+=(
         --sample-rate 8000 --mel-bins 40 --encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512
         --dropout 0 --layer-drop 0 --freq-masks 0 --time-masks 0 --cape-global-shift 5
@@ -62,7 +75,7 @@ if [ "$SMALL" = 1 ]; then
     export OMP_NUM_THREADS=1
 fi
 if [ "$OPTIMIZER" = lars ]; then FLAGS+=(--optimizer lars --momentum 0.9); else FLAGS+=(--optimizer adagrad); fi
-case $SCHEDULE in # fairseq counts the periods after the warm-up, and there is time for one decay
+case $SCHEDULE in
 step) FLAGS+=(--lr-scheduler step --lr-deacy-period $((DECAY - WARMUP)) --lr-decay 0.5) ;;
 cosine) FLAGS+=(--lr-scheduler cosine --lr-period-updates $((UPDATES - WARMUP))) ;;
 plateau) FLAGS+=(--lr-scheduler reduce_lr_on_plateau --lr-shrink 0.5) ;;

@@ -37,9 +37,9 @@ if [ "$SMALL" = 1 ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 else
     NAME=simclr EPOCHS=${EPOCHS:-300} WARMUP=${WARMUP:-40}
-    [ -d "${DATA_DIR:-}/train" ] || die "DATA_DIR=${DATA_DIR:-}: it has to hold train/ and val/, a folder for each class"
+    [ -d "${DATA_DIR:-}/train" ] || [ "${DRY_RUN:-0}" = 1 ] || die "DATA_DIR=${DATA_DIR:-}: it has to hold train/ and val/, a folder for each class"
     # 4,096 images are 1,024 views for each of 8 GPUs, and the loss cannot do them in parts: checkpointing makes them fit.
-    PRETRAIN+=(--data-dir "$DATA_DIR" --workers 10 --precision bf16 --grad-checkpointing)
+    PRETRAIN+=(--data-dir "${DATA_DIR:-IMAGENET}" --workers 10 --precision bf16 --grad-checkpointing)
     PROBE+=(--workers 10 --precision bf16)
 fi
 OUT=${RUNS:-$ROOT/runs}/$NAME/$VARIANT-$EPOCHS-$WARMUP-$SEED

@@ -3,6 +3,7 @@
 # SMALL=1 prepare.sh: the same from the short sentences of $STABLE_DATA/mt/{train,valid,test}.{en,de}, with sentencepiece.
 # A step whose output is there is not done again; remove runs/wmt17_en_de* to start over.
 source "$(dirname "$0")/common.sh"
+would_write "$TEXT" "$DATA"
 mkdir -p "$TEXT"
 
 once() { # once FILE COMMAND...: the command's output becomes FILE, whole or not at all

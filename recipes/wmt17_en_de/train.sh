@@ -16,6 +16,7 @@ FLAGS=(
     --dropout 0.4 --criterion label_smoothed_cross_entropy --label-smoothing 0.1
     # 4096 tokens x 8 GPUs x 16 accumulation = 524,288 tokens an update, on however many GPUs there are.
     --max-tokens 4096 --update-freq $((128 / (GPUS > 0 ? GPUS : 1)))
+    --best-checkpoint-metric ppl # "checkpoint with best perplexity" [σ, App. F.1]; by default it is the label-smoothed loss
     --keep-last-epochs 5
 )
 # Mixed precision that keeps fp32 weights, as sigma needs them; --fp16 would hold the weights themselves in half.

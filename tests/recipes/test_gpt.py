@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nanogpt_patch.launch import _assigned, check
+from nanogpt_patch.model import GPT, GPTConfig
 from recipes.gpt import compare, prepare
 from tests.nanogpt_patch.test_launch import write_scripts
 
@@ -37,6 +39,26 @@ def settings_of(checkout: Path, line: str) -> dict:
     assert script == checkout / "train.py"
     settings = _assigned(Path(arguments[0]).read_text())
     return settings | {a[2:].partition("=")[0]: a.partition("=")[2] for a in arguments[1:]}
+
+
+def test_alpha_varies_the_norm_of_gpt2_alone(checkout):
+    """Attention and first weights are those of the run with LayerNorm, and alpha = 0.5 is RMSNorm [ST, Sections 2 and 3.2]."""
+    lines = recipe(checkout, "alpha.sh", DRY_RUN="1").stdout.splitlines()
+    models = {}
+    for s in (settings_of(checkout, line) for line in lines):
+        ours = {name: s[name] for name in ("norm", "attention", "init")} | {"alpha": float(s.get("alpha", 0.475))}
+        torch.manual_seed(0)
+        config = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50, bias=False, **ours)
+        assert config.attention == "dot"
+        models[ours["alpha"] if ours["norm"] == "stable" else ours["norm"]] = GPT(config).eval()
+    stock = [p for p in models["layernorm"].parameters() if p.ndim > 1]
+    for model in models.values():
+        assert all(map(torch.equal, stock, [p for p in model.parameters() if p.ndim > 1]))
+    for model in models.values():
+        model.transformer.wpe.weight.data.mul_(1000)  # beside which eps, where each norm has its own, is nothing
+    tokens = torch.arange(16)[None]
+    torch.testing.assert_close(models[0.5](tokens)[0], models["rmsnorm"](tokens)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(models[0.25](tokens)[0], models["rmsnorm"](tokens)[0], rtol=1e-2)
 
 
 def test_the_stability_test(checkout):

@@ -153,6 +153,14 @@ def test_the_schedule_and_the_monitor(gpt):
     assert sum("attention_entropy" in entry for entry in log(gpt)) == 12
 
 
+def test_a_run_that_ends_early_keeps_the_schedule(folder, tmp_path):
+    """nanoGPT's rates with max_iters = 12 and lr_decay_iters = 24, by its formula [ST, App. K]."""
+    train.main(command(folder, tmp_path, "--decay-steps", "24"))
+    cosine = [(1 + math.cos(math.pi * (i - 4) / (24 - 4))) / 2 for i in range(4, 12)]
+    expected = [*(3e-3 * i / 4 for i in range(4)), *(3e-4 + x * (3e-3 - 3e-4) for x in cosine)]
+    assert [record["lr"] for record in read(tmp_path)] == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_saved_folder_generates(gpt, sigma):
     for path in (gpt / "model", sigma / "model", sigma / "folded"):
         generate = pipeline("text-generation", str(path))
@@ -334,6 +342,7 @@ def test_stability_runs_and_ablations(tmp_path):
     line = script(tmp_path, "S", "stable", "1", *options, gpus=2, **env).stdout.splitlines()[-1]
     given = settings_of(line)
     assert (given.warmup, given.lr, given.steps) == (0, 1.2e-3, 100_000)
+    assert given.decay_steps == 600_000  # "including all learning rate settings" [ST, App. K]
     config = given.config()
     assert (config.alpha, config.n_head, config.tau_scale, config.init) == (0.25, 8, 2.0, "xavier")
     assert "fsdp2.yaml" in line
@@ -359,7 +368,7 @@ def test_the_small_run_for_two_updates(tmp_path):
         (["S"], {"ENGINE": "deepspeed"}, "ENGINE=deepspeed: allowed are ddp and fsdp2"),
         (
             ["S"],
-            {"SMALL": "1", "STABLE_DATA": "nowhere"},
+            {"SMALL": "1", "STABLE_DATA": "nowhere", "DRY_RUN": "0"},
             "nowhere/lm/train.txt is missing: set STABLE_DATA to a folder that has lm/{train,valid}.txt",
         ),
     ],
@@ -376,6 +385,7 @@ def test_mistakes_in_the_script_get_one_line(args, env, message, tmp_path):
         (train, "--alpha 0.7", "alpha = 0.7: allowed are numbers from 0 to 0.5"),
         (train, "--n-head 3", "n_head = 3: allowed are divisors of n_embd = 128"),
         (train, "--warmup 12", "warmup = 12: allowed are numbers from 0 to under steps, 12"),
+        (train, "--decay-steps 11", "decay_steps = 11: allowed are numbers from steps, 12"),
         (train, "--betas 0.9 1", "betas = (0.9, 1.0): allowed are numbers from 0 to under 1"),
         (train, "--norm batchnorm", "invalid choice 'batchnorm'"),
         (prepare, "--train missing.txt", "train and val: allowed are both, or neither for OpenWebText"),

@@ -88,6 +88,38 @@ def settings(tmp_path, *args, **env):
     return options.parse_args_and_arch(options.get_training_parser(), argv)
 
 
+@pytest.mark.parametrize(
+    ("options", "environment", "half"),
+    [
+        ((), {}, 330_000),
+        (("--warmup-updates", "32000"), {}, 330_000),  # Figure 12
+        (("--lr", "1", "--warmup-updates=16000"), {}, 330_000),
+        ((), {"OPTIMIZER": "lars"}, 300_000),
+        (("--warmup-updates", "64000"), {"OPTIMIZER": "lars"}, 300_000),
+    ],
+)
+def test_the_rate_is_halved_once_and_where_the_paper_halves_it(tmp_path, options, environment, half):
+    """By fairseq's own scheduler, whatever the warm-up: step(330k, 0.5), with LARS step(300k, 0.5) [σ, Table 8]."""
+    from fairseq.optim import FairseqOptimizer
+    from fairseq.optim.lr_scheduler.step_lr_scheduler import StepLRSchedule
+
+    class Rateless(FairseqOptimizer):
+        def set_lr(self, lr):
+            pass
+
+    args = settings(tmp_path, "preln", 1, *options, **environment)
+    scheduler = StepLRSchedule(args, Rateless(args))
+    (peak,) = args.lr
+    assert [scheduler.step_update(n) for n in (half - 1, half, 499_999)] == [peak, peak / 2, peak / 2]
+    assert scheduler.step_update(args.warmup_updates // 2) == pytest.approx(peak / 2 if args.warmup_updates else peak)
+
+
+def test_the_cosine_ends_where_it_did_whatever_the_warm_up(tmp_path):
+    """One phase of 500,000 updates [σ, App. E.5]."""
+    args = settings(tmp_path, "preln", 1, "--warmup-updates", "32000", HOURS="960", SCHEDULE="cosine")
+    assert (args.warmup_updates, args.warmup_updates + args.lr_period_updates) == (32_000, 500_000)
+
+
 def test_many_options_name_a_folder_too(tmp_path):
     """A name ends at 255 letters; what was cut off still counts."""
     many = ["--max-tokens", "3200", *["--log-interval", "100"] * 20]
@@ -131,6 +163,12 @@ def test_the_command_of_the_evaluation(tmp_path, capsys):
         (("sigma", "x"), {}, "SEED = x: allowed are whole numbers"),
         (("sigma",), {"OPTIMIZER": "adam"}, "OPTIMIZER=adam: allowed are adagrad and lars"),
         (("sigma",), {"DEPTH": "18"}, "DEPTH=18: allowed are 36 and 72"),
+        (
+            ("sigma", "1", "--warmup-updates", "soon"),
+            {},
+            "--warmup-updates soon: allowed are whole numbers up to 160000",
+        ),
+        (("sigma", "1", "--warmup-updates", "200000"), {}, "200000: allowed are whole numbers up to 160000"),
         (("sigma",), {"HOURS": "10"}, "HOURS=10: allowed are 100 and 960"),
         (("sigma",), {"RUNS": "nowhere"}, "prepare.sh first"),
     ],

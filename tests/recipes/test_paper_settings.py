@@ -45,7 +45,7 @@ def printed(tmp_path_factory):
         given = dict(word.split("=") for word in words[:at])
         done = subprocess.run(
             ["bash", str(RECIPES / words[at]), *words[at + 1 :]],
-            env={**os.environ, **ours, **given},
+            env=ours | given,  # the recipes read LR, DEPTH and the like from the environment
             capture_output=True,
             text=True,
         )

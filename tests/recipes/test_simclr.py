@@ -394,7 +394,7 @@ def test_the_small_run_with_few_digits(tmp_path, capsys):
         (["sigma", "one"], {}, "SEED = one: allowed are whole numbers"),
         (
             ["sigma"],
-            {"DATA_DIR": "nowhere"},
+            {"DATA_DIR": "nowhere", "DRY_RUN": "0"},
             "DATA_DIR=nowhere: it has to hold train/ and val/, a folder for each class",
         ),
         (["sigma"], {"SMALL": "yes"}, "SMALL=yes: allowed are 0 and 1"),

@@ -1,11 +1,13 @@
 """The three scripts of the translation recipe, end to end on a few thousand real sentences."""
 
+import math
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,6 +123,28 @@ def settings(tmp_path, name: str, *args, **env):
     parsers = {"fairseq-train": options.get_training_parser, "fairseq-generate": options.get_generation_parser}
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
     return [options.parse_args_and_arch(parsers[command](), argv) for command, *argv in commands]
+
+
+def test_the_best_checkpoint_is_that_of_the_best_perplexity(tmp_path):
+    """By fairseq's own figures of two validations, of which the first has the lower perplexity, the second the lower loss."""
+    from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+    from fairseq.logging import metrics
+    from fairseq_cli.train import get_valid_stats
+
+    (args,) = settings(tmp_path, "train.sh", "sigma_transformer_18l", SMALL="0")
+    assert not args.maximize_best_checkpoint_metric
+    found = {"loss": [], args.best_checkpoint_metric: []}
+    for loss, nll in ((3.0, 1.2), (2.9, 1.3)):  # nats a token
+        with metrics.aggregate(new_root=True) as aggregated:
+            sums = {"loss": 100 * loss, "nll_loss": 100 * nll, "ntokens": 100, "sample_size": 100}
+            LabelSmoothedCrossEntropyCriterion.reduce_metrics([sums])
+        trainer = SimpleNamespace(get_num_updates=lambda: 1)
+        stats = get_valid_stats(None, trainer, aggregated.get_smoothed_values(), tracking_best=False)
+        for name, values in found.items():
+            values.append(stats[name])
+    assert found.pop("loss") == pytest.approx([3.0 / math.log(2), 2.9 / math.log(2)], abs=1e-3)
+    ((metric, values),) = found.items()
+    assert metric == "ppl" and values == pytest.approx([math.exp(1.2), math.exp(1.3)], abs=0.01)
 
 
 def test_commands_of_the_small_recipe(tmp_path):

@@ -1,0 +1,44 @@
+"""DRY_RUN=1 of every shell recipe, where there is neither data nor a checkout: it shows something, and writes nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ARGUMENTS = {
+    "gpt/table2.sh": ["small"],
+    "hf_clm/stablegpt.sh": ["S"],
+    "librispeech/evaluate.sh": ["run"],
+    "librispeech/train.sh": ["sigma"],
+    "simclr/run.sh": ["sigma"],
+    "vision/ablations.sh": ["heads", "8"],
+    "vision/cifar100.sh": ["vit"],
+    "vision/imagenet1k.sh": ["wn_b"],
+    "vision/imagenet21k.sh": ["finetune"],
+    "vision/robustness_grid.sh": ["vit"],
+    "vision/stablevit.sh": ["200"],
+    "wikitext103/evaluate.sh": ["sigma"],
+    "wikitext103/train.sh": ["sigma"],
+    "wmt17_en_de/evaluate.sh": ["sigma_transformer_6l"],
+    "wmt17_en_de/train.sh": ["sigma_transformer_6l"],
+}
+SCRIPTS = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.glob("*/*.sh") if path.name != "common.sh")
+
+
+@pytest.mark.parametrize("small", ["0", "1"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, script, small):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho 0\n")  # quicker than torch at counting GPUs
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / "cwd").mkdir()
+    environment = {name: x for name, x in os.environ.items() if name not in ("DATA_DIR", "NANOGPT_DIR", "HEADS")}
+    environment |= {"DRY_RUN": "1", "SMALL": small, "RUNS": "runs", "STABLE_DATA": "nowhere", "STABLE_VENV": "none"}
+    environment["PATH"] = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(RECIPES / script), *ARGUMENTS.get(script, [])]
+    done = subprocess.run(command, cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+    assert not any((tmp_path / "cwd").iterdir())
