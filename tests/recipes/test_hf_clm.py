@@ -323,31 +323,14 @@ def settings_of(line: str) -> Settings:
     return tyro.cli(Settings, args=words[words.index("recipes.hf_clm.train") + 1 :])
 
 
-@pytest.mark.parametrize(
-    "size, lr, layers, width, heads, millions",
-    [("S", 6e-4, 12, 768, 12, 124), ("M", 3e-4, 24, 1024, 16, 350), ("L", 2.5e-4, 36, 1280, 20, 774)],
-)
-@pytest.mark.parametrize("kind", ["stable", "gpt"])
-def test_the_full_runs_are_tables_2_and_3(size, lr, layers, width, heads, millions, kind, tmp_path):
-    done = script(tmp_path, size, kind, "3", gpus=8)
-    preparation, line = done.stdout.splitlines()
+def test_a_full_run_prepares_and_launches_on_all_gpus(tmp_path):
+    preparation, line = script(tmp_path, "L", "gpt", "3", gpus=8).stdout.splitlines()
     assert tyro.cli(prepare.Settings, args=shlex.split(preparation)[3:]) == prepare.Settings(
         output=Path("runs/hf_clm/data")
     )
-    given, baseline = settings_of(line), {"norm": "layernorm", "attention": "dot", "init": "normal"}
-    assert given == Settings(
-        output=Path(f"runs/hf_clm/{size}-{kind}-{lr:g}-2000-3".replace("0.0006", "6e-4").replace("0.0003", "3e-4")
-                    .replace("0.00025", "2.5e-4")),
-        data=Path("runs/hf_clm/data"), size=size, lr=lr, warmup=2000, steps=600_000, batch_tokens=491_520, device_batch=12,
-        weight_decay=0.1, betas=(0.9, 0.95), grad_clip=1.0, workers=4, compile=True, seed=3,
-        **(baseline if kind == "gpt" else {}),
-    )  # fmt: skip
-    config = given.config()
-    assert (config.n_layer, config.n_embd, config.n_head, config.block_size) == (layers, width, heads, 1024)
-    assert given.accumulation(1024, 8) == 5
-    with torch.device("meta"):
-        count = sum(p.numel() for p in StableGPTForCausalLM(config).parameters())
-    assert count / 1e6 == pytest.approx(millions, rel=0.02)
+    given = settings_of(line)
+    assert (given.output, given.data) == (Path("runs/hf_clm/L-gpt-2.5e-4-2000-3"), Path("runs/hf_clm/data"))
+    assert (given.workers, given.compile, given.seed, given.accumulation(1024, 8)) == (4, True, 3, 5)
     words = shlex.split(line)
     assert words[:2] == ["accelerate", "launch"] and words[words.index("--num_processes") + 1] == "8"
     assert Path(words[words.index("--config_file") + 1]).resolve() == RECIPE / "configs" / "ddp.yaml"

@@ -163,14 +163,6 @@ def test_the_weights_are_moco_v3s_or_a_truncated_normal():
             assert not module.bias.any()
 
 
-def test_the_defaults_are_table_6(tmp_path):
-    settings = pretrain.Settings(output=tmp_path, variant="sigma")
-    assert (settings.opt, settings.lr, settings.weight_decay, settings.batch_size) == ("adamw", 2e-4, 0.1, 4096)
-    assert (settings.sched, settings.warmup_epochs, settings.color_strength) == ("cosine", 40, 0.5)
-    assert settings.peak_lr == 2e-4 * 16
-    assert list(VARIANTS) == ["baseline", "frozen_patcher", "sigma", "sigma_preln"]
-
-
 # ------------------------------------------------------------------------------------------------------------- training
 
 

@@ -1,4 +1,4 @@
-"""The scripts of the language modelling recipe: small for real, the full one's commands against the paper's numbers."""
+"""The scripts of the language modelling recipe: small for real, and the full preparation."""
 
 import os
 import re
@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from recipes import small_data
 
@@ -85,40 +84,6 @@ def test_full_preparation(full, tmp_path):
     # filled up to a multiple of 8.
     assert "ready: 11 training words and a vocabulary of 16" in done.stdout
     assert (text.parent / "data" / "test.idx").exists()
-
-
-def flags(line: str) -> dict[str, str]:
-    words = line.replace("\\", "").split()
-    return {word: words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
-
-
-def test_the_papers_settings(full):
-    """The command lines of DRY_RUN=1 beside App. G and the recipe of fairseq that it names."""
-    fairseq = {
-        "--max-update": "286000", "--lr-scheduler": "cosine", "--t-mult": "2", "--lr-period-updates": "270000",
-        "--lr-shrink": "0.75", "--warmup-updates": "16000", "--stop-min-lr": "1e-9", "--min-lr": "0.0001",
-        "--optimizer": "nag", "--clip-norm": "0.1", "--criterion": "adaptive_loss", "--sample-break-mode": "none",
-        "--ddp-backend": "legacy_ddp", "--tokens-per-sample": "512", "--task": "language_modeling",
-    }  # fmt: skip
-    expected = {  # environment, model: arch, learning rate, weight decay
-        ((), "preln"): ("preln_transformer_lm_wiki103", 1.0, 0.0),
-        ((), "sigma"): ("sigma_transformer_lm_wiki103", 1.0, 1e-4),
-        ((("LR", "2.5"), ("DECAY", "1e-3"), ("DEPTH", "32")), "sigma"): ("sigma_transformer_lm_wiki103_32l", 2.5, 1e-3),
-    }
-    for (env, model), (arch, lr, decay) in expected.items():
-        done = full("train.sh", model, 3, "--log-interval", 7, DRY_RUN="1", **dict(env))
-        assert done.returncode == 0, done.stderr
-        got = flags(done.stdout)
-        assert fairseq.items() <= got.items()
-        assert (got["--arch"], float(got["--lr"]), float(got["--weight-decay"])) == (arch, lr, decay)
-        assert (got["--seed"], got["--log-interval"]) == ("3", "7")
-        processes = max(1, torch.cuda.device_count())
-        assert int(got["--max-tokens"]) * int(got["--update-freq"]) * processes == 3072 * 8 * 3
-        assert not {"--fp16", "--bf16", "--amp"} & got.keys()  # "in full precision"
-    done = full("evaluate.sh", "sigma", DRY_RUN="1")
-    for split, line in zip(("valid", "test"), done.stdout.splitlines(), strict=True):
-        got = flags(line)
-        assert (got["--gen-subset"], got["--tokens-per-sample"], got["--context-window"]) == (split, "512", "256")
 
 
 @pytest.mark.parametrize(
