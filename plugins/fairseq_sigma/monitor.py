@@ -92,7 +92,10 @@ def _with_validation(get_valid_stats):
     @functools.wraps(get_valid_stats)
     def wrapped(cfg, trainer, stats, tracking_best):
         if tracking_best and hasattr(trainer, "_monitor"):  # of the first subset, as fairseq's best checkpoint is
-            trainer._monitor.validated(stats, trainer.get_num_updates())
+            found = {
+                name: value for name, value in stats.items() if name not in ("wps", "wpb", "bsz")
+            }  # of the machine
+            trainer._monitor.validated(found, trainer.get_num_updates())
         return get_valid_stats(cfg, trainer, stats, tracking_best)
 
     return wrapped

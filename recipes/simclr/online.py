@@ -30,6 +30,8 @@ class OnlineProbe(nn.Module):
         """One update, from this process's share of a batch."""
         features, labels = everyones(features.detach().float()), everyones(labels)
         self.train()
+        # the mean over the first ten batches, so that where statistics start from is forgotten; then a moving average
+        self.norm.momentum = max(0.1, 1 / (int(self.norm.num_batches_tracked) + 1))
         with torch.autocast(features.device.type, enabled=False):
             F.cross_entropy(self(features), labels).backward()
         self.optimizer.step()

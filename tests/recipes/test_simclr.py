@@ -109,7 +109,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     for part in parts:
         torch.testing.assert_close(part[1:], (model.weight.grad, model.bias.grad))
 
-    norm, head = nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3)
+    norm, head = nn.BatchNorm1d(6, affine=False, momentum=None), nn.Linear(6, 3)  # None: the mean of all batches
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     adam = torch.optim.Adam(head.parameters(), lr=3e-3)
