@@ -147,7 +147,7 @@ class _MonitoredGPT(GPT):
 
     def configure_optimizers(self, *args, **kwargs) -> Optimizer:
         optimizer, variables = super().configure_optimizers(*args, **kwargs), _variables()
-        every, watching = variables["monitor_every"], []
+        every, watching, validated = variables["monitor_every"], [], [None]
         if every:
 
             def before(*_) -> None:
@@ -155,16 +155,22 @@ class _MonitoredGPT(GPT):
                     monitor.read_gradients()
 
             def after(*_) -> None:
-                if watching:
+                done, first = variables["iter_num"], not watching
+                if first:  # only now is the variable `model` what the loop calls, compiled and wrapped for DDP
+                    watching.append(
+                        Monitor(
+                            variables["model"], every, path=variables["out_dir"], optimizer=optimizer, step=done + 1
+                        )
+                    )
+                losses = variables.get("losses")  # of the last validation, which may have come just before this update
+                if losses is not None and losses is not validated[-1]:
+                    validated.append(losses)
+                    watching[0].validated({"loss": losses["val"]}, done if first else None)
+                if not first:
                     loss = (
                         variables["loss"].detach() * variables["gradient_accumulation_steps"]
                     )  # as upstream prints it
                     watching[0].step(loss, optimizer.param_groups[0]["lr"])
-                else:  # only now is the variable `model` what the loop calls, compiled and wrapped for DDP
-                    done = variables["iter_num"] + 1
-                    watching.append(
-                        Monitor(variables["model"], every, path=variables["out_dir"], optimizer=optimizer, step=done)
-                    )
 
             optimizer.register_step_pre_hook(before)
             optimizer.register_step_post_hook(after)

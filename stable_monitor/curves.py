@@ -111,6 +111,14 @@ def curves(quantity: Quantity, run: Run, kind: str) -> dict[str, Curve]:
     return {name: curve for name, curve in found.items() if len(curve[0])}
 
 
+def validation_loss(line: dict) -> float | None:
+    return line["validation"].get("loss")
+
+
+def validation(run: Run) -> Curve:
+    return series(run.validations, validation_loss)
+
+
 def ceiling(run: Run, kind: str) -> Curve:
     """log(keys), the entropy of attending to all keys alike; where layers differ the highest. Nats."""
 

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from numbers import Real
@@ -145,6 +145,20 @@ class Monitor:
                 if any(isinstance(p.grad, DTensor) for p in self._model.parameters()) and not self._all_here():
                     raise RuntimeError("they are cut up, and not every rank has a monitor: construct it on every rank")
                 self._gradients = gradient_norms({"": self._model, **self._modules}, scale)
+
+    def validated(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
+        """Writes what a validation found to the file, after the updates so far; of all ranks rank 0 does. Writers get none.
+
+        Args:
+            metrics: numbers by name; "loss" is drawn by the report, with the training loss.
+            step: updates of the model that was validated, where they are not those counted here.
+        """
+        if self._file is None:
+            return
+        with self._warning("a validation"):
+            found = {str(name): self._number(str(name), value) for name, value in metrics.items()}
+            updates = self.updates if step is None else step
+            self._file.append({"step": updates, "time": round(time.time(), 3), "validation": plain(found)})
 
     def close(self) -> None:
         """Ends it: takes the hooks out of the model."""

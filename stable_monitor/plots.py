@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter, SymmetricalLogLocator
 
-from .curves import FIGURES, WHOLE_MODEL, Curve, Quantity, ceiling, curves
+from .curves import FIGURES, WHOLE_MODEL, Curve, Quantity, ceiling, curves, validation
 from .records import Run
 
 STYLE = {
@@ -33,6 +33,7 @@ STYLE = {
 }
 DEPTH = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))  # the last yellow is lost on white
 ALARM = "#d7191c"
+VALIDATION = "#2457a6"
 GAP = 0.2  # between panels, inches
 LEFT, RIGHT, TOP, BOTTOM = 0.95, 0.85, 0.7, 0.5  # margins of a figure, inches
 
@@ -119,6 +120,9 @@ def fill(panel: Axes, quantity: Quantity, run: Run, kind: str, found: dict[str, 
             linewidth=1.2 if depth <= 24 else 0.7,
             marker="." if len(x) == 1 else None,
         )
+    if quantity.panel == "loss" and len((seen := validation(run))[0]):
+        style = {"color": VALIDATION, "marker": "." if len(seen[0]) == 1 else None, "linewidth": 1.2}
+        panel.plot(*seen, "-.", **style, gid=curve_id(run.name, "validation loss", kind), label="validation")
     if quantity.panel == "entropy":
         x, y = ceiling(run, kind)
         gid = curve_id(run.name, "ceiling", kind)

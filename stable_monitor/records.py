@@ -1,4 +1,7 @@
-"""The records of monitored runs: the file that the monitor appends to, a JSON object a line, and what is read back from it."""
+"""The records of monitored runs: the file that the monitor appends to, a JSON object a line, and what is read back from it.
+
+A line is a record, of an update, or a validation: its step and numbers by name.
+"""
 
 import json
 import logging
@@ -51,10 +54,15 @@ class RecordFile:
 
 
 def read(run: str | Path) -> list[dict]:
-    """The records of a run (a directory that holds `monitor.jsonl`, or such a file of any name), steps ascending.
+    """The records of a run, as `load` reads them."""
+    return load(run)[0]
+
+
+def load(run: str | Path) -> tuple[list[dict], list[dict]]:
+    """Records and validations of a run (a directory that holds `monitor.jsonl`, or such a file of any name), steps ascending.
 
     The writer may have been killed: a last line that was cut short is left out. It may have gone on from an earlier
-    checkpoint: a record replaces those of the same and of later steps before it. Other lines that are no records are left out
+    checkpoint: a line replaces those of the same kind and step before it, and all of later steps. Other lines are left out
     with a warning that names them. Raises FileNotFoundError if there is no such file, ValueError for one without records.
     """
     path = Path(run)
@@ -65,15 +73,19 @@ def read(run: str | Path) -> list[dict]:
     whole = path.read_bytes()
     lines = whole.splitlines()
     records: list[dict] = []
+    validations: list[dict] = []
     wrong = []
     for number, line in enumerate(lines, 1):
-        record = _parsed(line)
-        if record is None:
+        parsed = _parsed(line)
+        if parsed is None:
             wrong.append(number)
             continue
-        while records and records[-1]["step"] >= record["step"]:
-            records.pop()
-        records.append(record)
+        same, others = (validations, records) if "validation" in parsed else (records, validations)
+        while same and same[-1]["step"] >= parsed["step"]:
+            same.pop()
+        while others and others[-1]["step"] > parsed["step"]:
+            others.pop()
+        same.append(parsed)
     if wrong and wrong[-1] == len(lines) and not whole.endswith(b"\n"):
         wrong.pop()
     if not records:
@@ -81,7 +93,7 @@ def read(run: str | Path) -> list[dict]:
     if wrong:
         some = ", ".join(map(str, wrong[:5])) + ", ..." * (len(wrong) > 5)
         log.warning("%s, line%s %s: not a record of the monitor; left out", path, "s" * (len(wrong) > 1), some)
-    return records
+    return records, validations
 
 
 def in_words(entropy: float | None, unit: str = "") -> str:
@@ -93,6 +105,7 @@ def in_words(entropy: float | None, unit: str = "") -> str:
 class Run:
     name: str
     records: list[dict]
+    validations: list[dict]
 
     @cached_property
     def layers(self) -> dict[str, list[str]]:
@@ -107,7 +120,7 @@ class Run:
 
 
 def _parsed(line: bytes) -> dict | None:
-    """A line's record; None where it is none."""
+    """A line's record or validation; None where it is neither."""
     try:
         record = json.loads(
             line, parse_constant=lambda name: None
@@ -117,6 +130,9 @@ def _parsed(line: bytes) -> dict | None:
     step = record.get("step") if isinstance(record, dict) else None
     if not isinstance(step, int) or not 0 <= step < 1 << 53 or not _has_numbers(record):
         return None
+    if "validation" in record:
+        found = record["validation"]
+        return record if isinstance(found, dict) and all(map(_is_number, found.values())) else None
     layers, alarms = record.get("layers"), record.get("alarms")
     if not isinstance(layers, dict) or not all(map(_is_layer, layers.values())):
         return None

@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from .curves import FIGURES, mean_entropy
+from .curves import FIGURES, Value, mean_entropy, number, validation_loss
 from .plots import draw
-from .records import FILE_NAME, Run, in_words, read
+from .records import FILE_NAME, Run, in_words, load
 
 ALARM_ROWS = 1000  # more on a page would help nobody
 PAGE = """<!DOCTYPE html>
@@ -101,12 +101,12 @@ def table(head: list[str], rows: list[list]) -> str:
     return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>\n" + "\n".join(lines) + "</table>"
 
 
-def last_loss(run: Run) -> str:
+def last_loss(lines: list[dict], loss: Value) -> str:
     """The last that was measured and finite, with its step if that is not the last."""
-    for record in reversed(run.records):
-        if (loss := record.get("loss")) is not None:
-            since = "" if record is run.records[-1] else f" at {record['step']}, none since"
-            return f"{loss:.4g}{since}"
+    for line in reversed(lines):
+        if (known := loss(line)) is not None:
+            since = "" if line is lines[-1] else f" at {line['step']}, none since"
+            return f"{known:.4g}{since}"
     return "not recorded"
 
 
@@ -122,12 +122,13 @@ def least_entropy(run: Run) -> str:
 
 
 def summary(runs: list[Run]) -> str:
-    head = ["run", "records", "updates", "last loss", "least mean entropy at the end", "alarms"]
+    head = ["run", "records", "updates", "last loss", "last validation loss", "least mean entropy at the end", "alarms"]
     rows = []
     for run in runs:
         steps = f"{run.records[0]['step']} to {run.records[-1]['step']}"
         alarms = f"{len(run.alarms)}, the first at {run.alarms[0]['step']}" if run.alarms else "none"
-        rows.append([run.name, len(run.records), steps, last_loss(run), least_entropy(run), alarms])
+        losses = last_loss(run.records, number("loss")), last_loss(run.validations, validation_loss)
+        rows.append([run.name, len(run.records), steps, *losses, least_entropy(run), alarms])
     return table(head, rows)
 
 
@@ -161,7 +162,7 @@ def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambd
         raise ValueError(f"{out}: the page's name must end in .html")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
-    runs = [Run(name, read(path)) for name, path in zip(unique_names(paths), paths, strict=True)]
+    runs = [Run(name, *load(path)) for name, path in zip(unique_names(paths), paths, strict=True)]
     sections = [alarm_section(runs)]
     for name, (title, _) in FIGURES.items():
         png = out.with_name(f"{out.stem}_{name}.png")

@@ -1,4 +1,4 @@
-"""`fairseq-train --monitor-every N`: `stable_monitor.Monitor` in the training of any architecture and task.
+"""`fairseq-train --monitor-every N`: `stable_monitor.Monitor` in the training and validation of any architecture and task.
 
 The flags become `cfg.common.monitor_every` and `cfg.common.monitor_alarm`, added where fairseq composes its configuration.
 There they are pickled into the processes that it spawns, fairseq-hydra-train can name them too (`+common.monitor_every=100`),
@@ -11,7 +11,9 @@ import argparse
 import functools
 import logging
 import math
+import sys
 
+import fairseq_cli.train  # noqa: F401  which validates
 import torch
 from fairseq import options
 from fairseq.dataclass import utils as dataclass_utils
@@ -28,6 +30,9 @@ def install() -> None:
     options.add_optimization_args = _with_flags(options.add_optimization_args)  # a part of the training parser only
     dataclass_utils.override_module_args = _with_overrides(dataclass_utils.override_module_args)
     Trainer.train_step = _with_monitor(Trainer.train_step)
+    for name in ("fairseq_cli.train", "__main__"):  # the latter under python -m fairseq_cli.train
+        if hasattr(sys.modules[name], "get_valid_stats"):
+            sys.modules[name].get_valid_stats = _with_validation(sys.modules[name].get_valid_stats)
 
 
 def _with_flags(add_optimization_args):
@@ -79,6 +84,19 @@ def _with_monitor(train_step):
                 if getattr(self.cfg.common, "monitor_alarm", "warn") == "stop":
                     _stop_on(record["alarms"], self)
         return output
+
+    return wrapped
+
+
+def _with_validation(get_valid_stats):
+    @functools.wraps(get_valid_stats)
+    def wrapped(cfg, trainer, stats, tracking_best):
+        if tracking_best and hasattr(trainer, "_monitor"):  # of the first subset, as fairseq's best checkpoint is
+            found = {
+                name: value for name, value in stats.items() if name not in ("wps", "wpb", "bsz")
+            }  # of the machine
+            trainer._monitor.validated(found, trainer.get_num_updates())
+        return get_valid_stats(cfg, trainer, stats, tracking_best)
 
     return wrapped
 

@@ -10,6 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from stable_monitor import Alarm, AlarmConfig, Monitor, headline
 
+CLOCKS = ("runtime", "per_second", "epoch", "time")  # what the Trainer's metrics say of the clock and not of the model
+
 
 class MonitorCallback(TrainerCallback):
     """Runs `stable_monitor.Monitor` under a Trainer: `Trainer(..., callbacks=[MonitorCallback(every=100)])`.
@@ -19,7 +21,7 @@ class MonitorCallback(TrainerCallback):
     loss is that of the update's first batch (of which transformers, with accumulation or several processes, makes a share of
     the whole update's; it is scaled back as if all batches had as many items); gradients are those that the optimizer steps
     with, after clipping.
-    A resumed run goes on in the same file.
+    A resumed run goes on in the same file. Evaluations during training are written there too, as validations.
 
     Args:
         every: updates from one record to the next.
@@ -44,14 +46,14 @@ class MonitorCallback(TrainerCallback):
         if not isinstance(every, int) or every < 1:  # the monitor would say so at the start of training
             raise ValueError(f"every = {every!r}: allowed are whole numbers from 1")
         self.every, self.stop_on_alarm, self.on_alarm = every, stop_on_alarm, on_alarm
-        self.alarm, self.writers, self.monitor = alarm, writers, None
+        self.alarm, self.writers, self.monitor, self._training = alarm, writers, None, False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if args.torch_compile:
             raise ValueError(
                 "torch_compile = True hides the model from the monitor: leave it out, and call model.compile()"
             )
-        self._collapsed = False
+        self._collapsed, self._training = False, True
         self._processes, self._batches = _sharing_processes(kwargs["model"], args), 1
         self.monitor = Monitor(
             kwargs["model"],
@@ -81,7 +83,13 @@ class MonitorCallback(TrainerCallback):
             control.should_training_stop = control.should_save = True
         return control
 
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if self._training:  # later ones are the user's own, perhaps of the test set
+            found = {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(CLOCKS)}
+            self.monitor.validated(found, state.global_step)
+
     def on_train_end(self, args, state, control, **kwargs):
+        self._training = False
         self.monitor.close()
 
     def _on_alarm(self, alarm: Alarm) -> None:

@@ -4,23 +4,27 @@ The settings are those of Table 6. One process trains as it is; `torchrun -m rec
 negatives come from all of them. An interrupted command goes on after its last whole epoch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from lightly.models.modules.heads import SimCLRProjectionHead
 from lightly.transforms.multi_view_transform import MultiViewTransform
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from recipes.vision.data import Data, load
+from recipes.vision.data import Data, load, test_transform
 from recipes.vision.engine import FitSettings, command, fit, start
-from recipes.vision.train import keyword_arguments
+from recipes.vision.train import evaluator, keyword_arguments
 
 from .encoder import encoder
 from .loss import contrastive
+from .online import OnlineProbe
 from .views import image_settings, random_view
 
 
@@ -79,7 +83,9 @@ class SimCLR(nn.Module):
         self.head = SimCLRProjectionHead(encoder.embed_dim, hidden_dim, 256, num_layers=3)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder(images))
+        features = self.encoder(images)
+        self.features = features.detach()  # of the last images, for the probe
+        return self.head(features)
 
     def no_weight_decay(self) -> set[str]:
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
@@ -102,7 +108,29 @@ def pretrain(settings: Settings) -> list[dict]:
     data.train.transform = MultiViewTransform([view, view])
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":  # torch has it on accelerators alone
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return fit(settings, accelerator, model, data.train, contrastive(settings.temperature))
+    return fit(settings, accelerator, model, data.train, *probed(settings, accelerator, model, data))
+
+
+def probed(
+    settings: Settings, accelerator: Accelerator, model: SimCLR, data: Data
+) -> tuple[Callable[[nn.Module, list], Tensor], Callable[[SimCLR], dict[str, float]]]:
+    """The loss, at whose every call a probe learns from the features, and the probe's accuracy on the test images, percent."""
+    online = OnlineProbe(model.encoder.embed_dim, data.num_classes, accelerator.device)
+    accelerator.register_for_checkpointing(online)
+    data.test.transform = test_transform(data, image_settings(model.encoder))
+    # a generator of its own: training draws from torch's
+    test = DataLoader(data.test, 256, num_workers=settings.workers, generator=torch.Generator())
+    nt_xent, accuracy = contrastive(settings.temperature), evaluator(accelerator, test)
+
+    def loss_of(wrapped: nn.Module, batch: list) -> Tensor:
+        loss = nt_xent(wrapped, batch)
+        online.learn(model.features, batch[1].repeat(2))
+        return loss
+
+    def evaluate(model: SimCLR) -> dict[str, float]:
+        return {"probe_top1": accuracy(nn.Sequential(model.encoder, online).eval())["top1"]}
+
+    return loss_of, evaluate
 
 
 def main(arguments: list[str] | None = None) -> int:

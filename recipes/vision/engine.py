@@ -366,6 +366,7 @@ class _Loop:
         row = evaluate(self.accelerator.unwrap_model(self.model).eval())
         if self.ema is not None:
             row |= {f"ema_{name}": value for name, value in evaluate(converge(self.ema.module).eval()).items()}
+        self.monitor.validated({"loss" if name == "test_loss" else name: value for name, value in row.items()})
         return row
 
     def final(self) -> nn.Module:

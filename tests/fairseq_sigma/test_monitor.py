@@ -15,7 +15,7 @@ from fairseq.trainer import Trainer
 from fairseq_sigma import export
 from stable_monitor import AlarmConfig
 from stable_monitor import monitor as stable_monitor_monitor
-from stable_monitor.records import read
+from stable_monitor.records import load, read
 
 from . import conftest
 from .conftest import TINY, USER_DIR, call
@@ -63,7 +63,11 @@ def test_training_and_validation_are_bitwise_those_without(train, arch, tmp_path
     assert plain["extra_state"]["val_loss"] is not None
     assert_same(plain, monitored)
     assert "entropy" not in str(monitored["extra_state"]["metrics"])  # nobody else's log lines shall show old numbers
-    assert steps(tmp_path / "monitored") == [0, 1, 2, 3, 4]
+    assert steps(tmp_path / "monitored") == [0, 1, 2, 2, 3, 4, 4, 5]  # three of them validations
+    records, validations = load(tmp_path / "monitored")
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in validations] == [2, 4, 5]
+    assert validations[-1]["validation"]["loss"] == pytest.approx(monitored["extra_state"]["val_loss"], rel=1e-5)
     assert not (tmp_path / "plain" / "monitor.jsonl").exists()
 
 

@@ -6,7 +6,7 @@ import transformers
 
 from hf_stable import MonitorCallback
 from stable_monitor import AlarmConfig
-from stable_monitor.records import read
+from stable_monitor.records import load, read
 
 CONFIG = {
     "vocab_size": 60,
@@ -24,15 +24,15 @@ def data(size: int = 64) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, **settings):
+def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, eval_dataset=None, **settings):
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**CONFIG))
     prepare(model)
     arguments = {"per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3,
                  "max_steps": steps, "report_to": "none", "use_cpu": True, "disable_tqdm": True, **settings}  # fmt: skip
-    trainer = transformers.Trainer(
-        model, transformers.TrainingArguments(str(folder), **arguments), train_dataset=data(), callbacks=list(callbacks)
-    )
+    arguments = transformers.TrainingArguments(str(folder), **arguments)
+    of = {"train_dataset": data(), "eval_dataset": eval_dataset, "callbacks": list(callbacks)}
+    trainer = transformers.Trainer(model, arguments, **of)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -63,6 +63,16 @@ def test_records_and_the_same_losses(tmp_path, accumulation):
     shown = [entry for entry in watched.state.log_history if "attention_entropy" in entry]
     means = [sum(sum(layer["entropy"]) / 8 for layer in record["layers"].values()) for record in records]
     assert [entry["attention_entropy"] for entry in shown] == pytest.approx(means, rel=1e-4)
+
+
+def test_validations_in_training_are_the_trainers(tmp_path):
+    trainer = train(tmp_path, MonitorCallback(2), eval_dataset=data(8), eval_strategy="steps", eval_steps=3)
+    logged = [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+    trainer.evaluate(data(4))  # of another set, after training
+    validations = load(tmp_path)[1]
+    assert [step for step, _ in logged] == [line["step"] for line in validations] == [3, 6]
+    for (_, loss), line in zip(logged, validations, strict=True):
+        assert line["validation"] == {"loss": pytest.approx(loss, rel=1e-5)}
 
 
 def test_the_loss_of_an_update_with_fewer_batches(tmp_path):

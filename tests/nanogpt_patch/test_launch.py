@@ -13,7 +13,7 @@ import torch
 
 from nanogpt_patch.launch import main
 from nanogpt_patch.model import STOCK
-from stable_monitor.records import read
+from stable_monitor.records import load, read
 
 CHECKOUT = os.environ.get("NANOGPT_DIR")
 
@@ -101,8 +101,8 @@ checkpoint = None
 while True:
     if iter_num % eval_interval == 0 and iter_num > 0:
         X, Y = get_batch()
-        loss = model(X, Y)[1].item()
-        print(f"step {iter_num}: train loss {loss:.4f}, val loss {loss:.4f}")
+        losses = {split: model(X, Y)[1].item() for split in ('train', 'val')}
+        print(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         checkpoint = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'model_args': model_args,
                       'iter_num': iter_num, 'config': config}
         torch.save(checkpoint, os.path.join(out_dir, 'ckpt.pt'))
@@ -193,6 +193,9 @@ def test_trains_resumes_and_samples(checkout):
     assert "transformer.h.0.attn.c_attn.parametrizations.weight.0.gamma" in checkpoint["model"]
     records = read(checkout / "a" / "monitor.jsonl")
     assert [record["step"] for record in records] == [2, 4, 6]
+    (validation,) = re.findall(r"step 6: train loss \S+, val loss (\S+)", first.stdout)
+    validations = [(line["step"], line["validation"]["loss"]) for line in load(checkout / "a")[1]]
+    assert validations[-1] == (6, pytest.approx(float(validation), abs=6e-5))
     printed = [float(losses(first)[step]) for step in (2, 4, 6)]
     assert [record["loss"] for record in records] == pytest.approx(printed, abs=6e-5)  # the script prints four digits
 

@@ -26,11 +26,13 @@ from torchvision import transforms
 from recipes.simclr import pretrain, probe
 from recipes.simclr.encoder import VARIANTS, encoder
 from recipes.simclr.loss import contrastive
+from recipes.simclr.online import OnlineProbe
 from recipes.simclr.views import image_settings, random_view
 from recipes.vision import data as vision_data
 from recipes.vision import engine
 from recipes.vision.engine import load_export
-from tests.recipes.two_processes import nt_xent_of_half, projected
+from stable_monitor.records import load as monitored
+from tests.recipes.two_processes import FEATURES, LABELS, nt_xent_of_half, projected
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "simclr"
 WIDTH = {"patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -106,6 +108,19 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     torch.testing.assert_close((parts[0][0] + parts[1][0]) / 2, loss.detach())
     for part in parts:
         torch.testing.assert_close(part[1:], (model.weight.grad, model.bias.grad))
+
+    norm, head = nn.BatchNorm1d(6, affine=False, momentum=None), nn.Linear(6, 3)  # None: the mean of all batches
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    adam = torch.optim.Adam(head.parameters(), lr=3e-3)
+    for batch in FEATURES:
+        adam.zero_grad()
+        nn.functional.cross_entropy(head(norm(batch)), LABELS).backward()
+        adam.step()
+    for rank in range(2):
+        learned = torch.load(tmp_path / f"probe-{rank}.pt")
+        for name, x in {**norm.state_dict(prefix="norm."), **head.state_dict(prefix="head.")}.items():
+            torch.testing.assert_close(learned[name], x)
 
 
 # --------------------------------------------------------------------------------------------------------- the variants
@@ -230,8 +245,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, runs, monkeypatch):
     assert len(calls) == 7 + 8
     resumed, whole = (load_file(run / "model.safetensors") for run in (tmp_path / "sigma", runs["sigma"]))
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
-    losses = [[row["train_loss"] for row in rows(run)] for run in (tmp_path / "sigma", runs["sigma"])]
-    assert losses[0] == losses[1]
+    for name in ("train_loss", "probe_top1"):
+        resumed, whole = ([row[name] for row in rows(run)] for run in (tmp_path / "sigma", runs["sigma"]))
+        assert resumed == whole
 
 
 # ---------------------------------------------------------------------------------------------------------------- views
@@ -299,6 +315,43 @@ def test_large_images_are_blurred_half_the_time():
 # ---------------------------------------------------------------------------------------------------------------- probe
 
 
+def accuracy_by_hand(variant: str, encoder: dict[str, Tensor], probe: dict[str, Tensor]) -> float:
+    """Percent, of exported weights in timm's own model."""
+    norm = {"norm_layer": nn.Identity} if variant == "sigma" else {}
+    vit = VisionTransformer(img_size=8, num_classes=0, **WIDTH, **norm).eval()
+    vit.load_state_dict(
+        {name.removeprefix("encoder."): x for name, x in encoder.items() if name.startswith("encoder.")}
+    )
+    test = few_digits().test
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    x = (torch.from_numpy(test.images).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        features = vit.forward_features(x)[:, 0]  # the class token
+    features = (features - probe["norm.running_mean"]) / (probe["norm.running_var"] + 1e-5).sqrt()
+    right = (features @ probe["head.weight"].T + probe["head.bias"]).argmax(1) == torch.from_numpy(test.labels)
+    return 100 * right.float().mean().item()
+
+
+@pytest.mark.parametrize("variant", ["frozen_patcher", "sigma"])
+def test_the_probe_beside_pretraining_reports_the_accuracy_of_its_weights(variant, runs):
+    run = runs[variant]
+    (checkpoint,) = run.glob("checkpoint-*")
+    learned = torch.load(checkpoint / "custom_checkpoint_0.pkl")
+    accuracy = accuracy_by_hand(variant, load_file(run / "model.safetensors"), learned)
+    assert rows(run)[-1]["probe_top1"] == pytest.approx(accuracy, abs=1e-4)
+    validations = [(line["step"], line["validation"]["probe_top1"]) for line in monitored(run)[1]]
+    assert validations == [(row["updates"], pytest.approx(row["probe_top1"], rel=1e-5)) for row in rows(run)]
+
+
+def test_pretraining_is_bitwise_that_without_the_probe(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(OnlineProbe, "learn", lambda *_: None)
+    monkeypatch.setattr(pretrain, "evaluator", lambda *_: lambda model: {"top1": 0.0})
+    assert pretrain.main(["--variant", "sigma", "--output", str(tmp_path), *TINY]) == 0
+    assert [row["train_loss"] for row in rows(tmp_path)] == [row["train_loss"] for row in rows(runs["sigma"])]
+    without, with_it = (load_file(run / "model.safetensors") for run in (tmp_path, runs["sigma"]))
+    assert without.keys() == with_it.keys() and all(torch.equal(without[name], with_it[name]) for name in without)
+
+
 @pytest.mark.parametrize("variant", ["frozen_patcher", "sigma"])
 def test_the_probe_reports_the_accuracy_of_an_unchanged_encoder(variant, runs, capsys):
     """The accuracy by hand, from the exported weights in timm's own model."""
@@ -308,17 +361,7 @@ def test_the_probe_reports_the_accuracy_of_an_unchanged_encoder(variant, runs, c
     for name, x in before.items():
         assert not name.startswith("encoder.") or torch.equal(x, after[name]), name
 
-    norm = {"norm_layer": nn.Identity} if variant == "sigma" else {}
-    vit = VisionTransformer(img_size=8, num_classes=0, **WIDTH, **norm).eval()
-    vit.load_state_dict({name.removeprefix("encoder."): x for name, x in after.items() if name.startswith("encoder.")})
-    test = few_digits().test
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    x = (torch.from_numpy(test.images).permute(0, 3, 1, 2) / 255 - mean) / std
-    with torch.no_grad():
-        features = vit.forward_features(x)[:, 0]  # the class token
-    features = (features - after["norm.running_mean"]) / (after["norm.running_var"] + 1e-5).sqrt()
-    right = (features @ after["head.weight"].T + after["head.bias"]).argmax(1) == torch.from_numpy(test.labels)
-    top1 = 100 * right.float().mean().item()
+    top1 = accuracy_by_hand(variant, after, after)
     assert rows(run / "probe")[-1]["top1"] == pytest.approx(top1, abs=1e-4)
     assert f"probe of the pretrained encoder: {top1:.2f} %" in capsys.readouterr().out
 

@@ -19,8 +19,12 @@ def normal(*shape, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(64, 64), (512, 64), (64, 512), (384, 1536), (1152, 384)])
 def test_the_largest_singular_value_is_below_one_in_expectation(shape):
     torch.manual_seed(0)
-    sigma = [torch.linalg.matrix_norm(stable_init_(torch.empty(shape)), 2) for _ in range(20)]
-    assert 0.9 < torch.stack(sigma).mean() <= 1.0
+    least, *_, largest = (
+        torch.stack([torch.linalg.svdvals(stable_init_(torch.empty(shape))) for _ in range(20)]).mean(0).flip(0)
+    )
+    assert 0.9 < largest <= 1.0
+    longer, shorter = (math.sqrt(size) for size in (max(shape), min(shape)))
+    assert least >= (longer - shorter) / (longer + shorter)  # [ST, Theorem 1]
     xavier = [torch.linalg.matrix_norm(nn.init.xavier_normal_(torch.empty(shape)), 2) for _ in range(20)]
     assert 1.0 < torch.stack(xavier).mean() <= 2.0  # [ST, Lemma 1]
     doubled = torch.linalg.matrix_norm(stable_init_(torch.empty(shape), gain=2.0), 2)
@@ -73,6 +77,41 @@ def test_the_jacobian_of_the_norm_is_the_papers(alpha, size):
     square = x.square().sum() + eps
     expected = d**alpha / square.sqrt() * torch.diag(gamma) @ (torch.eye(d) - torch.outer(x, x) / square)
     torch.testing.assert_close(got, expected)
+
+
+def gain(function, x: torch.Tensor) -> float:
+    """The largest singular value of a function's Jacobian at x, by central differences."""
+    step = 1e-5 * max(x.std().item(), 1e-3)
+    columns = [(function(x + step * e) - function(x - step * e)) / (2 * step) for e in torch.eye(len(x)).double()]
+    return torch.linalg.matrix_norm(torch.stack(columns, 1), 2).item()
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5, 20.0])
+@pytest.mark.parametrize("deviation", [1e-3, 1.0])
+def test_centring_only_makes_the_gain_of_a_norm_larger(mean, deviation):
+    """[ST, Theorem 2]: sqrt(d) / sqrt(|x|^2 + eps) <= sqrt(d) / sqrt(|y|^2 + eps) for y, which is x less its mean. These are
+    the gains of RMSNorm and of LayerNorm, as the largest singular values of the other factors are 1 [ST, App. C]."""
+    d, eps = 16, 1e-5
+    x = deviation * normal(d).double() + mean
+    y = x - x.mean()
+    rms, layer = (
+        gain(norm, x) for norm in (StableNorm(d, 0.5, eps).double(), nn.LayerNorm(d, eps / d).double())
+    )  # torch adds eps to the mean of squares
+    assert rms <= layer * (1 + 1e-6)
+    assert rms == pytest.approx(math.sqrt(d / (x.square().sum() + eps)), rel=1e-4)
+    assert layer == pytest.approx(math.sqrt(d / (y.square().sum() + eps)), rel=1e-4)
+    assert gain(StableNorm(d, 0.5, eps).double(), y) == pytest.approx(layer, rel=1e-4)  # of what is centred already
+
+
+def test_the_gain_at_d_1024_is_84_percent_of_rms_norms():
+    """[ST, App. M] for alpha = 0.475; at zero, where it is greatest, it is d^alpha / sqrt(eps) [ST, Section 3.2]."""
+    d, eps = 1024, 1e-5
+    stable, rms = (StableNorm(d, alpha, eps).double() for alpha in (0.475, 0.5))
+    x = normal(d).double()
+    assert gain(stable, x) / gain(rms, x) == pytest.approx(0.84, abs=0.005)
+    assert gain(StableNorm(16, 0.25, eps).double(), torch.zeros(16).double()) == pytest.approx(
+        2 / math.sqrt(eps), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.125, 0.5])

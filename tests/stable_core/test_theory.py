@@ -8,6 +8,7 @@ import scipy.optimize
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from stable_core import (
     adam_update_norm_bound,
@@ -16,6 +17,7 @@ from stable_core import (
     qk_norm_logit_bound,
     stable_attention_logit_bound,
 )
+from stable_core.attention import NormalisedKernel
 
 
 @pytest.mark.parametrize("T", [2, 5, 64])
@@ -99,3 +101,71 @@ def test_logit_bounds_hold_and_are_attained():
     assert 0.1 < logits.abs().max() / stable_attention_logit_bound(tau, gamma_q, gamma_k) <= 1
     along = (tau * stable_norm(q, 1.0) @ stable_norm(q, 1.0).T / d ** (2 * alpha)).max().item()
     assert along == pytest.approx(stable_attention_logit_bound(tau), rel=1e-5)
+
+
+def test_the_derivatives_of_qk_norm_are_the_papers():
+    """[ST, App. D] against central differences. Its root d is that of the head, d1, as in Section 3.3; three slips of its
+    last line, the derivative by W_k, are mended: the middle factor is of W_k x_j throughout, gammas are of k and of q, and
+    the vector after them is the normalised query."""
+    generator = torch.Generator().manual_seed(0)
+    d, d1, eps = 10, 6, 1e-5
+    W_q, W_k = torch.randn(2, d1, d, generator=generator, dtype=torch.float64)
+    x_i, x_j = torch.randn(2, d, generator=generator, dtype=torch.float64)
+    kernel = NormalisedKernel(nn.RMSNorm(d1, eps / d1), nn.RMSNorm(d1, eps / d1)).double()  # torch's eps is of a mean
+    for norm in (kernel.q_norm, kernel.k_norm):
+        norm.weight.data = torch.randn(d1, generator=generator, dtype=torch.float64)
+    gammas = torch.diag(kernel.q_norm.weight.data * kernel.k_norm.weight.data)
+
+    @torch.no_grad()
+    def logit(x_i, x_j, W_q, W_k):
+        return kernel.q_norm(W_q @ x_i) @ kernel.k_norm(W_k @ x_j) / math.sqrt(d1)
+
+    def by_differences(which: int) -> torch.Tensor:
+        given, step = [x_i, x_j, W_q, W_k], 1e-6
+        found = torch.empty_like(given[which])
+        for at in np.ndindex(*found.shape):
+            ends = []
+            for sign in (1, -1):
+                moved = given[which].clone()
+                moved[at] += sign * step
+                ends.append(logit(*given[:which], moved, *given[which + 1 :]))
+            found[at] = (ends[0] - ends[1]) / (2 * step)
+        return found
+
+    def length(z):
+        return (z.square().sum() + eps).sqrt()
+
+    def across(z):
+        return torch.eye(d1) - torch.outer(z, z) / length(z).square()
+
+    q, k = W_q @ x_i, W_k @ x_j
+    of_q = math.sqrt(d1) / length(q) * across(q) @ gammas @ k / length(k)
+    of_k = math.sqrt(d1) / length(k) * across(k) @ gammas @ q / length(q)
+    expected = (W_q.T @ of_q, W_k.T @ of_k, torch.outer(of_q, x_i), torch.outer(of_k, x_j))
+    for which, derivative in enumerate(expected):
+        torch.testing.assert_close(by_differences(which), derivative, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+def test_the_derivatives_of_qk_norm_are_bounded(size):
+    """With gamma = 1 by sqrt(d1) |W_q| / sqrt(eps) for x_i [ST, Section 3.3.1], where a dot product's grow with the weights.
+    For W_q the paper says sqrt(d1) / sqrt(eps) [ST, App. D], which takes an x_i of length 1: it is that times |x_i|."""
+    generator = torch.Generator().manual_seed(0)
+    d1, eps = 6, 1e-5
+    norm = nn.RMSNorm(d1, eps / d1).double()
+    shares = []
+    for _ in range(50):
+        W_q, W_k = (size * torch.randn(2, d1, 10, generator=generator, dtype=torch.float64)).unbind()
+        x_i, x_j = torch.randn(2, 10, generator=generator, dtype=torch.float64).unbind()
+        W_q.requires_grad_()
+        x_i.requires_grad_()
+        logit = norm(W_q @ x_i) @ norm(1e4 * W_k @ x_j) / math.sqrt(d1)
+        by_x, by_W = torch.autograd.grad(logit, (x_i, W_q))
+        bound = math.sqrt(d1 / eps)
+        of_x = by_x.norm() / (bound * torch.linalg.matrix_norm(W_q, 2))
+        of_W = torch.linalg.matrix_norm(by_W, 2) / (bound * x_i.norm())
+        shares.append((of_x.item(), of_W.item(), (torch.linalg.matrix_norm(by_W, 2) / bound).item()))
+    of_x, of_W, without_x = (max(share) for share in zip(*shares, strict=True))
+    assert max(of_x, of_W) <= 1
+    if size == 1e-4:  # the root is of eps almost alone
+        assert of_W > 0.9 and without_x > 2

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stable_monitor.curves import thin
-from stable_monitor.records import FILE_NAME, read
+from stable_monitor.records import FILE_NAME, load, read
 from stable_monitor.report import main
 
 PROJECTIONS = ("q", "k", "v", "out")
@@ -36,6 +36,10 @@ def record(step, layers, entropy=1.0, **changes):
     named = {name: {"kind": kind, **layer} for name, kind in layers.items()}
     numbers = {"time": 1.7e9, "loss": 2.0, "lr": 1e-3, "grad_l2": 0.8, "grad_linf": 0.02}
     return {"step": step, **numbers, "layers": named, "alarms": []} | changes
+
+
+def validation(step, loss):
+    return {"step": step, "time": 1.7e9, "validation": {"loss": loss, "top1": 50}}
 
 
 def write(directory, records):
@@ -141,7 +145,7 @@ def test_a_browser_shows_every_curve_of_runs_that_differ(tmp_path):
     shades = [lightness(page.curves[f"deep/entropy/blocks.{i}.attn"]["style"]) for i in range(60)]
     assert shades == sorted(shades) and shades[-1] > shades[0] + 100
 
-    assert ["deep", "5", "100 to 500", "2", "blocks.0.attn: 0.5 nats", "none"] in page.rows
+    assert ["deep", "5", "100 to 500", "2", "not recorded", "blocks.0.attn: 0.5 nats", "none"] in page.rows
     assert ["a <b> σ", "400", "encoder.layers.0.self_attn", "0.125", "0.4"] in page.rows
     assert page.ids[f"{odd}/alarms/encoder"] == 1
     named = re.search(r"blocks.\d+.attn(?= · entropy · deep)", text)[0]  # all curves of the panel coincide
@@ -175,6 +179,18 @@ def test_one_record_is_a_mark_and_what_is_null_is_left_out(tmp_path):
         assert ("<use" in curve.split("</g>")[0]) == (count == 1)
 
 
+def test_validation_losses_are_drawn_on_the_scale_of_the_training_loss(tmp_path):
+    """Records at 0 to 400 with losses 2, 1, 2, 1, 2; validations at 100 and 300 with 2 and 1."""
+    lines = [record(100 * i, {"attn": "encoder"}, loss=2.0 - i % 2) for i in range(5)]
+    seen = [validation(100, 2.0), validation(300, 1.0)]
+    run = write(tmp_path / "run", sorted([*seen, *lines], key=lambda line: line["step"]))
+    assert main([str(run), "-o", str(tmp_path / "report.html")]) == 0
+    page = Page((tmp_path / "report.html").read_text())
+    training, validated = (page.points(f"run/{name}/whole%20model") for name in ("loss", "validation%20loss"))
+    assert np.array_equal(validated, [[training[1, 0], training[0, 1]], [training[3, 0], training[1, 1]]])
+    assert ["run", "5", "0 to 400", "2", "1", "attn: 1 nats", "none"] in page.rows
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = [write(tmp_path / lr / "seed1", [record(1, {"attn": "encoder"})]) for lr in ("low", "high")]
     assert main([*map(str, runs), "-o", str(tmp_path / "report.html")]) == 0
@@ -202,6 +218,17 @@ def test_a_killed_and_resumed_run_is_read(tmp_path, caplog):
         file.write("\n" + json.dumps(record(50, {})) + "\n")
     assert [r["step"] for r in read(run)] == [10, 20, 30, 50]
     assert f"{run / FILE_NAME}, line 7: not a record of the monitor; left out" in caplog.text
+
+
+def test_a_resumed_run_repeats_its_validations(tmp_path):
+    """Killed at 35, resumed from 20: what it had found at 20 stays, and what it found later is replaced."""
+    lines = [record(10, {}), validation(20, 5.0), record(20, {}), record(30, {}), validation(30, 4.0), record(35, {})]
+    run = write(tmp_path, [*lines, record(20, {}), validation(25, 3.0), record(30, {})])
+    records, validations = load(run)
+    assert [r["step"] for r in records] == [10, 20, 30]
+    assert [(v["step"], v["validation"]["loss"]) for v in validations] == [(20, 5.0), (25, 3.0)]
+    write(tmp_path, [record(10, {}), {**validation(20, 1.0), "validation": {"loss": "low"}}])
+    assert load(run)[1] == []
 
 
 def test_what_cannot_be_reported_is_said_in_one_line(tmp_path, capsys):
