@@ -8,6 +8,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from stable_core.init_std import vit_init_std
+
 from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
 from .keywords import known_keywords
 from .modeling_stable import StablePreTrainedModel, attend, build_norm, build_qk_norms
@@ -82,6 +84,10 @@ class StableViTPreTrainedModel(StablePreTrainedModel):
         super().draw_(module, weight)
         if self.config.init == "normal" and self.config.patch_initializer_range and isinstance(module, nn.Conv2d):
             nn.init.normal_(weight, std=self.config.patch_initializer_range)
+
+    def papers_std(self, module: nn.Module) -> float:
+        weights, patches = vit_init_std(self.config.hidden_size, self.config.num_channels * self.config.patch_size**2)
+        return patches if isinstance(module, nn.Conv2d) else weights
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
