@@ -63,10 +63,10 @@ class StablePreTrainedModel(PreTrainedModel):
         elif self.config.init == "xavier":
             nn.init.xavier_normal_(weight.flatten(1))
         else:
-            paper = self.papers_std(module) if parametrize.is_parametrized(module) else NORMAL
+            paper = self.papers_std() if parametrize.is_parametrized(module) else NORMAL
             nn.init.normal_(weight, std=self.config.initializer_range or paper)
 
-    def papers_std(self, module: nn.Module) -> float:
+    def papers_std(self) -> float:
         """The standard deviation of a reparametrised layer's weight where init = "normal" and no initializer_range is given."""
         raise NotImplementedError
 

@@ -94,7 +94,7 @@ class StableGPTPreTrainedModel(StablePreTrainedModel):
         if self.config.init == "normal" and getattr(module, "on_residual", False):
             weight.div_(math.sqrt(2 * self.config.n_layer))  # GPT-2's
 
-    def papers_std(self, module: nn.Module) -> float:
+    def papers_std(self) -> float:
         return gpt_init_std(self.config.n_embd)
 
 
