@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stable_core import SigmaReparamConfig, StableNorm, sigma_reparam, stable_init_
 from stable_core.attention import L2Kernel, stable_qk_norms, stable_tau
+from stable_core.init_std import gpt_init_std
 
 CHOICES = {
     "norm": ("stable", "layernorm", "rmsnorm", "none"),
@@ -35,7 +36,8 @@ class GPTConfig:
         attention: "stable", "dot", "qknorm", "l2" or "l2_tied".
         tau_scale: multiple of StableAtten's tau = 1.618 log2(block_size).
         init: of the Linear layers, "stable", "gpt2" (N(0, 0.02^2), smaller into the residual stream) or "xavier".
-        reparam: "none", "sigma", or its baselines "spectral" and "weight"; of every Linear layer of the blocks.
+        reparam: "none", "sigma", or its baselines "spectral" and "weight"; of every Linear layer of the blocks. init = "gpt2"
+            then has, at other widths than GPT-2's, the spectral norm that 0.02 has there (`stable_core.init_std`).
     """
 
     block_size: int = 1024
@@ -161,14 +163,17 @@ class GPT(nn.Module):
 
     def _init_weights(self) -> None:
         """Draws in upstream's order, for the same numbers from the same seed."""
+        std, blocks = 0.02, {*self.transformer.h.modules()}
+        if self.config.reparam != "none":
+            std = gpt_init_std(self.config.n_embd)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std if module in blocks else 0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
         for name, weight in self.transformer.h.named_parameters():
             if self.config.init == "gpt2" and name.endswith("c_proj.weight"):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.n_layer))
             elif self.config.init == "xavier" and weight.ndim == 2:
                 nn.init.xavier_normal_(weight)
         if self.config.init == "stable":

@@ -24,6 +24,9 @@ def check_positive(config: PreTrainedConfig, *fields: str) -> None:
             raise ValueError(f"{field} = {getattr(config, field)!r}: allowed are positive numbers")
 
 
+NORMAL = 0.02  # GPT-2's and ViT's standard deviation, at any width
+
+
 # What transformers lets a configuration hold beside its fields, and acts on.
 BESIDE_FIELDS = (
     "attn_implementation", "experts_implementation", "output_attentions", "torch_dtype", "name_or_path", "is_causal",
@@ -116,7 +119,8 @@ class StableConfig(ReparamConfig):
         attention: "stable" (StableAtten), "dot", "qknorm", "l2" or "l2_tied".
         tau_scale: multiple of StableAtten's tau.
         init: of Linear and Conv layers, "stable" (StableInit), "normal" (N(0, initializer_range^2)) or "xavier".
-        initializer_range: standard deviation of embeddings, and of init = "normal".
+        initializer_range: standard deviation of embeddings, and of init = "normal". Left out it is 0.02, and in reparametrised
+            layers the paper's at its sizes and what has its spectral norm at others (`stable_core.init_std`).
         norm_eps: of every norm.
     """
 
@@ -125,7 +129,7 @@ class StableConfig(ReparamConfig):
     attention: str = "stable"
     tau_scale: float | int = 1.0
     init: str = "stable"
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     norm_eps: float = 1e-5
 
     def check_settings(self) -> None:
@@ -133,6 +137,8 @@ class StableConfig(ReparamConfig):
         check(self, "norm", ("stable", "layernorm", "rmsnorm", "none"))
         check(self, "attention", ("stable", "dot", "qknorm", "l2", "l2_tied"))
         check(self, "init", ("stable", "normal", "xavier"))
-        check_positive(self, "tau_scale", "initializer_range", "norm_eps")
+        check_positive(
+            self, "tau_scale", "norm_eps", *(["initializer_range"] if self.initializer_range is not None else [])
+        )
         if not 0 <= self.alpha <= 0.5:
             raise ValueError(f"alpha = {self.alpha!r}: allowed are numbers from 0 to 0.5")

@@ -23,8 +23,8 @@ class StableViTConfig(StableConfig):
         image_size: side of the images; with patch_size it gives N of StableAtten's tau.
         patch_size, num_channels: of the patch embedding.
         qkv_bias: biases of queries, keys and values.
-        patch_initializer_range: standard deviation of the patch embedding under init = "normal", by default
-            initializer_range.
+        patch_initializer_range: standard deviation of the patch embedding under init = "normal"; left out, initializer_range,
+            and what the paper has for it where that is left out too.
     """
 
     model_type = "stable_vit"
@@ -87,10 +87,3 @@ class SigmaViTConfig(StableViTConfig):
     norm_eps: float = 1e-6
     reparam: str = "sigma"
     gamma_init: str = "spectral"
-
-    @classmethod
-    def preset(cls, size: str, **fields) -> "SigmaViTConfig":
-        """ "small", "base", "large" and "huge"; ViT-L's weights start smaller [σ, App. H]."""
-        if size == "large":
-            fields = {"initializer_range": 0.01, "patch_initializer_range": 0.0025, **fields}
-        return super().preset(size, **fields)

@@ -20,6 +20,7 @@ from stable_core.sigma_reparam import sigma_reparam
 from stable_core.stable_init import stable_init_
 from stable_core.stable_norm import StableNorm
 
+from .configuration_stable import NORMAL
 from .source import without_source, write_source
 
 
@@ -62,7 +63,12 @@ class StablePreTrainedModel(PreTrainedModel):
         elif self.config.init == "xavier":
             nn.init.xavier_normal_(weight.flatten(1))
         else:
-            nn.init.normal_(weight, std=self.config.initializer_range)
+            paper = self.papers_std() if parametrize.is_parametrized(module) else NORMAL
+            nn.init.normal_(weight, std=self.config.initializer_range or paper)
+
+    def papers_std(self) -> float:
+        """The standard deviation of a reparametrised layer's weight where init = "normal" and no initializer_range is given."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -75,7 +81,7 @@ class StablePreTrainedModel(PreTrainedModel):
             if module.bias is not None and _is_fresh(module.bias):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding) and _is_fresh(module.weight):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=self.config.initializer_range or NORMAL)
             if module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm | StableNorm):

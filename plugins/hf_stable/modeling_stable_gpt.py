@@ -16,6 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from stable_core.init_std import gpt_init_std
+
 from .configuration_stable_gpt import StableGPTConfig
 from .keywords import CACHE, check_cache, known_keywords
 from .modeling_stable import StablePreTrainedModel, attend, build_norm, build_qk_norms, check_indices
@@ -91,6 +93,9 @@ class StableGPTPreTrainedModel(StablePreTrainedModel):
         super().draw_(module, weight)
         if self.config.init == "normal" and getattr(module, "on_residual", False):
             weight.div_(math.sqrt(2 * self.config.n_layer))  # GPT-2's
+
+    def papers_std(self) -> float:
+        return gpt_init_std(self.config.n_embd)
 
 
 class StableGPTModel(StableGPTPreTrainedModel):

@@ -2,11 +2,14 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+from stable_core.init_std import vit_init_std
 
 from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
 from .keywords import known_keywords
@@ -80,8 +83,19 @@ class StableViTPreTrainedModel(StablePreTrainedModel):
 
     def draw_(self, module: nn.Module, weight: Tensor) -> None:
         super().draw_(module, weight)
-        if self.config.init == "normal" and self.config.patch_initializer_range and isinstance(module, nn.Conv2d):
-            nn.init.normal_(weight, std=self.config.patch_initializer_range)
+        if self.config.init == "normal" and isinstance(module, nn.Conv2d):
+            patches = self.config.patch_initializer_range
+            if patches is None and self.config.initializer_range is None and parametrize.is_parametrized(module):
+                weights, patches = self.papers_stds()
+                patches = None if patches == weights else patches
+            if patches is not None:  # drawn again, and not scaled: a seed gives the weights that it always gave
+                nn.init.normal_(weight, std=patches)
+
+    def papers_std(self) -> float:
+        return self.papers_stds()[0]
+
+    def papers_stds(self) -> tuple[float, float]:
+        return vit_init_std(self.config.hidden_size, self.config.num_channels * self.config.patch_size**2)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

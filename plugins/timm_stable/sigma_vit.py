@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from stable_core import SigmaReparamConfig, converge, fold
 from stable_core import sigma_reparam as plain_sigma_reparam
 from stable_core.folding import fold_state_dict
+from stable_core.init_std import vit_init_std
 from stable_core.targets import FilterFn, layers
 
 from .stablevit import cfg, create
@@ -35,8 +36,9 @@ class SigmaVisionTransformer(VisionTransformer):
             diverges at once without [σ, Table 1]).
         gamma_init: "spectral", the paper's choice for vision, or "one".
         qkv: "separate", "joint" or "qk_joint".
-        weight_std, patch_std: truncated normal of the Linear layers and of the patch embedding; 0.02, and for ViT-L 0.01 and
-            0.0025 [σ, App. H].
+        weight_std, patch_std: truncated normal of the Linear layers and of the patch embedding; left out, the paper's at its
+            sizes and their spectral norm at others (`stable_core.init_std`). With another `weight_init` of timm's only what
+            is given changes the Linear layers.
         **timm: as for timm's `VisionTransformer`.
 
     Raises:
@@ -50,8 +52,8 @@ class SigmaVisionTransformer(VisionTransformer):
         reparam: str = "sigma",
         gamma_init: str = "spectral",
         qkv: str = "separate",
-        weight_std: float = 0.02,
-        patch_std: float = 0.02,
+        weight_std: float | None = None,
+        patch_std: float | None = None,
         **timm,
     ) -> None:
         if reparam not in REPARAMS:
@@ -60,7 +62,9 @@ class SigmaVisionTransformer(VisionTransformer):
             self.reparam = SigmaReparamConfig(gamma_init=gamma_init, qkv=qkv)
         else:
             self.reparam = SigmaReparamConfig(kind=reparam, qkv=qkv)
-        self.weight_std, self.patch_std = weight_std, patch_std
+        for name, given in (("weight_std", weight_std), ("patch_std", patch_std)):
+            if given is not None and not given > 0:
+                raise ValueError(f"{name} = {given!r}: allowed are positive numbers")
         if not layer_norm:
             timm["norm_layer"] = nn.Identity
         mode = timm.pop("weight_init", "")
@@ -70,6 +74,8 @@ class SigmaVisionTransformer(VisionTransformer):
             with _FirstDraws() as first_draws:
                 super().__init__(weight_init="skip", **timm)
             first_draws.make(self)
+        weights, patches = vit_init_std(self.embed_dim, self.patch_embed.proj.weight[0].numel())
+        self.given_std, self.weight_std, self.patch_std = weight_std, weight_std or weights, patch_std or patches
         if mode == "skip":
             sigma_reparam(self, self.reparam)
         else:
@@ -83,16 +89,18 @@ class SigmaVisionTransformer(VisionTransformer):
                 for tensor in (*self.parameters(), *self.buffers()):
                     tensor.fill_(1.0)
             fold(converge(self))
-        if mode or self.weight_init_mode:
+        mode = mode or self.weight_init_mode
+        if mode:  # all but timm's own draw by width themselves
             super().init_weights(mode, needs_reset)
         else:
             self._init_as_timm(needs_reset)
+        scale = ((self.given_std or TIMM_STD) if mode else self.weight_std) / TIMM_STD
         with torch.no_grad():
             for target in layers(self):
                 if target.module is self.patch_embed.proj:
                     nn.init.trunc_normal_(target.weight, std=self.patch_std)
-                elif self.weight_std != TIMM_STD:  # scaled, as drawing them anew takes a third of the time of the build
-                    target.weight.mul_(self.weight_std / TIMM_STD)
+                elif scale != 1:  # as drawing them anew takes a third of the time of the build
+                    target.weight.mul_(scale)
         sigma_reparam(self, self.reparam)
 
     def _init_as_timm(self, needs_reset: bool) -> None:
@@ -225,11 +233,9 @@ def _pretrained_filter_fn(state_dict: dict[str, Tensor], model: SigmaVisionTrans
 SIZES = {
     "small_patch16": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
     "base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large_patch16": {
-        "patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, "weight_std": 0.01, "patch_std": 0.0025
-    },
+    "large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
-}  # fmt: skip
+}
 default_cfgs = generate_default_cfgs(
     {f"sigma_vit_{size}_224{variant}": cfg() for size in SIZES for variant in ("", "_preln")}
 )

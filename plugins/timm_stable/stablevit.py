@@ -1,4 +1,4 @@
-"""StableViT: timm's Vision Transformer with StableNorm, StableAtten and StableInit [ST, Table 1, App. D].
+"""StableViT: timm's Vision Transformer with StableNorm, StableAtten and StableInit [ST, Table 1, App. F, G].
 
 Every keyword of timm's `VisionTransformer` works, and so does what timm does with one.
 """
@@ -169,6 +169,6 @@ def stablevit_giant(pretrained: bool = False, **kwargs) -> StableVisionTransform
 
 @register_model
 def stablevit_200(pretrained: bool = False, **kwargs) -> StableVisionTransformer:
-    """200 blocks of width 768, 12 heads, patch 14: 1419M [ST, Table 1: 1439M]."""
+    """200 blocks of width 768, 12 heads, patch 14: 1419M [ST, Table 1: 1439M, and no patch]."""
     args = {"patch_size": 14, "embed_dim": 768, "depth": 200, "num_heads": 12}
     return _create("stablevit_200", pretrained, **{**args, **kwargs})

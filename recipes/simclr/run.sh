@@ -26,8 +26,6 @@ PRETRAIN=(--variant "$VARIANT" --seed "$SEED") PROBE=(--seed "$SEED")
 if [ "$SMALL" = 1 ]; then
     NAME=simclr_small EPOCHS=${EPOCHS:-20} WARMUP=${WARMUP:-3}
     MODEL=(patch_size=2 embed_dim=64 depth=4 num_heads=4)
-    # of width 64: the spectral norm that 0.02 has at 768
-    case $VARIANT in sigma*) MODEL+=(weight_std=0.07 patch_std=0.07) ;; esac
     PRETRAIN+=(
         --data digits --batch-size 128 --lr 1.2e-2 --crop-min 0.3 --hidden-dim 128 --monitor-every 10
         --model-kwargs "${MODEL[@]}"

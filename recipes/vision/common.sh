@@ -47,4 +47,3 @@ train() {
 # The augmentations of both papers [σ, Tables 13 and 14; ST, Table 3b].
 AUGMENTED=(--auto-augment rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --smoothing 0.1)
 SMALL_MODEL=(patch_size=8 embed_dim=64 depth=8 num_heads=4)
-SMALL_SIGMA=(weight_std=0.07 patch_std=0.07) # of width 64: the spectral norm that 0.02 has at 768

@@ -34,7 +34,6 @@ MONITOR_EVERY = 20
 LR_BASE_SIZE = 128
 WIDTH = ("embed_dim=64", "num_heads=4")
 PATCH = {"cifar10": 8, "cifar100": 8, "digits": 2, "digits32": 8}  # 16 of an image
-STD = ("weight_std=0.07", "patch_std=0.07")  # 0.02 at width 768 has the spectral norm of 0.07 at width 64
 PLAIN = ("norm=layernorm", "attention=dot", "init=timm")  # of which stablevit_small is timm's ViT; later values win
 
 
@@ -48,13 +47,13 @@ class Model:
 
 MODELS = {
     "vit": Model("ViT", "vit_small_patch16_224", WIDTH, "tab:red"),
-    "sigma": Model("σReparam, no LayerNorm", "sigma_vit_small_patch16_224", (*WIDTH, *STD), "tab:blue"),
-    "sigma_preln": Model("σReparam, pre-LN", "sigma_vit_small_patch16_224_preln", (*WIDTH, *STD), "tab:purple"),
+    "sigma": Model("σReparam, no LayerNorm", "sigma_vit_small_patch16_224", WIDTH, "tab:blue"),
+    "sigma_preln": Model("σReparam, pre-LN", "sigma_vit_small_patch16_224_preln", WIDTH, "tab:purple"),
     "stable": Model("StableViT", "stablevit_small", WIDTH, "tab:green"),
-    "sn": Model("spectral norm", "sigma_vit_small_patch16_224", (*WIDTH, *STD, "reparam=spectral"), "tab:orange"),
-    "wn": Model("weight norm", "sigma_vit_small_patch16_224", (*WIDTH, *STD, "reparam=weight"), "tab:olive"),
+    "sn": Model("spectral norm", "sigma_vit_small_patch16_224", (*WIDTH, "reparam=spectral"), "tab:orange"),
+    "wn": Model("weight norm", "sigma_vit_small_patch16_224", (*WIDTH, "reparam=weight"), "tab:olive"),
     "wn_preln": Model(
-        "weight norm, pre-LN", "sigma_vit_small_patch16_224_preln", (*WIDTH, *STD, "reparam=weight"), "tab:brown"
+        "weight norm, pre-LN", "sigma_vit_small_patch16_224_preln", (*WIDTH, "reparam=weight"), "tab:brown"
     ),
     "stable_init": Model("ViT, StableInit", "stablevit_small", (*WIDTH, *PLAIN, "init=stable"), "tab:orange"),
     "stable_norm": Model("ViT, StableNorm", "stablevit_small", (*WIDTH, *PLAIN, "norm=stable"), "tab:purple"),

@@ -70,6 +70,5 @@ wn_b) MODEL=sigma_vit_${SIZE}_preln KWARGS+=(reparam=weight) ;; # without LayerN
 sn_b) MODEL=sigma_vit_$SIZE KWARGS+=(reparam=spectral) ;;
 *) MODEL=sigma_vit_$SIZE ;;
 esac
-if [ "$SMALL" = 1 ] && [ "${MODEL#sigma}" != "$MODEL" ]; then KWARGS+=("${SMALL_SIGMA[@]}"); fi
 
 train "$VARIANT-$SEED" "$BATCH" --model "$MODEL" --model-kwargs "${KWARGS[@]}" --seed "$SEED" "${OPTIONS[@]}"

@@ -17,7 +17,7 @@ USER_OPTIONS=("$@")
 COMMON=(--model sigma_vit_base_patch16_224 --seed "$SEED" --opt lamb --betas 0.9 0.999 --weight-decay 1e-5 --sched step
     "${AUGMENTED[@]}" --ema-decay 0.9999)
 SMALL_KWARGS=()
-if [ "$SMALL" = 1 ]; then DATA=${DATA:-digits} SMALL_KWARGS=(--model-kwargs patch_size=4 embed_dim=64 depth=4 num_heads=4 "${SMALL_SIGMA[@]}"); fi
+if [ "$SMALL" = 1 ]; then DATA=${DATA:-digits} SMALL_KWARGS=(--model-kwargs patch_size=4 embed_dim=64 depth=4 num_heads=4); fi
 case $STAGE in
 pretrain)
     SMALL_OPTIONS=(--img-size 16 --batch-size 32 --epochs 20 --decay-epochs 17 --lr 3e-3 --ema-decay 0.99)

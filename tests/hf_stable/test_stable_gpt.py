@@ -155,7 +155,10 @@ def test_presets_have_the_parameters_of_table_2(size, millions):
 
 
 def test_initialisation():
-    """StableInit's standard deviation [ST, eq. 1], GPT-2's with its residual scale, and Xavier's; embeddings 0.02."""
+    """StableInit's standard deviation [ST, eq. 1], GPT-2's with its residual scale, and Xavier's; embeddings 0.02.
+
+    Reparametrised, GPT-2's has at width 256 the spectral norm of 0.02 at 768.
+    """
     wide = {"n_embd": 256, "n_head": 4, "n_layer": 3, "vocab_size": 2000, "bias": True}
     root = math.sqrt
     expected = {  # c_attn (256 -> 768), mlp.c_proj (1024 -> 256)
@@ -173,7 +176,8 @@ def test_initialisation():
                 chain = layer.parametrizations.weight if parametrize.is_parametrized(layer) else layer
                 W = {"none": "weight", "sigma": "original", "weight": "weight"}[reparam]
                 W = layer.weight if W == "weight" else getattr(chain, W)
-                assert W.std().item() == pytest.approx(std, rel=0.02), (init, reparam)
+                narrow = root(3) if init == "normal" and reparam != "none" else 1
+                assert W.std().item() == pytest.approx(narrow * std, rel=0.02), (init, reparam)
                 assert not layer.bias.any()
                 if reparam == "sigma":  # u, v and gamma belong to the drawn weights
                     torch.testing.assert_close(chain[0].sigma()[-1], torch.linalg.matrix_norm(W.chunk(

@@ -20,24 +20,35 @@ IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 def test_presets_have_the_parameters_of_table_1(size, millions):
     with torch.device("meta"):
         model = StableViTForImageClassification(StableViTConfig.preset(size, num_labels=1000))
-    # 1.4 % below the paper's for the 200 blocks, as in timm_stable; see docs/timm.md.
+    # 1.4 % below the paper's for the 200 blocks, as in timm_stable; see docs/parameters.md.
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.015)
 
 
 def test_presets():
-    assert SigmaViTConfig.preset("large").patch_initializer_range == 0.0025  # [σ, App. H]
-    assert SigmaViTConfig.preset("large", initializer_range=0.03).initializer_range == 0.03
-    assert SigmaViTConfig.preset("base").patch_initializer_range is None
     with pytest.raises(ValueError, match="size = 'tiny': allowed are 'small', 'base', 'large', 'huge', 'giant', '200'"):
         StableViTConfig.preset("tiny")
 
 
-def test_initialisation_of_sigma_vit_large():
+@pytest.mark.parametrize(
+    ("size", "settings", "patches", "weights"),
+    [
+        ("base", {}, 0.02, 0.02),  # [σ, Table 13]
+        ("large", {}, 0.0025, 0.01),  # [σ, Table 14]
+        ("huge", {}, 0.0025, 0.01),  # [σ, App. I]
+        ("huge", {"initializer_range": 0.03}, 0.03, 0.03),
+        ("huge", {"initializer_range": 0.03, "patch_initializer_range": 0.05}, 0.05, 0.03),
+        ("base", {"hidden_size": 192, "intermediate_size": 768, "num_channels": 1, "patch_size": 8}, 0.0693, 0.04),
+        ("base", {"hidden_size": 192, "intermediate_size": 768, "norm": "layernorm", "reparam": "none"}, 0.02, 0.02),
+    ],
+)
+def test_initialisation_of_sigma_vit(size, settings, patches, weights):
     torch.manual_seed(0)
-    model = SigmaViTForImageClassification(SigmaViTConfig.preset("large", num_hidden_layers=1, image_size=32))
-    for layer, std in ((model.vit.patch_embed.proj, 0.0025), (model.vit.blocks[0].attn.qkv, 0.01)):
-        W = layer.parametrizations.weight.original
-        assert W.std().item() == pytest.approx(std, rel=0.01)
+    model = SigmaViTForImageClassification(
+        SigmaViTConfig.preset(size, **{"num_hidden_layers": 1, "image_size": 32, **settings})
+    )
+    for layer, std in ((model.vit.patch_embed.proj, patches), (model.vit.blocks[0].attn.qkv, weights)):
+        W = layer.weight if model.config.reparam == "none" else layer.parametrizations.weight.original
+        assert W.std().item() == pytest.approx(std, rel=4 / W.numel() ** 0.5)
         torch.testing.assert_close(layer.weight, W, rtol=1e-4, atol=1e-7)  # gamma = sigma
     assert model.vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
 

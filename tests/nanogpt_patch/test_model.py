@@ -79,6 +79,17 @@ def test_initialisation():
         assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.02)
 
 
+@pytest.mark.parametrize("reparam", ["sigma", "weight"])
+def test_a_narrow_reparametrised_gpt_starts_with_gpt_2s_spectral_norm(reparam):
+    settings = {"n_embd": 192, "n_head": 3, "n_layer": 2, "init": "gpt2", "reparam": reparam}
+    model = GPT(GPTConfig(**{**TINY, **settings}))
+    law = 0.02 * (math.sqrt(768) + math.sqrt(3072))
+    for layer, expected in ((model.transformer.h[0].mlp.c_fc, law), (model.transformer.h[0].mlp.c_proj, law / 2)):
+        W = layer.weight if reparam == "weight" else layer.parametrizations.weight.original
+        assert torch.linalg.matrix_norm(W, 2).item() == pytest.approx(expected, rel=0.05)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_the_loss_is_the_cross_entropy():
     model = gpt()
     targets = torch.roll(TOKENS, -1, 1)
