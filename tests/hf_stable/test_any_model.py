@@ -51,7 +51,7 @@ def reparametrise(model, **settings):
 
 
 def update(model, family: str) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     outputs(model, family).square().mean().backward()
     optimizer.step()
 
