@@ -100,10 +100,10 @@ def test_accumulated_batches_are_one_update(tmp_path):
 
 
 def test_two_processes_are_one(tmp_path):
-    options = f"{TINY} --model sigma_vit_small_patch16_224 --batch-size 64 --lr 0.1 --opt sgd --epochs 1"
+    options = f"{TINY} --model sigma_vit_small_patch16_224 --batch-size 64 --lr 0.01 --opt sgd --epochs 1"
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     for name, command in (("one", []), ("two", launch)):
-        module = [*command, "recipes.vision.train"]
+        module = [*command, "tests.recipes.unshifted"]
         flags = shlex.split(f"--output {tmp_path / name} {options}")
         subprocess.run([sys.executable, "-m", *module, *flags], check=True, capture_output=True, env=cpu_only())
     one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").open()][-1] for name in ("one", "two"))
