@@ -12,7 +12,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 ROOT = Path(__file__).parents[2]
 
-here = pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reason="runs in test_under_the_interpreter.py")
+here = pytest.mark.skipif(
+    DEVICE.type == "cpu" and not INTERPRETED, reason="runs in test_all_kernels_under_the_interpreter"
+)
 
 
 def in_process(*command: str, **environment: str) -> subprocess.CompletedProcess:

@@ -9,8 +9,19 @@ from stable_core.kernels import Tile, measure, power_iteration_, scale_backward
 from tests.stable_core.interpreter import DEVICE, INTERPRETED, here, in_process
 
 SHAPES = ((1, 1), (3, 5), (1, 70), (65, 1), (65, 129), (300, 70), (48, 64))
+FILES = [f"tests/stable_core/test_kernels{which}.py" for which in ("", "_attention", "_training")]
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 BF16 = 2**-7 if INTERPRETED else 2**-8  # the interpreter cuts bits off where a GPU rounds
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_all_kernels_under_the_interpreter(chosen):
+    """Here and not in a file of its own, as pytest-xdist leaves the files with the fewest tests to the end."""
+    pytest.importorskip("triton")
+    done = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, *FILES, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
 
 
 @pytest.mark.parametrize("before", ["pass", "sys.modules['triton'] = None"], ids=["as it is", "no triton"])
