@@ -139,6 +139,11 @@ def test_export_of_another_librarys_model(tmp_path):
 @pytest.mark.parametrize("step", ["first", "again"])
 def test_push_to_hub_takes_the_source_along(tmp_path, monkeypatch, step):
     committed = []
+
+    def no_card(*_, **__):  # as where the hub cannot be reached, but without waiting for it
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no card")
+
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", no_card)
     monkeypatch.setattr(
         huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id)
     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recipes.vision import corruptions, data, diverged, engine, grid, train
+from stable_monitor.records import load
 
 RECIPES = Path(train.__file__).parent
 TINY = "--data digits --model-kwargs patch_size=2 embed_dim=32 depth=2 num_heads=2"
@@ -40,8 +41,9 @@ def test_the_command_learns_the_digits(tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["top1"] > 40  # chance is 10
     assert f"accuracy {rows[-1]['top1']:.2f} %" in capsys.readouterr().out
-    records = [json.loads(line) for line in (tmp_path / "monitor.jsonl").read_text().splitlines()]
+    records, validations = load(tmp_path)
     assert [record["step"] for record in records] == list(range(0, 8 * 44, 20))
+    assert [line["validation"]["top1"] for line in validations] == pytest.approx([row["top1"] for row in rows])
 
     # The accuracy of the exported weights, counted by hand.
     given = engine.read_settings(train.Settings, tmp_path)

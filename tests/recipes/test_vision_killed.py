@@ -60,9 +60,9 @@ def whole(tmp_path_factory) -> tuple[list[dict], dict[str, torch.Tensor]]:
     ("place", "name", "call", "half", "last"),
     [
         (engine.Accelerator, "save_state", 2, half_a_checkpoint, "checkpoint-1"),
-        (Path, "rename", 2, lambda *_: None, "checkpoint-1"),
-        (shutil, "rmtree", 1, half_a_folder, "checkpoint-2"),
-        (Path, "write_text", 1, some_of_a_text, None),
+        pytest.param(Path, "rename", 2, lambda *_: None, "checkpoint-1", marks=pytest.mark.slow),
+        pytest.param(shutil, "rmtree", 1, half_a_folder, "checkpoint-2", marks=pytest.mark.slow),
+        pytest.param(Path, "write_text", 1, some_of_a_text, None, marks=pytest.mark.slow),
         (Path, "write_text", 3, some_of_a_text, "checkpoint-1"),
         (engine, "save_file", 1, half_a_file, "checkpoint-3"),
     ],
