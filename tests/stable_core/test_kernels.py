@@ -24,6 +24,7 @@ def test_all_kernels_under_the_interpreter(chosen):
     assert " passed" in done.stdout
 
 
+@pytest.mark.skipif(INTERPRETED, reason="starts processes of its own, in which nothing is interpreted")
 @pytest.mark.parametrize("before", ["pass", "sys.modules['triton'] = None"], ids=["as it is", "no triton"])
 def test_can_be_imported_anywhere_and_says_whether_it_runs(before):
     code = f"""

@@ -87,9 +87,9 @@ def assert_bitwise(a, b):
     ("block", "settings"),
     [
         (Block, {}),
-        (Block, {"gamma_init": "spectral", "qkv": "joint"}),
+        pytest.param(Block, {"gamma_init": "spectral", "qkv": "joint"}, marks=pytest.mark.slow),
         (Block, {"qkv": "qk_joint", "n_power_iterations": 2}),
-        (Block, {"kind": "spectral", "stop_gradient": True}),
+        pytest.param(Block, {"kind": "spectral", "stop_gradient": True}, marks=pytest.mark.slow),
         (Apart, {"qkv": "joint"}),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_resumed_run_is_bitwise_the_one_that_never_stopped():
 
 
 @here
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_checkpointed_activations_give_bitwise_the_same(use_reentrant):
     plain, checkpointed = model("triton"), model("triton")
     train(plain, adam(plain))
