@@ -173,10 +173,10 @@ PLAIN, OTHER = "holds plain weights and the model is reparametrised", "is repara
 @pytest.mark.parametrize(
     "first, then, message, flag",
     [
-        ("deepnorm_transformer_6l", SIGMA, PLAIN, "--restore-file"),
+        pytest.param("deepnorm_transformer_6l", SIGMA, PLAIN, "--restore-file", marks=pytest.mark.slow),
         (SIGMA, "deepnorm_transformer_6l", OTHER, "--restore-file"),
         ("transformer", SIGMA, PLAIN, "--finetune-from-model"),
-        (SIGMA, "transformer", OTHER, "--finetune-from-model"),
+        pytest.param(SIGMA, "transformer", OTHER, "--finetune-from-model", marks=pytest.mark.slow),
     ],
 )
 def test_training_ends_with_the_line_that_says_what_does_not_fit(train, first, then, message, flag, tmp_path):
@@ -193,7 +193,7 @@ def test_iterative_quantisation_is_refused(train, tmp_path):
         train("sigma", SIGMA, 3, "--quantization-config-path", tmp_path / "pq.yaml")
 
 
-@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
+@pytest.mark.parametrize("backend", ["pytorch_ddp", pytest.param("legacy_ddp", marks=pytest.mark.slow)])
 def test_two_processes_are_the_run_with_one(train, backend, corpus, tmp_path):
     whole = train("one", SIGMA, 4, "--batch-size", 64)
     from .conftest import TINY
@@ -241,7 +241,7 @@ def test_generation_folds_and_incremental_decoding_agrees(train, generate, tmp_p
         torch.testing.assert_close(step[:, -1], unfolded[:, length - 1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("residual", ["post-ln", "pre-ln", "deepnorm"])
+@pytest.mark.parametrize("residual", ["post-ln", pytest.param("pre-ln", marks=pytest.mark.slow), "deepnorm"])
 def test_export_loads_in_stock_fairseq_with_equal_outputs(train, generate, residual, corpus, tmp_path):
     train("ours", SIGMA, 30, "--residual", residual)
     (tmp_path / "stock").mkdir()

@@ -309,6 +309,7 @@ def test_gradient_accumulation_is_the_run_with_the_whole_batch(train):
     same(whole, train("parts", 4, "--batch-size", 16, "--update-freq", 4), rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow  # test_commands.py has a translation model
 def test_two_processes_are_the_run_with_one(train, corpus, tmp_path):
     whole = train("one", 4, "--batch-size", 64)
     command = [sys.executable, "-m", "fairseq_cli.train", corpus, "--user-dir", USER_DIR, "--arch", SIGMA, *FLAGS]

@@ -282,7 +282,9 @@ def test_a_log_file_has_each_line_once(data, tmp_path):
     assert len(logged) == len(printed) == 3 * 4  # printed with the time before it
 
 
-@pytest.mark.parametrize("flag, dtype", [("--bf16", torch.bfloat16), ("--fp16", torch.float16)])
+@pytest.mark.parametrize(
+    "flag, dtype", [("--bf16", torch.bfloat16), pytest.param("--fp16", torch.float16, marks=pytest.mark.slow)]
+)
 def test_low_precision_trains_on_cpu(mend, data, tmp_path, flag, dtype):
     fairseq(*train(data, tmp_path, "--max-update", 2, flag))
     saved = checkpoint(tmp_path)
