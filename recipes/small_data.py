@@ -226,9 +226,12 @@ def get(task: str, data: Path) -> str:
                 "asr/manifest.tsv, of the columns split (train, valid, test), path and text"
             ) from None
         return f"Mini LibriSpeech is in {folder}"
-    if there and not (folder / STAND_IN).exists():
+    # What takes the folder's place removes it, so all in it has to be a stand-in that was written here.
+    ours = {*FILES[task], STAND_IN} if (folder / STAND_IN).exists() else set()
+    theirs = sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.is_dir() else []
+    if theirs:
         raise ValueError(
-            f"{folder} holds {', '.join(there)} and not all of {', '.join(FILES[task])}: complete or remove it"
+            f"{folder} holds {', '.join(theirs)} and not all of {', '.join(FILES[task])}: complete or remove it"
         )
     part = folder.with_name(f"{task}.part")
     shutil.rmtree(part, ignore_errors=True)

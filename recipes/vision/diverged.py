@@ -74,16 +74,15 @@ def look(directory: Path) -> Run:
 def verdicts(runs: list[Run]) -> list[str]:
     """ "NaN", "accuracy lost" or "no"; of a run that has not ended "-"."""
     best = max((accuracy for run in runs for accuracy in run.accuracies), default=0.0)
-    return [
-        "-"
-        if not run.ended
-        else "NaN"
-        if run.became_nan
-        else "accuracy lost"
-        if lost(run.final, best, run.classes)
-        else "no"
-        for run in runs
-    ]
+
+    def verdict(run: Run) -> str:
+        if not run.ended:
+            return "-"
+        if run.became_nan:
+            return "NaN"
+        return "accuracy lost" if lost(run.final, best, run.classes) else "no"
+
+    return [verdict(run) for run in runs]
 
 
 def summary(runs: list[Run]) -> str:

@@ -141,6 +141,18 @@ def test_a_damaged_test_set_is_named(server, wmt, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "mt").exists()
 
 
+def test_somebodys_files_are_not_removed(tmp_path, monkeypatch, capsys):
+    """In a folder that holds none of the files that are wanted, and beside a stand-in."""
+    for stand_in in (False, True):
+        mine = tmp_path / "lm" / "mine.txt"
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("a day's work")
+        if stand_in:
+            (tmp_path / "lm" / small_data.STAND_IN).touch()
+        assert command(monkeypatch, tmp_path, "lm") == 1
+        assert mine.read_text() == "a day's work" and "holds mine.txt and not all of" in capsys.readouterr().err
+
+
 UNITS = (
     "zero:null one:eins two:zwei three:drei four:vier five:fünf six:sechs seven:sieben eight:acht nine:neun ten:zehn \
 eleven:elf twelve:zwölf thirteen:dreizehn fourteen:vierzehn fifteen:fünfzehn sixteen:sechzehn seventeen:siebzehn \
