@@ -104,7 +104,7 @@ def test_accumulated_batches_are_one_update(tmp_path):
 
 
 def test_two_processes_are_one(tmp_path):
-    options = f"{TINY} --model sigma_vit_small_patch16_224 --batch-size 64 --lr 0.01 --opt sgd --epochs 1"
+    options = f"{TINY} --model sigma_vit_small_patch16_224 --batch-size 64 --lr 0.1 --opt sgd --epochs 1"
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     for name, command in (("one", []), ("two", launch)):
         module = [*command, "tests.recipes.unshifted"]
