@@ -1,7 +1,7 @@
 """The methods of σReparam and Stable-Transformer, for any torch model. Needs torch and nothing else."""
 
 from .advancing import advance
-from .attention import StableAttention
+from .stable_attention import StableAttention
 from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
 from .fold import fold, fold_state_dict

@@ -120,6 +120,21 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
     return groups
 
 
+def parts_of(model: nn.Module, target: Target) -> tuple[tuple[str, ...], list[int]]:
+    """What the outputs of a layer are, one part after the other, and how many each: "q", "k", "v", or "" for anything else.
+
+    Raises:
+        ValueError: q, k and v are packed, and not as three equal parts one after the other.
+    """
+    leaf, (out, width) = target.name.rpartition(".")[2], target.matrix.shape
+    if leaf in PACKED_QKV_NAMES:
+        if not in_thirds(_attention(model, target), out, width):
+            raise ValueError(f"{target.name}: it packs q, k and v, and not as three equal parts one after the other")
+        return ("q", "k", "v"), [width] * 3
+    names = next((names for names in QKV_NAMES if leaf in names), ())
+    return (("q", "k", "v")[names.index(leaf)] if names else "",), [out]
+
+
 def _attention(model: nn.Module, target: Target) -> nn.Module:
     """The module whose projections a packed weight holds: its own, or that around its layer."""
     if isinstance(target.module, nn.MultiheadAttention):

@@ -7,7 +7,7 @@ wandb_run_name = "gpt2-200"
 
 norm = "layernorm"
 attention = "dot"
-init = "gpt2"
+init = "stock"
 
 n_layer = 200
 n_head = 12

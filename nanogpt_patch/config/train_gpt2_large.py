@@ -7,7 +7,7 @@ wandb_run_name = "gpt2-large"
 
 norm = "layernorm"
 attention = "dot"
-init = "gpt2"
+init = "stock"
 
 n_layer = 36
 n_head = 20

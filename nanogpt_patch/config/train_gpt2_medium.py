@@ -7,7 +7,7 @@ wandb_run_name = "gpt2-medium"
 
 norm = "layernorm"
 attention = "dot"
-init = "gpt2"
+init = "stock"
 
 n_layer = 24
 n_head = 16

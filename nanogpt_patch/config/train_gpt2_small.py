@@ -7,7 +7,7 @@ wandb_run_name = "gpt2-small"
 
 norm = "layernorm"
 attention = "dot"
-init = "gpt2"
+init = "stock"
 
 batch_size = 12
 block_size = 1024

@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from stable_core import StableNorm
-from stable_core.attention import stable_tau
+from stable_core.attentions import stable_tau
 
 from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
 from .conversion import check_equal, load_whole

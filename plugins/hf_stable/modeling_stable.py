@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stable_core.attention import l2_features, stable_qk_norms
+from stable_core.attentions import l2_features, stable_qk_norms
 from stable_core.sigma_layers import is_sigma
 from stable_core.sigma_reparam import sigma_reparam
 from stable_core.stable_init import stable_init_

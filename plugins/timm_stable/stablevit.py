@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from stable_core import StableNorm, stable_init_
-from stable_core.attention import L2Kernel, stable_qk_norms
+from stable_core.attentions import L2Kernel, stable_qk_norms
 from stable_core.targets import layers
 
 __all__ = ["StableVisionTransformer"]  # and the entrypoints, which register_model adds

@@ -81,7 +81,7 @@ def test_initialisation():
 
 @pytest.mark.parametrize("reparam", ["sigma", "weight"])
 def test_a_narrow_reparametrised_gpt_starts_with_gpt_2s_spectral_norm(reparam):
-    settings = {"n_embd": 192, "n_head": 3, "n_layer": 2, "init": "gpt2", "reparam": reparam}
+    settings = {"n_embd": 192, "n_head": 3, "n_layer": 2, "init": "stock", "reparam": reparam}
     model = GPT(GPTConfig(**{**TINY, **settings}))
     law = 0.02 * (math.sqrt(768) + math.sqrt(3072))
     for layer, expected in ((model.transformer.h[0].mlp.c_fc, law), (model.transformer.h[0].mlp.c_proj, law / 2)):

@@ -32,7 +32,7 @@ from recipes.simclr.pretrain import Settings as SimCLR
 from recipes.vision.train import Settings as Vision
 from recipes.vision.train import keyword_arguments
 from stable_core import StableNorm
-from stable_core.attention import stable_tau
+from stable_core.attentions import stable_tau
 
 GPUS = 8  # for which the papers state their batches
 
