@@ -1,7 +1,6 @@
 """The methods of σReparam and Stable-Transformer, for any torch model. Needs torch and nothing else."""
 
 from .advancing import advance
-from .stable_attention import StableAttention
 from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
 from .fold import fold, fold_state_dict
@@ -9,6 +8,7 @@ from .param_groups import param_groups
 from .recomputing import recompute
 from .sigma_layers import sigma_layers
 from .sigma_reparam import SigmaReparamConfig, converge, sigma_reparam
+from .stable_attention import StableAttention
 from .stable_init import stable_init_
 from .stable_norm import StableNorm
 from .theory import (

@@ -1,4 +1,4 @@
-"""What a user chooses of the methods: one dataclass, of which every stack makes its keywords, flags and configuration fields."""
+"""What a user chooses of the methods: the one dataclass of which stacks make their keywords, flags and configuration fields."""
 
 import argparse
 from dataclasses import Field, dataclass, field, fields
