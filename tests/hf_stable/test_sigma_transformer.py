@@ -121,7 +121,7 @@ def test_deepnorm_has_the_papers_constants():
     model = tiny(encoder_layers=6, decoder_layers=6, d_model=64, reparam="none", init_std=0.1).model
     for side, (alpha, beta) in sides.items():
         for layer in getattr(model, side).layers:
-            assert layer.alpha == pytest.approx(alpha, rel=1e-5)
+            assert layer.residual.alpha == pytest.approx(alpha, rel=1e-5)
             for name, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
                     scaled = name.endswith(("v_proj", "out_proj", "fc1", "fc2"))
@@ -420,7 +420,7 @@ def test_codes_of_the_first_version_and_overwritten_symbols(tmp_path):
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"residual": "postln"}, "residual = 'postln': allowed are 'deepnorm', 'post-ln', 'pre-ln', 'none'"),
+    ({"residual": "postln"}, "residual = 'postln': allowed are 'pre-ln', 'post-ln', 'deepnorm'"),
     ({"reparam": "weights"}, "reparam = 'weights': allowed are"),
     ({"activation_function": "rely"}, "activation_function = 'rely': allowed are"),
     ({"decoder_layers": 0}, "decoder_layers = 0: allowed are positive numbers"),

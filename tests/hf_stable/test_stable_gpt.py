@@ -17,7 +17,7 @@ from .models import GPT, stable_gpt, tokens
 VARIANTS = {
     "stable": {},
     "stable, tau x 2": {"alpha": 0.25, "tau_scale": 2.0},
-    "sigma": {"reparam": "sigma", "norm": "none", "attention": "dot", "init": "normal"},
+    "sigma": {"reparam": "sigma", "norm": "none", "attention": "dot", "init": "stock"},
     "sigma, joint": {"reparam": "sigma", "qkv": "joint", "norm": "layernorm", "attention": "dot", "bias": True},
     "weight": {"reparam": "weight", "norm": "layernorm", "attention": "qknorm"},
     "qknorm": {"attention": "qknorm", "norm": "rmsnorm", "init": "xavier"},
@@ -163,7 +163,7 @@ def test_initialisation():
     root = math.sqrt
     expected = {  # c_attn (256 -> 768), mlp.c_proj (1024 -> 256)
         "stable": (1 / (root(256) + root(768)), 1 / (root(1024) + root(256))),
-        "normal": (0.02, 0.02 / root(6)),
+        "stock": (0.02, 0.02 / root(6)),
         "xavier": (root(2 / (256 + 768)), root(2 / (1024 + 256))),
     }
     for init, stds in expected.items():
@@ -176,7 +176,7 @@ def test_initialisation():
                 chain = layer.parametrizations.weight if parametrize.is_parametrized(layer) else layer
                 W = {"none": "weight", "sigma": "original", "weight": "weight"}[reparam]
                 W = layer.weight if W == "weight" else getattr(chain, W)
-                narrow = root(3) if init == "normal" and reparam != "none" else 1
+                narrow = root(3) if init == "stock" and reparam != "none" else 1
                 assert W.std().item() == pytest.approx(narrow * std, rel=0.02), (init, reparam)
                 assert not layer.bias.any()
                 if reparam == "sigma":  # u, v and gamma belong to the drawn weights
@@ -283,9 +283,14 @@ def test_fold_gives_a_plain_model_with_the_same_outputs(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"norm": "batch"}, "norm = 'batch': allowed are 'stable', 'layernorm', 'rmsnorm', 'none'"),
-        ({"attention": "cosine"}, "attention = 'cosine': allowed are 'stable', 'dot', 'qknorm', 'l2', 'l2_tied'"),
-        ({"init": "he"}, "init = 'he': allowed are 'stable', 'normal', 'xavier'"),
+        ({"norm": "batch"}, "norm = 'batch': allowed are 'layernorm', 'rmsnorm', 'stable', 'none'"),
+        ({"attention": "cosine"}, "attention = 'cosine': allowed are 'dot', 'qknorm', 'stable', 'l2', 'l2_tied'"),
+        ({"init": "normal"}, "init = 'normal': allowed are 'stock', 'stable', 'xavier'"),
+        ({"residual": "none"}, "residual = 'none': allowed are 'pre-ln', 'post-ln', 'deepnorm'"),
+        (
+            {"norm": "none", "residual": "post-ln"},
+            "residual = 'post-ln': it says where the norm is, and norm is none: allowed is pre-ln",
+        ),
         ({"reparam": "spec"}, "reparam = 'spec': allowed are 'none', 'sigma', 'spectral', 'weight'"),
         ({"reparam": "sigma", "gamma_init": "two"}, "gamma_init = 'two': allowed are 'one', 'spectral'"),
         ({"alpha": 0.7}, "alpha = 0.7: allowed are numbers from 0 to 0.5"),
@@ -303,7 +308,7 @@ def test_wrong_settings(settings, error):
 
 def test_settings_given_beside_a_folder_are_checked_and_go_together(tmp_path):
     stable_gpt().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="norm = 'bogus': allowed are 'stable'"):
+    with pytest.raises(ValueError, match="norm = 'bogus': allowed are 'layernorm'"):
         StableGPTForCausalLM.from_pretrained(tmp_path, norm="bogus")
     config = AutoConfig.from_pretrained(tmp_path, n_embd=64)  # and the width of the MLPs with it
     assert StableGPTForCausalLM(config).transformer.h[0].mlp.c_fc.out_features == 256
@@ -323,7 +328,7 @@ def test_wrong_inputs(tmp_path):
     ):
         with pytest.raises(ValueError, match=error):
             call()
-    with pytest.raises(ValueError, match="L2 attention runs on 'eager' and 'sdpa'"):
+    with pytest.raises(ValueError, match=r"allowed with attention = 'l2', whose keys .* are 'eager' and 'sdpa'"):
         StableGPTForCausalLM(StableGPTConfig(**GPT, attention="l2", attn_implementation="flash_attention_2"))
     for saved, loaded in (("none", "sigma"), ("sigma", "none")):
         stable_gpt(reparam=saved).save_pretrained(tmp_path / saved)
