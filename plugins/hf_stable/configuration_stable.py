@@ -51,15 +51,17 @@ Methods = make_dataclass(
 @strict
 class StableConfig(Methods, PreTrainedConfig):
     r"""
-    The fields of `stable_core.options.Options`, with its defaults, and two that every model has.
+    The fields of `stable_core.options.Options`, with its defaults, and three that every model has.
 
     Attributes:
         initializer_range: standard deviation of embeddings, and of what else each model says.
         norm_eps: of every norm.
+        qk_norm_eps: of those of queries and keys, norm_eps if left out.
     """
 
     initializer_range: float | None = None
     norm_eps: float = 1e-5
+    qk_norm_eps: float | None = None
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
@@ -111,4 +113,4 @@ class StableConfig(Methods, PreTrainedConfig):
     def check_settings(self) -> None:
         """Raises ValueError for the first field with a wrong value."""
         check_options(self)
-        check_positive(self, "norm_eps", "initializer_range")
+        check_positive(self, "norm_eps", "qk_norm_eps", "initializer_range")

@@ -66,7 +66,8 @@ class SigmaTransformerAttention(nn.Module):
         self.v_proj = build_linear(d, d, gain=gain)
         self.q_proj = build_linear(d, d, gain=gain)
         self.out_proj = build_linear(d, d, gain=1.0)
-        made = build_attention(self.head_dim, config, config.max_position_embeddings, eps=config.norm_eps)
+        eps = config.qk_norm_eps or config.norm_eps
+        made = build_attention(self.head_dim, config, config.max_position_embeddings, eps=eps)
         self.q_norm, self.k_norm, self.features, self.tied = made
 
     @known_keywords

@@ -36,7 +36,8 @@ class StableGPTAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        made = build_attention(config.n_embd // config.n_head, config, config.block_size, eps=config.norm_eps)
+        eps = config.qk_norm_eps or config.norm_eps
+        made = build_attention(config.n_embd // config.n_head, config, config.block_size, eps=eps)
         self.q_norm, self.k_norm, self.features, self.tied = made
 
     @known_keywords

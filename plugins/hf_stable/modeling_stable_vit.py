@@ -38,7 +38,8 @@ class StableViTAttention(nn.Module):
         super().__init__()
         self.config, dim = config, config.hidden_size
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        made = build_attention(dim // config.num_attention_heads, config, tokens, eps=config.norm_eps)
+        eps = config.qk_norm_eps or config.norm_eps
+        made = build_attention(dim // config.num_attention_heads, config, tokens, eps=eps)
         self.q_norm, self.k_norm, self.features, self.tied = made
         self.proj = nn.Linear(dim, dim)
 
