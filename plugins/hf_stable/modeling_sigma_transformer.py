@@ -28,10 +28,9 @@ from .modeling_sigma_transformer_layers import (
     SigmaTransformerDecoderLayer,
     SigmaTransformerEncoderLayer,
     make_position_ids,
-    norm_of,
     sinusoidal_positions,
 )
-from .modeling_stable import StablePreTrainedModel, check_indices
+from .modeling_stable import StablePreTrainedModel, check_indices, norm_of
 
 
 class SigmaTransformerPreTrainedModel(StablePreTrainedModel):

@@ -8,13 +8,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stable_core.attentions import build_attention
-from stable_core.norms import build_norm
 from stable_core.residuals import Residual
 
 from .configuration_sigma_transformer import SigmaTransformerConfig
 from .keywords import known_keywords
-from .modeling_stable import attend
+from .modeling_stable import attend, norm_of, query_key_of
 
 PADDING_INDEX = 1  # fairseq's, from which its positions count, whatever pad_token_id is
 
@@ -66,8 +64,7 @@ class SigmaTransformerAttention(nn.Module):
         self.v_proj = build_linear(d, d, gain=gain)
         self.q_proj = build_linear(d, d, gain=gain)
         self.out_proj = build_linear(d, d, gain=1.0)
-        eps = config.qk_norm_eps or config.norm_eps
-        made = build_attention(self.head_dim, config, config.max_position_embeddings, eps=eps)
+        made = query_key_of(config, heads, config.max_position_embeddings)
         self.q_norm, self.k_norm, self.features, self.tied = made
 
     @known_keywords
@@ -158,7 +155,3 @@ class SigmaTransformerDecoderLayer(SigmaTransformerLayer):
             lambda x: self.encoder_attn(x, source, attention_mask=encoder_attention_mask, **kwargs)[0],
         )
         return self.connect(x, self.final_layer_norm, self.feed_forward)
-
-
-def norm_of(config: SigmaTransformerConfig) -> nn.Module:
-    return build_norm(config.d_model, config, eps=config.norm_eps)

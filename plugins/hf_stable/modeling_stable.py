@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stable_core.attentions import build_attention
+from stable_core.attentions import QueryKey, build_attention
 from stable_core.inits import init_
+from stable_core.norms import build_norm
 from stable_core.options import of
 from stable_core.reparams import reparametrise
 from stable_core.residuals import Residual, scale_parts_
@@ -218,6 +219,16 @@ def _plain_name(name: str) -> str:
     return re.sub(r"parametrizations\.(\w+)\..*", r"\1", name)
 
 
+def norm_of(config) -> nn.Module:
+    """A block's norm, which under pre-LN is the last one, too."""
+    return build_norm(config.hidden_size, config, eps=config.norm_eps, bias=getattr(config, "bias", True))
+
+
+def query_key_of(config, heads: int, tokens: int) -> QueryKey:
+    """What `config.attention` makes of the queries and keys of so many heads and at most so many tokens."""
+    return build_attention(config.hidden_size // heads, config, tokens, eps=config.qk_norm_eps or config.norm_eps)
+
+
 def attend(
     module: nn.Module,
     q: Tensor,
@@ -250,7 +261,7 @@ def refuse_flash(config) -> None:
     """Raises ValueError where flash attention is asked for and keys are longer than values, with which it does not run."""
     if "flash" in (config._attn_implementation or ""):
         with torch.device("meta"):
-            made = build_attention(config.hidden_size // config.num_attention_heads, config, 2)
+            made = query_key_of(config, config.num_attention_heads, 2)
         if made.features is not None:
             raise ValueError(
                 f"attn_implementation = {config._attn_implementation!r}: allowed with attention = {config.attention!r}, whose "

@@ -16,14 +16,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from stable_core.attentions import build_attention
 from stable_core.init_std import gpt_init_std
-from stable_core.norms import build_norm
 from stable_core.residuals import Residual, build_residuals
 
 from .configuration_stable_gpt import StableGPTConfig
 from .keywords import CACHE, check_cache, known_keywords
-from .modeling_stable import StablePreTrainedModel, attend, check_indices
+from .modeling_stable import StablePreTrainedModel, attend, check_indices, norm_of, query_key_of
 
 
 class StableGPTAttention(nn.Module):
@@ -36,9 +34,7 @@ class StableGPTAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        eps = config.qk_norm_eps or config.norm_eps
-        made = build_attention(config.n_embd // config.n_head, config, config.block_size, eps=eps)
-        self.q_norm, self.k_norm, self.features, self.tied = made
+        self.q_norm, self.k_norm, self.features, self.tied = query_key_of(config, config.n_head, config.block_size)
 
     @known_keywords
     def forward(
@@ -82,10 +78,6 @@ class StableGPTBlock(GradientCheckpointingLayer):
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         x = self.residual.connect(x, self.ln_1, lambda x: self.drop(self.attn(x, **kwargs)[0]))
         return self.residual.connect(x, self.ln_2, lambda x: self.drop(self.mlp(x)))
-
-
-def norm_of(config: StableGPTConfig) -> nn.Module:
-    return build_norm(config.n_embd, config, eps=config.norm_eps, bias=config.bias)
 
 
 class StableGPTPreTrainedModel(StablePreTrainedModel):

@@ -9,14 +9,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from stable_core.attentions import build_attention
 from stable_core.init_std import vit_init_std
-from stable_core.norms import build_norm
 from stable_core.residuals import Residual, build_residuals
 
 from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
 from .keywords import known_keywords
-from .modeling_stable import StablePreTrainedModel, attend
+from .modeling_stable import StablePreTrainedModel, attend, norm_of, query_key_of
 
 
 class StableViTPatchEmbed(nn.Module):
@@ -38,8 +36,7 @@ class StableViTAttention(nn.Module):
         super().__init__()
         self.config, dim = config, config.hidden_size
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        eps = config.qk_norm_eps or config.norm_eps
-        made = build_attention(dim // config.num_attention_heads, config, tokens, eps=eps)
+        made = query_key_of(config, config.num_attention_heads, tokens)
         self.q_norm, self.k_norm, self.features, self.tied = made
         self.proj = nn.Linear(dim, dim)
 
@@ -66,9 +63,9 @@ class StableViTBlock(GradientCheckpointingLayer):
     def __init__(self, config: StableViTConfig, residual: Residual, tokens: int) -> None:
         super().__init__()
         self.residual = residual
-        self.norm1 = build_norm(config.hidden_size, config, eps=config.norm_eps)
+        self.norm1 = norm_of(config)
         self.attn = StableViTAttention(config, tokens)
-        self.norm2 = build_norm(config.hidden_size, config, eps=config.norm_eps)
+        self.norm2 = norm_of(config)
         self.mlp = StableViTMLP(config)
         self.drop = nn.Dropout(config.hidden_dropout_prob)
 
@@ -120,9 +117,9 @@ class StableViTModel(StableViTPreTrainedModel):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, config.hidden_size))
         self.drop = nn.Dropout(config.hidden_dropout_prob)
-        residual, dim = build_residuals(config, config.num_hidden_layers, 0)[0], config.hidden_size
+        residual = build_residuals(config, config.num_hidden_layers, 0)[0]
         self.blocks = nn.ModuleList(StableViTBlock(config, residual, tokens) for _ in range(config.num_hidden_layers))
-        self.norm = build_norm(dim, config, eps=config.norm_eps) if residual.norm_first else nn.Identity()
+        self.norm = norm_of(config) if residual.norm_first else nn.Identity()
         self.mark_branches(self.blocks, residual)
         self.reparametrise(self)
         self.post_init()

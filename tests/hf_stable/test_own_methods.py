@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_stable import (
-    StableGPTForCausalLM,
-)
-from hf_stable.update import main
+from hf_stable import StableGPTForCausalLM
+from hf_stable.convert import main as convert
+from hf_stable.update import main as update
 from stable_core import registry
 
 from .models import run_without_package, stable_gpt, tokens
@@ -163,12 +162,26 @@ def test_a_process_without_the_module_is_told_to_import_it(own, tmp_path, monkey
         StableGPTForCausalLM.from_pretrained(tmp_path / "gpt")
 
 
+def test_the_command_line_is_told_which_modules_to_import(own, tmp_path, capsys):
+    model, ids = stable_gpt(**METHODS, reparam="sigma"), tokens(2, 8)
+    model.save_pretrained(tmp_path / "gpt")
+    registry._METHODS["norm"].pop("tanh")
+    registry._METHODS["attention"].pop("repel")
+    del sys.modules["own_methods"]
+    assert convert(["folded", str(tmp_path / "gpt"), str(tmp_path / "out")]) == 1
+    assert "import the module that registers another one" in capsys.readouterr().err.splitlines()[-1]
+    assert convert(["folded", str(tmp_path / "gpt"), str(tmp_path / "out"), "--methods", "own_methods"]) == 0
+    plain = StableGPTForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.config.reparam == "none"
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_the_update_of_a_folder_keeps_them(own, tmp_path, capsys):
     stable_gpt(**METHODS).save_pretrained(tmp_path / "gpt")
     before = files(tmp_path / "gpt")
     del registry._METHODS["norm"]["tanh"], registry._METHODS["attention"]["repel"]
     (tmp_path / "gpt" / "configuration_stable_gpt.py").write_text(before["keywords.py"])
-    assert main([str(tmp_path / "gpt")]) == 0
+    assert update([str(tmp_path / "gpt")]) == 0
     assert capsys.readouterr().out.endswith("gpt: configuration_stable_gpt.py\n")
     assert files(tmp_path / "gpt") == before
 
