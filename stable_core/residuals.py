@@ -55,10 +55,13 @@ def scale_branches_(block: nn.Module, beta: float) -> None:
     Raises:
         ValueError: q, k and v are packed in a way that does not tell v.
     """
-    if beta == 1:
-        return
-    for target in layers(block):
-        roles, rows = parts_of(block, target)
-        for role, part in zip(roles, cut(target.weight.T if target.transposed else target.weight, rows), strict=True):
-            if role not in ("q", "k"):
-                part.mul_(beta)
+    for target in layers(block) if beta != 1 else ():
+        scale_parts_(target.weight.T if target.transposed else target.weight, *parts_of(block, target), beta)
+
+
+@torch.no_grad()
+def scale_parts_(weight: Tensor, roles: tuple[str, ...], rows: list[int], beta: float) -> None:
+    """The same of one weight (out, in), whose outputs are what `targets.parts_of` says."""
+    for role, part in zip(roles, cut(weight, rows), strict=True):
+        if role not in ("q", "k"):
+            part.mul_(beta)
