@@ -17,6 +17,7 @@ from stable_core import SigmaReparamConfig, converge, fold
 from stable_core import sigma_reparam as plain_sigma_reparam
 from stable_core.folding import fold_state_dict
 from stable_core.init_std import vit_init_std
+from stable_core.layout import KEY
 from stable_core.targets import FilterFn, layers
 
 from .stablevit import cfg, create
@@ -192,7 +193,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SigmaVisionTransf
     for key in ("model", "state_dict"):
         state_dict = state_dict.get(key, state_dict)
     own, trained = model.state_dict(), any(_PARAMETRIZED in name for name in state_dict)
-    if {name: x.shape for name, x in state_dict.items()} == {name: x.shape for name, x in own.items()}:
+    if _shapes(state_dict) == _shapes(own):
         return state_dict
     given = timm_filter_fn(fold_state_dict(state_dict) if trained else state_dict, model)
     stem, head = given.get("patch_embed.proj.weight"), given.get("head.bias")
@@ -214,6 +215,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SigmaVisionTransf
 
 
 _PARAMETRIZED = ".parametrizations."
+
+
+def _shapes(state_dict: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Without the layouts, which a checkpoint from before lacks."""
+    return {name: x.shape for name, x in state_dict.items() if not name.endswith(KEY)}
 
 
 def _layer(name: str) -> str:
