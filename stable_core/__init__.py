@@ -3,7 +3,7 @@
 from .advancing import advance
 from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
-from .fold import fold, fold_state_dict
+from .folding import fold, fold_state_dict
 from .param_groups import param_groups
 from .recomputing import recompute
 from .sigma_layers import sigma_layers

@@ -51,6 +51,11 @@ class Group:
     rows: list[int]
     leader: int = 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of several, how they are called beside each other."""
+        return tuple(target.name.rpartition(".")[2] for target in self.members) if len(self.members) > 1 else ()
+
 
 def matrix(W: Tensor, transposed: bool) -> Tensor:
     """W as (out, in): a convolution's kernel is flattened into `in`, HF's Conv1D is transposed."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stable_core import SigmaReparamConfig, fold, sigma_reparam
 from stable_core.folding import fold_state_dict
+from stable_core.layout import KEY
 from stable_core.reparams import sigma_settings
 
 from .vit import StableVisionTransformer
@@ -24,7 +25,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: StableVisionTrans
     for key in ("model", "state_dict"):
         state_dict = state_dict.get(key, state_dict)
     own, trained = model.state_dict(), any(_PARAMETRIZED in name for name in state_dict)
-    if {name: x.shape for name, x in state_dict.items()} == {name: x.shape for name, x in own.items()}:
+    if _shapes(state_dict) == _shapes(own):
         return state_dict
     given = timm_filter_fn(fold_state_dict(state_dict) if trained else state_dict, model)
     stem, head = given.get("patch_embed.proj.weight"), given.get("head.bias")
@@ -47,6 +48,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: StableVisionTrans
 
 
 _PARAMETRIZED = ".parametrizations."
+
+
+def _shapes(state_dict: dict[str, Tensor]) -> dict[str, tuple]:
+    """Without the layouts, which a checkpoint from before lacks."""
+    return {name: tuple(x.shape) for name, x in state_dict.items() if not name.endswith(KEY)}
 
 
 def _layer(name: str) -> str:
