@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_core.attention_entropy import MASKED, AttentionStatistics, attention_statistics, logit_statistics
-from stable_core.packing import num_heads
+from stable_core.layers import num_heads
 
 SOURCES = ("key_value_states", "encoder_hidden_states", "encoder_output", "context", "memory")
 

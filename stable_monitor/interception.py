@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from stable_core.interrupted import on_error
+from stable_core.layers import find_projections
 
 from .calls import AttentionCall, FusedCall, Site, SoftmaxCall
-from .projections import find_projections
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 UNSEEN = (
