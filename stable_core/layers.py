@@ -4,6 +4,9 @@ The one catalogue of it: `sigma_reparam` cuts packed weights by it, QK-clip scal
 An attention that keeps its weights under other names, or packs them in another way, is added here and nowhere else.
 """
 
+import math
+import re
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -44,6 +47,12 @@ BY_KEY_HEAD = (
 # CodeGen was trained on four devices, each with a fourth of the queries, of the values and of the keys, in this order.
 CODEGEN, CODEGEN_PARTS = "CodeGenAttention", 4
 
+# What stands between the projections and the logits.
+QK_NORM = re.compile(r"(q|k|qk|query|key)_(layer_?)?norms?|(q|k)_ln|(ln|norm)_(q|k|query|key)")
+COSINE = ("logit_scale", "temperature")  # learned, of q.k over their lengths, as in Swin V2
+# Biases that the attention keeps itself (BEiT), or a key that it adds to all (add_bias_kv).
+OWN_BIASES = (("q", "q_bias"), ("k", "k_bias"), ("k", "bias_k"))
+
 Place = tuple[nn.Module, str]  # a layer and the name of its weight
 
 
@@ -83,6 +92,25 @@ def num_key_heads(attention: nn.Module) -> int | None:
 def is_transposed(layer: nn.Module) -> bool:
     """Whether a layer keeps its weight as (in, out): transformers' Conv1D, y = x W + b."""
     return any(cls.__name__ == "Conv1D" for cls in type(layer).__mro__)
+
+
+def find_qk_norms(attention: nn.Module) -> list[str]:
+    """Names of what normalises its queries and keys, after which their size is not that of W_q and W_k."""
+    norms = [name for name, module in attention.named_modules() if not isinstance(module, nn.Identity)]
+    found = [name for name in norms if QK_NORM.fullmatch(name.rpartition(".")[2])]
+    return found + [name for name in COSINE if isinstance(attention._parameters.get(name), Tensor)]
+
+
+def own_biases(attention: nn.Module) -> list[tuple[str, Tensor]]:
+    """("q" or "k", bias) of those biases that no layer has."""
+    found = [(role, getattr(attention, name, None)) for role, name in OWN_BIASES]
+    return [(role, bias) for role, bias in found if isinstance(bias, Tensor)]
+
+
+def matrix_shape(layer: nn.Module, tensor: str) -> tuple[int, int]:
+    """(out, in) of a weight; a convolution's kernel is in `in`."""
+    first, *rest = _shape(layer, tensor)
+    return (rest[0], first) if is_transposed(layer) else (first, math.prod(rest))
 
 
 def rows_of(attention: nn.Module, held: str, shape: tuple[int, int]) -> dict[str, Tensor] | None:

@@ -30,6 +30,11 @@ UNSEEN = (
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+def without_wrappers(name: str) -> str:
+    """A module's name as it was before parts of the model were wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 class Interception:
     """Hands the attention calls of a model's forward passes to `handler(call) -> call`, until it is stopped.
 
@@ -83,7 +88,7 @@ class Interception:
     def _install(self) -> None:
         for name, module in self._model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hook
-                self._names[module] = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+                self._names[module] = without_wrappers(name)
                 self._handles += [
                     module.register_forward_pre_hook(self._enter, with_kwargs=True),
                     module.register_forward_hook(self._leave, always_call=True),
