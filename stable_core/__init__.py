@@ -5,7 +5,7 @@ from .attention import StableAttention
 from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
 from .fold import fold, fold_state_dict
-from .param_groups import param_groups
+from .param_groups import muon_param_groups, param_groups
 from .recomputing import recompute
 from .sigma_layers import sigma_layers
 from .sigma_reparam import SigmaReparamConfig, converge, sigma_reparam
@@ -31,6 +31,7 @@ __all__ = [
     "entropy_lower_bound",
     "fold",
     "fold_state_dict",
+    "muon_param_groups",
     "param_groups",
     "qk_norm_logit_bound",
     "recompute",
