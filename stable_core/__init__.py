@@ -17,11 +17,13 @@ from .theory import (
     qk_norm_logit_bound,
     stable_attention_logit_bound,
 )
+from .z_loss import WithZLoss, z_loss
 
 __all__ = [
     "SigmaReparamConfig",
     "StableAttention",
     "StableNorm",
+    "WithZLoss",
     "adam_update_norm_bound",
     "advance",
     "attention_entropy",
@@ -39,4 +41,5 @@ __all__ = [
     "sigma_reparam",
     "stable_attention_logit_bound",
     "stable_init_",
+    "z_loss",
 ]
