@@ -50,7 +50,7 @@ def main() -> None:
             x = torch.randn(args.batch, length, HEADS * HEAD_DIM)
             dot = DotProductAttention()
             stable = StableAttention(HEADS * HEAD_DIM, HEADS, length, ALPHA)
-            norms = stable.kernel.q_norm.weight, stable.kernel.k_norm.weight
+            norms = stable.q_norm.weight, stable.k_norm.weight
             listed = ListedStableAttention(stable.qkv, stable.proj, *norms, HEADS, length, ALPHA)
             q, k = torch.randn(2, args.batch, HEADS, length, HEAD_DIM)
         layers = {"the paper's listing": listed, "StableAttention": stable, "dot product": dot}

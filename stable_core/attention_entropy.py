@@ -98,6 +98,43 @@ def attention_statistics(
 
 
 @_in_full_precision
+def largest_logits(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    above: float = -math.inf,
+) -> Tensor:
+    """max_j a_ij of every query, (batch, heads, queries), exact, and -inf for a query without a key.
+
+    Heads in which no logit can exceed `above`, as |q| |k| does not, are not looked at: they are -inf as a whole. The others'
+    logits are formed and forgotten in chunks. (A fused kernel's logsumexp exceeds the maximum by up to log(keys): a closer
+    bound, but on a CPU the kernel takes longer than the exact maximum does, benchmarks/qk_clip.py.)
+
+    Arguments as for `attention_entropy`.
+    """
+    mask = _check(q, k, attn_mask)
+    lengths = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax((0, 2)) for x in (q, k)]
+    group = q.shape[1] // k.shape[1]
+    bound = abs(scale) * lengths[0] * lengths[1].repeat_interleave(group)
+    if mask is not None:
+        bound = bound + mask.amax().clamp(min=0)
+    largest = torch.full(q.shape[:3], -math.inf, device=q.device)
+    heads = (~(bound <= above)).nonzero().flatten()  # NaN is looked at
+    if len(heads):
+        some = q[:, heads].float(), k[:, heads // group].float()
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, heads]
+        found = torch.empty(q.shape[0], len(heads), q.shape[2], device=q.device)
+        for index, logits in _logits(*some, scale, mask, is_causal):
+            found[index] = logits.amax(-1)
+        largest[:, heads] = found
+    return largest
+
+
+@_in_full_precision
 def logit_statistics(logits: Tensor) -> AttentionStatistics:
     """The statistics of attention whose logits are there, (batch, heads, queries, keys); masked ones are -inf."""
     chunks = ((index, logits[index].float()) for index in _chunks(logits.shape, logits.device))

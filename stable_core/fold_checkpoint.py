@@ -1,4 +1,4 @@
-"""`python -m stable_core.fold CHECKPOINT OUT`: a σReparam checkpoint -> one that the plain model loads.
+"""`python -m stable_core.fold_checkpoint CHECKPOINT OUT`: a σReparam checkpoint -> one that the plain model loads.
 
 CHECKPOINT is anything `torch.save` wrote that is or holds a state dict (under "model", "state_dict", ...); the rest of it is
 kept. Parameters of the optimizer no longer fit the folded weights: fold to serve, not to go on training.
@@ -40,7 +40,7 @@ def read(path: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stable_core.fold", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m stable_core.fold_checkpoint", description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="written by torch.save")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the folded checkpoint goes")
     args = parser.parse_args(argv)
@@ -54,3 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"folded {', '.join(map(str, places))} of {args.checkpoint} into {args.out}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ from torch import Tensor
 from .targets import matrix
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ def pieces(weights: list[Tensor], transposed: bool) -> "tuple[list[Piece], dist.
 def gathered(W: Tensor) -> Tensor:
     """All of it, on every process."""
     return W.full_tensor() if is_sharded(W) else W
+
+
+def beside(W: Tensor, x: Tensor) -> Tensor:
+    """x, which every process has all of, as what W can be multiplied by."""
+    if not is_sharded(W):
+        return x
+    return DTensor.from_local(x, W.device_mesh, [Replicate()] * W.device_mesh.ndim, run_check=False)
 
 
 def is_sharded(W: Tensor) -> bool:

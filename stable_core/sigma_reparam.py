@@ -10,7 +10,7 @@ two steps resumes bitwise. A weight that changed unannounced is found in the for
 
 import math
 import weakref
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NoReturn
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from .advancing import hook_optimizers
 from .kernels import Measured, Place, is_dense, why_not
 from .kernels import measure as measure_in_kernels
+from .layout import HasLayout, Layout
 from .originals import Originals
 from .power_iteration import Iterate, power_iteration
 from .recomputing import remember
@@ -85,14 +86,14 @@ class SigmaReparamConfig:
                 raise ValueError(f"{field.name} = {getattr(self, field.name)!r}: kind = 'weight' has no such setting")
 
 
-class SigmaReparam(nn.Module):
+class SigmaReparam(HasLayout):
     """The parametrization W -> gamma / sigma(W) * W of one weight, or of several that share one sigma.
 
     The weights, seen as matrices (out, in) and stacked along `out`, are cut into blocks of `rows` outputs; each block has
     its own gamma and sigma. One block is Algorithm 1; three are a packed [Wq; Wk; Wv] with separate sigmas; several
     weights and one block are a joint sigma over separate layers.
 
-    State, all of it in the state dict: gamma (blocks,) and u (out,), which stays in fp32.
+    State, all of it in the state dict: gamma (blocks,) and u (out,), which stays in fp32; and beside them its layout.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class SigmaReparam(nn.Module):
     ) -> None:
         super().__init__()
         self.rows, self.transposed, self.config = tuple(group.rows), group.members[0].transposed, config
-        self.name = group.members[group.leader].name
+        self.name, self.member_names = group.members[group.leader].name, group.names
         self.index = group.leader  # which of the weights it is registered on
         self._members = [None] * len(group.members)  # weak links to their Originals: to own them would be a cycle
         self.watch, self.before_rest, self._unit = Watch(), None, None
@@ -131,6 +132,9 @@ class SigmaReparam(nn.Module):
     def leader(self) -> "SigmaReparam":
         """Where the state is kept."""
         return self
+
+    def layout(self) -> Layout:
+        return Layout(self.rows, self.transposed, self.member_names, self.index)
 
     def attach(self, originals: Originals, index: int | None = None) -> None:
         """Remembers where a weight of its lives: at first, and after a deep copy."""
@@ -422,16 +426,19 @@ class SigmaReparam(nn.Module):
         return f"rows={list(self.rows)}, {self.config}"
 
 
-class JointMember(nn.Module):
+class JointMember(HasLayout):
     """The parametrization of a weight whose sigma is kept with another weight of its group."""
 
-    def __init__(self, leader: SigmaReparam, index: int) -> None:
+    def __init__(self, leader: SigmaReparam, index: int, name: str) -> None:
         super().__init__()
-        self._leader, self._index = (leader,), index
+        self._leader, self._index, self.name = (leader,), index, name
 
     def leader(self) -> SigmaReparam:
         """Where the state is kept."""
         return self._leader[0]
+
+    def layout(self) -> Layout:
+        return replace(self.leader().layout(), index=self._index)
 
     def attach(self, originals: Originals) -> None:
         self.leader().attach(originals, self._index)
@@ -481,7 +488,7 @@ def sigma_reparam(
     shared = Notice(), Together()
     for group, leader in [(group, SigmaReparam(group, config, shared)) for group in groups]:
         for index, target in enumerate(group.members):
-            parametrization = leader if index == group.leader else JointMember(leader, index)
+            parametrization = leader if index == group.leader else JointMember(leader, index, target.name)
             parametrize.register_parametrization(target.module, target.tensor_name, parametrization, unsafe=True)
             target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
         for target in group.members:

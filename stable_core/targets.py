@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .packing import PACKED_QKV_NAMES, QKV_NAMES, in_thirds
+from .layers import PACKED_QKV_NAMES, QKV_NAMES, equal_blocks, is_transposed
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor
@@ -51,6 +51,11 @@ class Group:
     rows: list[int]
     leader: int = 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of several, how they are called beside each other."""
+        return tuple(target.name.rpartition(".")[2] for target in self.members) if len(self.members) > 1 else ()
+
 
 def matrix(W: Tensor, transposed: bool) -> Tensor:
     """W as (out, in): a convolution's kernel is flattened into `in`, HF's Conv1D is transposed."""
@@ -70,7 +75,7 @@ def cut(whole: Tensor, sizes: list[int]) -> list[Tensor]:
 def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[Group]:
     """The groups that filter_fn(module, fully_qualified_name) picks; without one, every layer that is not tied.
 
-    Packed projections that are not three equal parts one after the other (`packing.in_thirds`) have one sigma together.
+    Packed projections that are not three equal parts one after the other (`layers.equal_blocks`) have one sigma together.
 
     Raises:
         ValueError: filter_fn cannot be called so; nothing is picked; a picked layer is reparametrised already, or tied to
@@ -88,7 +93,7 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
         group = Group([target], [out_features])
         names = next((names for names in QKV_NAMES if leaf in names), ())
         packed = leaf in PACKED_QKV_NAMES
-        thirds = packed and in_thirds(_attention(model, target), out_features, in_features)
+        thirds = packed and len(equal_blocks(_attention(model, target), "qkv", (out_features, in_features))) == 3
         if packed:
             met_attention = True
             if not thirds and qkv == "qk_joint":
@@ -202,7 +207,7 @@ def layers(model: nn.Module) -> Iterator[Target]:
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             if module.weight.is_floating_point():  # not the packed integers of a quantized layer
                 yield Target(module, name)
-        elif any(cls.__name__ == "Conv1D" for cls in type(module).__mro__):  # transformers': y = x W + b
+        elif is_transposed(module):
             yield Target(module, name, transposed=True)
 
 

@@ -31,9 +31,10 @@ def probe_before_forward(
     interception: Interception,
     failed: Callable[[Exception], None],
     allowed: Callable[[], bool] = lambda: True,
+    every_call: bool = False,
 ) -> Iterator[None]:
-    """Within it, the first call of `called` in training mode is preceded by an eager one of `model`, the model inside,
-    without gradient, that `interception` sees, if that is allowed. Random numbers and buffers are then as if it had not
+    """Within it, the first call of `called` in training mode, or every call, is preceded by an eager one of `model`, the model
+    inside, without gradient, that `interception` sees, if that is allowed. Random numbers and buffers are then as if it had not
     been; what a forward pass keeps elsewhere, such as a counter in Python, is not."""
     done = False
 
@@ -41,7 +42,7 @@ def probe_before_forward(
         nonlocal done
         if done or not model.training:
             return
-        done = True
+        done = not every_call
         if not allowed():
             return
         buffers = [(module, dict(module._buffers)) for module in model.modules()]

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from stable_core.interrupted import on_error
+from stable_core.layers import find_projections
 
 from .calls import AttentionCall, FusedCall, Site, SoftmaxCall
-from .projections import find_projections
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 UNSEEN = (
@@ -28,6 +28,11 @@ UNSEEN = (
     "with known names for its projections, such as q_proj, query, to_q or qkv"
 )
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def without_wrappers(name: str) -> str:
+    """A module's name as it was before parts of the model were wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 class Interception:
@@ -83,7 +88,7 @@ class Interception:
     def _install(self) -> None:
         for name, module in self._model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hook
-                self._names[module] = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+                self._names[module] = without_wrappers(name)
                 self._handles += [
                     module.register_forward_pre_hook(self._enter, with_kwargs=True),
                     module.register_forward_hook(self._leave, always_call=True),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .calls import AttentionCall
+from .calls import AttentionCall, padding
 
 DIGITS = 6  # significant ones, in the file
 
@@ -20,12 +20,11 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
     queries of padding: of positions that no query may see. The least entropy is over rows with a choice, of two keys or more.
     """
     rows, hidden = call.statistics(), call.hidden()
-    queries, keys = call.tokens
+    queries = call.tokens[0]
     kind = "cross" if call.site.is_cross() else "decoder" if call.is_causal else "encoder"
     counted = rows.keys > 0
-    if hidden is not None and kind != "cross" and queries == keys:
-        padding = hidden.all(dim=2)
-        counted = counted & ~padding.expand(-1, -1, queries)
+    if (unseen := padding(call, hidden)) is not None:
+        counted = counted & ~unseen.expand(-1, -1, queries)
         if _is_causal(hidden[0, 0], queries):
             kind = "decoder"
     total = counted.sum((0, 2))

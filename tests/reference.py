@@ -52,8 +52,8 @@ def numerical_gradient(f, x: Tensor, eps: float = 1e-5) -> Tensor:
     return gradient
 
 
-def attention_probabilities(q, k, *, scale, attn_mask=None, is_causal=False) -> Tensor:
-    """softmax(s q k^T + mask), the whole matrix in float64; rows without a key are zero. Heads share keys in groups."""
+def attention_logits(q, k, *, scale, attn_mask=None, is_causal=False) -> Tensor:
+    """s q k^T + mask, the whole matrix in float64, -inf where masked. Heads share keys in groups."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = scale * torch.einsum("bhid,bhjd->bhij", q.double(), k.double())
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -62,7 +62,31 @@ def attention_probabilities(q, k, *, scale, attn_mask=None, is_causal=False) -> 
         logits = logits + attn_mask.double()
     if is_causal:
         logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-    return logits.softmax(-1).nan_to_num(0.0)
+    return logits
+
+
+def attention_probabilities(q, k, **settings) -> Tensor:
+    """softmax(attention_logits), where rows without a key are zero."""
+    return attention_logits(q, k, **settings).softmax(-1).nan_to_num(0.0)
+
+
+def qk_clip(q, k, S, threshold, alpha) -> tuple[Tensor, Tensor]:
+    """q (batch, heads, m, d) and k (batch, key_heads, n, d) as they are after QK-clip, head by head.
+
+    S: the largest logit of each head. Keys that several heads share shrink as the worst of these asks, and a query by what is
+    then missing.
+    """
+    q, k, each = q.clone(), k.clone(), q.shape[1] // k.shape[1]
+    for g in range(k.shape[1]):
+        heads = range(g * each, (g + 1) * each)
+        worst = max(float(S[h]) for h in heads)
+        if worst > threshold:
+            k[:, g] *= (threshold / worst) ** (1 - alpha)
+            for h in heads:
+                by_key = (threshold / worst) ** (1 - alpha)
+                if S[h] * by_key > threshold:
+                    q[:, h] *= threshold / (float(S[h]) * by_key)
+    return q, k
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def test_it_holds_the_six_packages_and_nothing_else(wheel):
         for path in (ROOT / place).rglob("*.py")
     }
     assert names == expected
-    assert "nanogpt_patch/config/train_stablegpt_small.py" in names
+    assert "nanogpt_patch/config/train_gpt.py" in names
 
 
 def test_it_names_its_license_and_extras(wheel):

@@ -36,6 +36,7 @@ class StablePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keys_to_ignore_on_load_unexpected = [r"parametrizations\.\w+\.0\.v$"]  # of folders that kept v beside u
+    _keys_to_ignore_on_load_missing = [r"parametrizations\.\w+\.0\._extra_state$"]  # of those without layouts
 
     def __init__(self, config) -> None:
         config.check_settings()  # again: transformers sets what is given beside a folder's name afterwards

@@ -149,7 +149,7 @@ def test_what_sigma_reparam_did_not_make_has_no_lag():
 def test_sigma_reparam_of_a_models_own_source_is_known():
     """As transformers loads it with trust_remote_code: other classes of the same code."""
     own = {}
-    for name in ("packing", "targets", "sigma_reparam"):
+    for name in ("layers", "targets", "sigma_reparam"):
         spec = importlib.util.find_spec(f"stable_core.{name}")
         own[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(own[name])
