@@ -18,6 +18,8 @@ from .theory import (
     stable_attention_logit_bound,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SigmaReparamConfig",
     "StableAttention",

@@ -1,6 +1,6 @@
 """Which weights of a model `sigma_reparam` changes, and which of them share a sigma."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,7 @@ def join(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def cut(whole: Tensor, sizes: list[int]) -> list[Tensor]:
+def cut(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """`whole.split(sizes)`, whose backward copies and whose parts refuse to be written to, without that for the only part."""
     return [whole] if len(sizes) == 1 else [whole.narrow(0, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
@@ -79,7 +79,9 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
     """
     targets = _picked(model, filter_fn)
     by_name = {target.name: target for target in targets}
-    groups, done, met_attention = [], set(), False
+    groups: list[Group] = []
+    done: set[str] = set()
+    met_attention = False
     for target in targets:
         if target.name in done:
             continue
@@ -208,7 +210,8 @@ def layers(model: nn.Module) -> Iterator[Target]:
 
 def _tied(model: nn.Module) -> set[int]:
     """Parameters that more than one module holds, such as an output projection's that is also the embedding's."""
-    seen, tied = set(), set()
+    seen: set[int] = set()
+    tied: set[int] = set()
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:

@@ -1,5 +1,7 @@
 """Instruments for transformers in training: attention entropy and its alarm, sharpness, and the temperature intervention."""
 
+from stable_core import __version__ as __version__
+
 from .alarm import Alarm, AlarmConfig, EntropyCollapse, lower_learning_rate, stop_training
 from .monitor import Monitor
 from .sharpness import adamw_stability_threshold, sharpness
