@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.paired import Report, arguments, interleave
 from stable_core import StableAttention, attention_entropy
-from tests.reference import ListedStableAttention
+from stable_core.reference import ListedStableAttention
 
 HEADS, HEAD_DIM, ALPHA = 12, 64, 0.475
 

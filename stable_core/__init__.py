@@ -19,6 +19,8 @@ from .theory import (
 )
 from .z_loss import WithZLoss, z_loss
 
+__version__ = "0.1.0"
+
 __all__ = [
     "SigmaReparamConfig",
     "StableAttention",

@@ -10,8 +10,8 @@ and A K is one call of a fused attention kernel with V = K. Memory grows with T,
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 26
 LARGEST_LOGIT = 500.0
 
 Index = tuple[slice, slice, slice]
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 _fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # (output, logsumexp)
 
@@ -41,11 +43,11 @@ class AttentionStatistics(NamedTuple):
     keys: Tensor  # number of keys that are not masked, or more than 10,000 below the largest logit
 
 
-def _in_full_precision(function):
+def _in_full_precision(function: Callable[Given, Found]) -> Callable[Given, Found]:
     """Without gradient, and in the precision it says, whatever autocast says."""
 
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Found:
         tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
             return function(*args, **kwargs)
@@ -188,7 +190,7 @@ def _only_hides(mask: Tensor) -> bool:
     return bool(((mask == 0) | (mask <= MASKED)).all())
 
 
-def _chunks(shape: torch.Size, device: torch.device) -> Iterator[Index]:
+def _chunks(shape: Sequence[int], device: torch.device) -> Iterator[Index]:
     """Slices of (batch, heads, queries) whose logits make a chunk: whole heads where they fit."""
     batch, heads, queries, keys = shape
     chunk = CHUNK_ON_CPU if device.type == "cpu" else CHUNK

@@ -7,6 +7,7 @@ kept. Parameters of the optimizer no longer fit the folded weights: fold to serv
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from .checkpoint_file import read_checkpoint
 from .folding import fold_state_dict
 
 
-def fold_checkpoint(checkpoint: dict) -> tuple[dict, list[str]]:
+def fold_checkpoint(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Folds every state dict in it; returns the new checkpoint and the names under which they were found."""
     if any("parametrizations." in str(key) for key in checkpoint):
         return fold_state_dict(checkpoint), ["the state dict"]
@@ -28,7 +29,7 @@ def fold_checkpoint(checkpoint: dict) -> tuple[dict, list[str]]:
     return {**checkpoint, **{place: fold_state_dict(checkpoint[place]) for place in places}}, places
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> dict[str, Any]:
     """What `read_checkpoint` does; where it refuses a class, with what to do instead."""
     try:
         return read_checkpoint(path)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def fold(model: nn.Module) -> nn.Module:
     return model
 
 
-def _W_hats(found: list[tuple[str, nn.Module, str]]) -> list[Tensor]:
+def _W_hats(found: list[tuple[str, Any, str]]) -> list[Tensor]:
     """In the layers' own precision, whatever autocast says, and as in evaluation, where an average has its own sigma."""
     keepers = [module.parametrizations[tensor][0] for _, module, tensor in found]
     keepers = [keeper.leader() if hasattr(keeper, "leader") else keeper for keeper in keepers]
@@ -79,17 +80,17 @@ def is_reparametrised(module: nn.Module) -> bool:
     return any(_is_our_hook(hook) for hook in module._load_state_dict_pre_hooks.values())
 
 
-def _is_our_hook(hook) -> bool:
+def _is_our_hook(hook: Any) -> bool:
     """By name: a model that brings its own copy of this library (Hugging Face's remote code) folds as well."""
     return getattr(hook.hook, "__name__", "") == refuse_plain_weight.__name__
 
 
-def _came_with_ours(hook) -> bool:
+def _came_with_ours(hook: Any) -> bool:
     """torch's weight norm leaves a hook for names of old checkpoints, a local function, which cannot be pickled."""
     return _is_our_hook(hook) or getattr(hook.hook, "__name__", "") == "_weight_norm_compat_hook"
 
 
-def _remove(module: nn.Module, tensor: str) -> None:
+def _remove(module: Any, tensor: str) -> None:
     # A deep copy shares its parametrized class with the model it was copied from, and removing takes the property off the
     # class: without a class of its own, folding the copy would break the model.
     cls = type(module)

@@ -1,5 +1,7 @@
 """Instruments for transformers in training: entropy and its alarm, QK-clip, sharpness, and the temperature intervention."""
 
+from stable_core import __version__ as __version__
+
 from .alarm import Alarm, AlarmConfig, EntropyCollapse, lower_learning_rate, stop_training
 from .monitor import Monitor
 from .qk_clip import QKClip

@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +176,13 @@ def with_heads(x: Tensor, heads: int | None, dims: tuple[int, ...]) -> Tensor:
 
 
 AttentionCall = FusedCall | SoftmaxCall
+Call = TypeVar("Call", FusedCall, SoftmaxCall)
+
+
+class Handler(Protocol):
+    """What is shown a call, and returns it, or another of its kind to be computed in its place."""
+
+    def __call__(self, call: Call) -> Call: ...
 
 
 def padding(call: AttentionCall, hidden: Tensor | None) -> Tensor | None:

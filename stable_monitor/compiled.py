@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from .interception import Interception
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, DistributedDataParallel, fairseq's wrappers and the like."""
     while len(model._modules) == 1 and (names := model._modules.keys() & {"_orig_mod", "module"}):
-        model = model._modules[names.pop()]
+        inner: Any = model._modules[names.pop()]
+        model = inner
     return model
 
 
@@ -38,7 +40,7 @@ def probe_before_forward(
     been; what a forward pass keeps elsewhere, such as a counter in Python, is not."""
     done = False
 
-    def probe(args, kwargs) -> None:
+    def probe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal done
         if done or not model.training:
             return
@@ -64,7 +66,7 @@ def probe_before_forward(
     usual_call = called._compiled_call_impl
     if usual_call is not None:  # model.compile(): hooks would be part of what is compiled
 
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             probe(args, kwargs)
             return usual_call(*args, **kwargs)
 

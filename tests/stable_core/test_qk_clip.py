@@ -16,7 +16,8 @@ from stable_core import SigmaReparamConfig, StableAttention, sigma_layers, sigma
 from stable_core.attention_entropy import largest_logits
 from stable_core.layers import find_projections
 from stable_core.qk_clip import check_attention, check_heads, clip_factors, clip_heads, weights_to_clip
-from tests.reference import attention_logits, qk_clip
+from stable_core.reference import attention_logits
+from stable_core.reference import qk_clip as clip_by_head
 
 S = torch.tensor([50.0, 400.0, 100.0, 101.0])
 
@@ -151,6 +152,11 @@ def called(model, x, monkeypatch) -> list[torch.Tensor]:
         patch.setattr(F, "scaled_dot_product_attention", seen)
         model(x)
     return found[0]
+
+
+def qk_clip(q, k, *settings):
+    """q and k are (batch, heads, tokens, d1)."""
+    return tuple(x.transpose(0, 1) for x in clip_by_head(q.transpose(0, 1), k.transpose(0, 1), *settings))
 
 
 def compare(model, attention, x, monkeypatch, alpha: float = 0.3) -> None:

@@ -13,10 +13,10 @@ import transformers
 from torch import nn
 
 from stable_core import SigmaReparamConfig, sigma_layers, sigma_reparam
+from stable_core.reference import attention_probabilities, entropy
 from stable_core.sigma_reparam import SigmaReparam
 from stable_monitor import Monitor
 from stable_monitor.summary import gradient_norms
-from tests.reference import attention_probabilities, entropy
 from tests.stable_monitor.models import batch, gpt, train
 
 

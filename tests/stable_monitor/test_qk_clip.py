@@ -14,8 +14,8 @@ from nanogpt_patch.model import GPT, STOCK, GPTConfig
 from stable_core import sigma_reparam
 from stable_core.layers import find_projections
 from stable_core.qk_clip import clip_heads
+from stable_core.reference import attention_logits
 from stable_monitor import Monitor, QKClip
-from tests.reference import attention_logits
 from tests.stable_monitor.models import batch, gpt, train
 
 THRESHOLD = 0.02  # which models that are not trained exceed
