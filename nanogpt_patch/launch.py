@@ -17,6 +17,8 @@ from typing import Self
 import torch
 from torch.optim import Optimizer
 
+from stable_core.options import renamed
+from stable_core.registry import import_methods
 from stable_monitor import Monitor
 
 from .model import GPT, SETTINGS, STOCK, GPTConfig
@@ -25,6 +27,7 @@ CONFIGS = Path(__file__).parent / "config"
 LAUNCHER = {  # settings of the launcher itself
     "monitor_every": 0,  # updates from one record of the attention entropy to the next, in out_dir; 0 for none
     "extra_seed": 0,  # added to every seed that the script sets: train.py's is always 1337
+    "methods": "",  # modules to import first, which register methods of their own (stable_core.registry)
 }
 USAGE = "usage: python -m nanogpt_patch PATH/TO/nanoGPT/{train,sample,bench}.py [CONFIG] [--name=value ...]"
 
@@ -80,6 +83,8 @@ def check(argv: list[str]) -> tuple[Path, list[str]]:
                 _check_setting(name, value, known, f"{path}: ")
                 chosen[name] = value
             arguments.append(str(path))
+    if chosen.get("methods", UNKNOWN) is not UNKNOWN:
+        import_methods(chosen["methods"])
     ours = {name: value for name, value in chosen.items() if name in SETTINGS and value is not UNKNOWN}
     GPTConfig(**ours)
     every = chosen.get("monitor_every", 0)
@@ -118,7 +123,7 @@ def _variables() -> dict:
 def _config_of_script(**model_args) -> GPTConfig:
     """What the script calls GPTConfig: settings from model_args, else the checkpoint it resumes, else its variables."""
     variables = _variables()
-    saved = (variables.get("checkpoint") or {}).get("model_args", {})
+    saved = renamed((variables.get("checkpoint") or {}).get("model_args", {}))
     chosen = {name: variables[name] for name in SETTINGS}
     if saved:  # one of stock nanoGPT says nothing about them
         saved = {name: saved.get(name, stock) for name, stock in {**SETTINGS, **STOCK}.items()}

@@ -1,43 +1,37 @@
 """nanoGPT's GPT with StableNorm, StableAtten, StableInit and σReparam, or the baselines they are held against [ST, Table 2].
 
 The same constructor, methods and names in the state dict as upstream's model.py, for which it stands in. With
-`norm="layernorm", attention="dot", init="gpt2"` it is upstream's model: the same numbers from the same seed.
+`norm="layernorm", attention="dot", init="stock"` it is upstream's model: the same numbers from the same seed.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stable_core import SigmaReparamConfig, StableNorm, sigma_reparam, stable_init_
-from stable_core.attention import L2Kernel, stable_qk_norms, stable_tau
+from stable_core.attentions import build_attention, stable_tau
 from stable_core.init_std import gpt_init_std
+from stable_core.inits import init_
+from stable_core.norms import build_norm
+from stable_core.options import NAMES, Options
+from stable_core.reparams import reparametrise
+from stable_core.residuals import build_residuals, scale_branches_
 
-CHOICES = {
-    "norm": ("stable", "layernorm", "rmsnorm", "none"),
-    "attention": ("stable", "dot", "qknorm", "l2", "l2_tied"),
-    "init": ("stable", "gpt2", "xavier"),
-    "reparam": ("none", "sigma", "spectral", "weight"),
-}
-STOCK = {"norm": "layernorm", "attention": "dot", "init": "gpt2", "reparam": "none"}
+STOCK = {"norm": "layernorm", "attention": "dot", "init": "stock", "residual": "pre-ln", "reparam": "none"}
 
 
 @dataclass(frozen=True)
-class GPTConfig:
-    """Upstream's fields, and StableGPT's.
+class GPTConfig(Options):
+    """Upstream's fields, and the methods' (`stable_core.options.Options`), by default StableGPT's.
 
     Attributes:
-        norm: "stable", "layernorm", "rmsnorm", or "none", which is for σReparam.
-        alpha: of StableNorm, in the blocks and in StableAtten; the paper's example for GPT is 0.475.
-        attention: "stable", "dot", "qknorm", "l2" or "l2_tied".
-        tau_scale: multiple of StableAtten's tau = 1.618 log2(block_size).
-        init: of the Linear layers, "stable", "gpt2" (N(0, 0.02^2), smaller into the residual stream) or "xavier".
-        reparam: "none", "sigma", or its baselines "spectral" and "weight"; of every Linear layer of the blocks. init = "gpt2"
-            then has, at other widths than GPT-2's, the spectral norm that 0.02 has there (`stable_core.init_std`).
+        alpha: the paper's example for GPT is 0.475.
+        init: "stock" is GPT-2's, N(0, 0.02^2), smaller into the residual stream; with a `reparam`, at other widths than
+            GPT-2's, what has the spectral norm that 0.02 has there (`stable_core.init_std`).
+        reparam: of every Linear layer of the blocks.
     """
 
     block_size: int = 1024
@@ -47,42 +41,24 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
-    norm: str = "stable"
-    alpha: float = 0.475
-    attention: str = "stable"
-    tau_scale: float = 1.0
-    init: str = "stable"
-    reparam: str = "none"
+    norm: str = field(default="stable", kw_only=True)
+    attention: str = field(default="stable", kw_only=True)
+    init: str = field(default="stable", kw_only=True)
 
     def __post_init__(self) -> None:
-        for field, allowed in CHOICES.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(map(repr, allowed))}")
-        for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are whole numbers from 1")
+        super().__post_init__()
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are whole numbers from 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head = {self.n_head}: allowed are divisors of n_embd = {self.n_embd}")
-        if not 0 <= self.alpha <= 0.5:
-            raise ValueError(f"alpha = {self.alpha!r}: allowed are numbers from 0 to 0.5")
-        if not self.tau_scale > 0:
-            raise ValueError(f"tau_scale = {self.tau_scale!r}: allowed are positive numbers")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout!r}: allowed are numbers from 0 to below 1")
 
 
-SETTINGS = {field.name: field.default for field in fields(GPTConfig)[7:]}  # those that upstream does not have
-
-
-def build_norm(config: GPTConfig) -> nn.Module:
-    """The norm that config.norm names, of width n_embd."""
-    made = {
-        "stable": partial(StableNorm, alpha=config.alpha),
-        "layernorm": partial(nn.LayerNorm, bias=config.bias),
-        "rmsnorm": partial(nn.RMSNorm, eps=1e-5),
-        "none": nn.Identity,
-    }
-    return made[config.norm](config.n_embd)
+SETTINGS = {
+    option.name: option.default for option in fields(GPTConfig) if option.name in NAMES
+}  # upstream has none of them
 
 
 class CausalSelfAttention(nn.Module):
@@ -90,26 +66,22 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config, head_dim = config, config.n_embd // config.n_head
+        self.config = config
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.q_norm = self.k_norm = None
-        if config.attention == "stable":
-            norms = stable_qk_norms(head_dim, config.block_size, config.alpha, config.tau_scale)
-            self.q_norm, self.k_norm = norms
-        elif config.attention == "qknorm":
-            self.q_norm, self.k_norm = nn.RMSNorm(head_dim, eps=1e-5), nn.RMSNorm(head_dim, eps=1e-5)
+        made = build_attention(config.n_embd // config.n_head, config, config.block_size)
+        self.q_norm, self.k_norm, self.features, self.tied = made
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.config.n_head, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.config.dropout if self.training else 0.0
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.attention.startswith("l2"):
-            y = L2Kernel()(q, q if self.config.attention == "l2_tied" else k, v, None, dropout, is_causal=True)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True)
+        q, k = self.q_norm(q), self.k_norm(q if self.tied else k)
+        scale = None  # 1 / sqrt(head_dim), also where features are longer
+        if self.features is not None:
+            scale = q.shape[-1] ** -0.5
+            q, k = self.features(q, k)
+        y = F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
@@ -127,18 +99,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each after a norm and with a residual: (batch, tokens, n_embd) to the same."""
+    """Attention, then the MLP, each with a norm and a residual: (batch, tokens, n_embd) to the same."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = build_norm(config)
+        self.residual = build_residuals(config, 0, config.n_layer)[1]
+        self.ln_1 = build_norm(config.n_embd, config, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = build_norm(config)
+        self.ln_2 = build_norm(config.n_embd, config, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = self.residual.connect(x, self.ln_1, self.attn)
+        return self.residual.connect(x, self.ln_2, self.mlp)
 
 
 class GPT(nn.Module):
@@ -146,19 +119,19 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, norm_first = config, build_residuals(config, 0, config.n_layer)[1].norm_first
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": build_norm(config),
+            # After post-LN, which has normed its last output already, none.
+            "ln_f": build_norm(config.n_embd, config, bias=config.bias) if norm_first else nn.Identity(),
         })  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         self._init_weights()
-        if config.reparam != "none":
-            sigma_reparam(self.transformer.h, SigmaReparamConfig(kind=config.reparam))
+        reparametrise(self.transformer.h, config)
         print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
 
     def _init_weights(self) -> None:
@@ -171,13 +144,13 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std if module in blocks else 0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
-        for name, weight in self.transformer.h.named_parameters():
-            if self.config.init == "gpt2" and name.endswith("c_proj.weight"):
-                nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.n_layer))
-            elif self.config.init == "xavier" and weight.ndim == 2:
-                nn.init.xavier_normal_(weight)
-        if self.config.init == "stable":
-            stable_init_(self.transformer.h)
+        if self.config.init == "stock":
+            for name, weight in self.transformer.h.named_parameters():
+                if name.endswith("c_proj.weight"):
+                    nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.n_layer))
+        init_(self.transformer.h, self.config)
+        for block in self.transformer.h:
+            scale_branches_(block, block.residual.beta)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Parameters, by default without the position embedding's; the token embedding's are the head's too."""

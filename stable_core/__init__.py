@@ -1,14 +1,14 @@
 """The methods of σReparam and Stable-Transformer, for any torch model. Needs torch and nothing else."""
 
 from .advancing import advance
-from .attention import StableAttention
 from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
-from .fold import fold, fold_state_dict
+from .folding import fold, fold_state_dict
 from .param_groups import muon_param_groups, param_groups
 from .recomputing import recompute
 from .sigma_layers import sigma_layers
 from .sigma_reparam import SigmaReparamConfig, converge, sigma_reparam
+from .stable_attention import StableAttention
 from .stable_init import stable_init_
 from .stable_norm import StableNorm
 from .theory import (
@@ -18,6 +18,8 @@ from .theory import (
     stable_attention_logit_bound,
 )
 from .z_loss import WithZLoss, z_loss
+
+__version__ = "0.1.0"
 
 __all__ = [
     "SigmaReparamConfig",

@@ -5,12 +5,19 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stable_core.attention_entropy import MASKED, AttentionStatistics, attention_statistics, logit_statistics
-from stable_core.packing import num_heads
+from stable_core.attention_entropy import (
+    MASKED,
+    AttentionStatistics,
+    attention_statistics,
+    largest_logits,
+    logit_statistics,
+)
+from stable_core.layers import num_heads
 
 SOURCES = ("key_value_states", "encoder_hidden_states", "encoder_output", "context", "memory")
 
@@ -58,6 +65,16 @@ class FusedCall:
         q, k, mask = self._by_head()
         return attention_statistics(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal)
 
+    def largest_logits(self, above: float) -> Tensor:
+        """The largest logit of each row, (batch, heads, queries); -inf in heads that have none above `above`."""
+        q, k, mask = self._by_head()
+        return largest_logits(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal, above=above)
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a query."""
+        return self.q.shape[-1]
+
     def hidden(self) -> Tensor | None:
         """Where the mask hides a key, broadcastable to (batch, heads, queries, keys); None without a mask."""
         _, _, mask = self._by_head()
@@ -101,6 +118,12 @@ class SoftmaxCall:
         """The statistics of each row, (batch, heads, queries)."""
         logits = self._by_head()
         return logit_statistics(logits.masked_fill(self._never(logits), -torch.inf))
+
+    def largest_logits(self, above: float) -> Tensor:
+        """The largest logit of each row, (batch, heads, queries), whatever `above` is: they are there."""
+        return self._by_head().amax(-1).float()
+
+    head_dim = None  # not to be seen here
 
     def hidden(self) -> Tensor:
         """Where a key is hidden, (batch, 1, queries, keys): of one head, as masks are the same for all."""
@@ -153,6 +176,22 @@ def with_heads(x: Tensor, heads: int | None, dims: tuple[int, ...]) -> Tensor:
 
 
 AttentionCall = FusedCall | SoftmaxCall
+Call = TypeVar("Call", FusedCall, SoftmaxCall)
+
+
+class Handler(Protocol):
+    """What is shown a call, and returns it, or another of its kind to be computed in its place."""
+
+    def __call__(self, call: Call) -> Call: ...
+
+
+def padding(call: AttentionCall, hidden: Tensor | None) -> Tensor | None:
+    """Which queries are padding, (batch, heads or 1, queries): in self-attention those of positions that no query may see.
+
+    hidden: the call's. None: nothing is known to be padding.
+    """
+    queries, keys = call.tokens
+    return None if hidden is None or queries != keys or call.site.is_cross() else hidden.all(dim=2)
 
 
 @functools.cache

@@ -250,7 +250,7 @@ def test_config_files_are_found_here_in_the_checkout_and_in_the_package(checkout
         "out_dir = 'b'\nlearning_rate = 2 * 1e-3\ngrad_clip: float = 1\ntau_scale = 0.5\n"
     )
     (checkout.parent / "mine.py").write_text("alpha = 0.125\n")
-    run = ["config/train_gpt2_small.py", "config/theirs.py", "mine.py", *TINY]
+    run = ["config/train_gpt.py", "config/stock.py", "config/theirs.py", "mine.py", *TINY]
     assert losses(launch(checkout, "train.py", *run))
     args = torch.load(checkout / "b" / "ckpt.pt", weights_only=False)["model_args"]
     assert {k: args[k] for k in ("norm", "tau_scale", "alpha")} == {
@@ -274,7 +274,7 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
         ),
         (["train.py", "typo.py"], "typo.py: alhpa is no setting; there are alpha,"),
         (["train.py", "--alpha=0"], "--alpha = 0 is of type int: allowed is float, as in 0.475"),
-        (["train.py", "--norm=batch"], "norm = 'batch': allowed are 'stable', 'layernorm', 'rmsnorm', 'none'"),
+        (["train.py", "--norm=batch"], "norm = 'batch': allowed are 'layernorm', 'rmsnorm', 'stable', 'none'"),
         (["train.py", "value.py"], "norm = 'batch': allowed are"),
         (["train.py", "syntax.py"], "syntax.py: line 1: invalid syntax"),
         (["train.py", "annotated.py"], "annotated.py: leraning_rate is no setting"),
@@ -286,8 +286,9 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
         (["train.py", "--alpha"], "--alpha: settings are --name=value"),
         (
             ["train.py", "config/train_gpt5.py"],
-            "is no config file, here or in the checkout; this package has config/train_gpt2_200.py",
+            "is no config file, here or in the checkout; this package has config/200.py",
         ),
+        (["train.py", "--methods=none_such"], "methods = 'none_such': allowed are modules that Python finds"),
         (["train.py", "--monitor_every=-1"], "monitor_every = -1: allowed are whole numbers from 0, which is for none"),
         (["gone.py"], "gone.py is not there: give a script of a nanoGPT checkout"),
         (["."], "nanoGPT is a folder: give a script of a nanoGPT checkout"),

@@ -67,7 +67,7 @@ def test_initialisation():
     wide = {"n_embd": 256, "n_layer": 3, "vocab_size": 4000}
     for init, stds in {
         "stable": (1 / (math.sqrt(256) + math.sqrt(768)), 1 / (math.sqrt(1024) + math.sqrt(256))),
-        "gpt2": (0.02, 0.02 / math.sqrt(6)),
+        "stock": (0.02, 0.02 / math.sqrt(6)),
         "xavier": (math.sqrt(2 / (256 + 768)), math.sqrt(2 / (1024 + 256))),
     }.items():
         model = GPT(GPTConfig(**{**TINY, **wide, "init": init}))
@@ -81,7 +81,7 @@ def test_initialisation():
 
 @pytest.mark.parametrize("reparam", ["sigma", "weight"])
 def test_a_narrow_reparametrised_gpt_starts_with_gpt_2s_spectral_norm(reparam):
-    settings = {"n_embd": 192, "n_head": 3, "n_layer": 2, "init": "gpt2", "reparam": reparam}
+    settings = {"n_embd": 192, "n_head": 3, "n_layer": 2, "init": "stock", "reparam": reparam}
     model = GPT(GPTConfig(**{**TINY, **settings}))
     law = 0.02 * (math.sqrt(768) + math.sqrt(3072))
     for layer, expected in ((model.transformer.h[0].mlp.c_fc, law), (model.transformer.h[0].mlp.c_proj, law / 2)):
@@ -166,7 +166,9 @@ def test_from_pretrained(monkeypatch):
 @pytest.mark.parametrize(("size", "millions"), [("small", 124), ("medium", 350), ("large", 774), ("200", 1457)])
 def test_configs_have_the_parameters_of_table_2(size, millions):
     for kind in ("stablegpt", "gpt2"):
-        settings = _assigned((CONFIGS / f"train_{kind}_{size}.py").read_text())
+        settings = {}
+        for config in ("train_gpt", *([size] if size != "small" else []), *(["stock"] if kind == "gpt2" else [])):
+            settings |= _assigned((CONFIGS / f"{config}.py").read_text())
         fields = {k: v for k, v in settings.items() if k in GPTConfig.__dataclass_fields__}
         with torch.device("meta"):
             model = GPT(GPTConfig(**fields, bias=False))
@@ -182,7 +184,7 @@ def test_configs_have_the_parameters_of_table_2(size, millions):
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"norm": "batch"}, "norm = 'batch': allowed are 'stable', 'layernorm', 'rmsnorm', 'none'"),
+        ({"norm": "batch"}, "norm = 'batch': allowed are 'layernorm', 'rmsnorm', 'stable', 'none'"),
         ({"alpha": 0.6}, "alpha = 0.6: allowed are numbers from 0 to 0.5"),
         ({"n_head": 5}, "n_head = 5: allowed are divisors of n_embd = 32"),
         ({"vocab_size": None}, "vocab_size = None: allowed are whole numbers from 1"),

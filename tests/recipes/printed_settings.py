@@ -32,7 +32,7 @@ from recipes.simclr.pretrain import Settings as SimCLR
 from recipes.vision.train import Settings as Vision
 from recipes.vision.train import keyword_arguments
 from stable_core import StableNorm
-from stable_core.attention import stable_tau
+from stable_core.attentions import stable_tau
 
 GPUS = 8  # for which the papers state their batches
 
@@ -317,9 +317,10 @@ def _scored_by_fairseq(words: list[str]) -> dict:
 
 
 def _nanogpt(words: list[str]) -> dict:
-    _, (config, *chosen) = check(words)
-    given = NANOGPT | _assigned(Path(config).read_text())
-    given |= {name: _value(value) for name, _, value in (option[2:].partition("=") for option in chosen)}
+    given = dict(NANOGPT)
+    for word in check(words)[1]:
+        name, _, value = word.removeprefix("--").partition("=")
+        given |= {name: _value(value)} if word.startswith("--") else _assigned(Path(word).read_text())
     model = GPTConfig(**{field.name: given[field.name] for field in fields(GPTConfig) if field.name in given})
     return {
         **_gpt(model),

@@ -1,0 +1,47 @@
+"""The reparametrisations of linear layers, by name."""
+
+from torch import nn
+
+from .registry import method, register_reparam
+from .sigma_reparam import SigmaReparamConfig, sigma_reparam
+from .targets import FilterFn
+
+KINDS = ("sigma", "spectral", "weight")
+
+
+def reparametrise(model: nn.Module, options, filter_fn: FilterFn | None = None) -> nn.Module:
+    """Reparametrises the layers of `model` that filter_fn picks, in place, as options.reparam says; returns the model.
+
+    Raises:
+        WrongOption: no such reparametrisation.
+        ValueError: what `sigma_reparam` refuses.
+    """
+    method("reparam", options.reparam).build(model, options, filter_fn)
+    return model
+
+
+def sigma_settings(options) -> SigmaReparamConfig | None:
+    """The settings of `sigma_reparam` in options; None where it is not what reparametrises.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    settings = {name: getattr(options, name) for name in ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")}
+    if options.reparam in KINDS:
+        return SigmaReparamConfig(kind=options.reparam, **settings)
+    SigmaReparamConfig(**settings)
+    return None
+
+
+@register_reparam("none", "plain weights")
+def _none(model, options, filter_fn):
+    pass
+
+
+def _sigma(model, options, filter_fn):
+    sigma_reparam(model, sigma_settings(options), filter_fn)
+
+
+register_reparam("sigma", "σReparam, gamma / sigma(W) W [σ, Section 3.2]")(_sigma)
+register_reparam("spectral", "W / sigma(W), without gamma [σ, Table 1]")(_sigma)
+register_reparam("weight", "weight norm, g W / |W| by row [σ, Table 1]")(_sigma)

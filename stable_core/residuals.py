@@ -1,0 +1,67 @@
+"""Where a block's norm is and how its branch is added, by name."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .deepnorm import deepnorm_scales
+from .registry import method, register_residual
+from .targets import cut, layers, parts_of
+
+
+class Residual(NamedTuple):
+    """x + f(norm(x)) where `norm_first`, else norm(alpha x + f(x)); f's first weights are scaled by beta."""
+
+    norm_first: bool
+    alpha: float = 1.0
+    beta: float = 1.0
+
+    def connect(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x (..., width) and its branch, whose value may be a tensor of the same shape, to the next x."""
+        return x + branch(norm(x)) if self.norm_first else norm(branch(x).add(x, alpha=self.alpha))
+
+
+def build_residuals(options, encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
+    """What options.residual names, of the encoder and of the decoder, either of which may have no layers.
+
+    Raises:
+        WrongOption: no such residual.
+        ValueError: what `deepnorm_scales` refuses.
+    """
+    return method("residual", options.residual).build(encoder_layers, decoder_layers)
+
+
+@register_residual("pre-ln", "x + f(norm(x))")
+def _pre_ln(encoder_layers, decoder_layers):
+    return Residual(True), Residual(True)
+
+
+@register_residual("post-ln", "norm(x + f(x)), and no norm after the last block")
+def _post_ln(encoder_layers, decoder_layers):
+    return Residual(False), Residual(False)
+
+
+@register_residual("deepnorm", "norm(alpha x + f(x)), first weights of f times beta [Wang et al., 2022]")
+def _deepnorm(encoder_layers, decoder_layers):
+    return tuple(Residual(False, *scale) for scale in deepnorm_scales(encoder_layers, decoder_layers))
+
+
+@torch.no_grad()
+def scale_branches_(block: nn.Module, beta: float) -> None:
+    """Multiplies a block's weights of v, output and feed-forward layers by beta, in place: all but those of q and k.
+
+    Raises:
+        ValueError: q, k and v are packed in a way that does not tell v.
+    """
+    for target in layers(block) if beta != 1 else ():
+        scale_parts_(target.weight.T if target.transposed else target.weight, *parts_of(block, target), beta)
+
+
+@torch.no_grad()
+def scale_parts_(weight: Tensor, roles: tuple[str, ...], rows: list[int], beta: float) -> None:
+    """The same of one weight (out, in), whose outputs are what `targets.parts_of` says."""
+    for role, part in zip(roles, cut(weight, rows), strict=True):
+        if role not in ("q", "k"):
+            part.mul_(beta)
