@@ -129,7 +129,7 @@ def rows_of(attention: nn.Module, held: str, shape: tuple[int, int]) -> dict[str
     if packing is None:
         return None
     groups, sizes = packing
-    parts = torch.arange(shape[0]).view(groups, -1).split(list(sizes.values()), dim=1)
+    parts = torch.arange(shape[0], device="cpu").view(groups, -1).split(list(sizes.values()), dim=1)
     return {role: _by_head(attention, role, part) for role, part in zip(sizes, parts, strict=True)}
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .deepnorm import deepnorm_scales
 from .registry import method, register_residual
-from .targets import cut, layers, parts_of
+from .targets import layers, rows_beside_qk
 
 
 class Residual(NamedTuple):
@@ -48,20 +48,17 @@ def _deepnorm(encoder_layers, decoder_layers):
     return tuple(Residual(False, *scale) for scale in deepnorm_scales(encoder_layers, decoder_layers))
 
 
-@torch.no_grad()
 def scale_branches_(block: nn.Module, beta: float) -> None:
     """Multiplies a block's weights of v, output and feed-forward layers by beta, in place: all but those of q and k.
 
     Raises:
-        ValueError: q, k and v are packed in a way that does not tell v.
+        ValueError: q, k and v are packed in an unknown order.
     """
     for target in layers(block) if beta != 1 else ():
-        scale_parts_(target.weight.T if target.transposed else target.weight, *parts_of(block, target), beta)
+        scale_rows_(target.weight.T if target.transposed else target.weight, rows_beside_qk(block, target), beta)
 
 
 @torch.no_grad()
-def scale_parts_(weight: Tensor, roles: tuple[str, ...], rows: list[int], beta: float) -> None:
-    """The same of one weight (out, in), whose outputs are what `targets.parts_of` says."""
-    for role, part in zip(roles, cut(weight, rows), strict=True):
-        if role not in ("q", "k"):
-            part.mul_(beta)
+def scale_rows_(weight: Tensor, rows: Tensor | slice, beta: float) -> None:
+    """The same of one weight (out, in), of which `targets.rows_beside_qk` gave the rows."""
+    weight[rows] *= beta

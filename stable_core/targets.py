@@ -127,8 +127,8 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
     return groups
 
 
-def rows_beside_qk(model: nn.Module, target: Target) -> Tensor:
-    """The numbers of those outputs of a layer that are neither queries nor keys: all of most layers, values of a packed one.
+def rows_beside_qk(model: nn.Module, target: Target) -> Tensor | slice:
+    """Which outputs of a layer are neither queries nor keys: all of most layers, values of a packed one.
 
     Raises:
         ValueError: q, k and v are packed in an unknown order.
@@ -141,8 +141,7 @@ def rows_beside_qk(model: nn.Module, target: Target) -> Tensor:
                 f"{target.name}: it packs q, k and v in an unknown order, so that v cannot be told from q and k"
             )
         return rows["v"].flatten()
-    is_query_or_key = any(leaf in names[:2] for names in QKV_NAMES)
-    return torch.arange(0 if is_query_or_key else shape[0])
+    return slice(0) if any(leaf in names[:2] for names in QKV_NAMES) else slice(None)
 
 
 def _attention(model: nn.Module, target: Target) -> nn.Module:

@@ -19,9 +19,9 @@ from stable_core.inits import init_
 from stable_core.norms import build_norm
 from stable_core.options import of
 from stable_core.reparams import reparametrise
-from stable_core.residuals import Residual, scale_parts_
+from stable_core.residuals import Residual, scale_rows_
 from stable_core.sigma_layers import is_sigma
-from stable_core.targets import layers, parts_of
+from stable_core.targets import layers, rows_beside_qk
 
 from .configuration_stable import NORMAL
 from .source import methods_of, without_source, write_source
@@ -53,7 +53,7 @@ class StablePreTrainedModel(PreTrainedModel):
         """Lets `draw_` know by how much DeepNorm scales the first weights of a block's layers."""
         for block in blocks:
             for target in layers(block):
-                target.module.branch = (*parts_of(block, target), residual.beta)
+                target.module.branch = rows_beside_qk(block, target), residual.beta
 
     def reparametrise(self, module: nn.Module, **changed) -> None:
         """Reparametrises every Linear and Conv layer of `module` as the configuration says; `changed` are other options."""
@@ -68,7 +68,7 @@ class StablePreTrainedModel(PreTrainedModel):
         else:
             init_(weight, self.config)
         if hasattr(module, "branch"):
-            scale_parts_(weight, *module.branch)
+            scale_rows_(weight, *module.branch)
 
     def draw_stock_(self, module: nn.Module, weight: Tensor) -> None:
         """The same of init = "stock", before DeepNorm scales it."""
