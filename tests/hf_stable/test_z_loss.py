@@ -75,6 +75,12 @@ def test_the_loss_of_tokens_has_it_where_gradients_are(make, shifts):
         assert model(**inputs).loss.item() == plain.loss.item()
 
 
+def test_a_compiled_model_has_it_in_one_graph():
+    model, inputs = add_z_loss(gpt2(), 0.01), {"input_ids": tokens(2, 9), "labels": LABELS}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss)
+
+
 def test_the_loss_of_classes():
     config = ViTConfig(**{**SMALL, "image_size": 8, "patch_size": 4, "num_labels": 5})
     inputs = {"pixel_values": torch.randn(3, 3, 8, 8), "labels": torch.tensor([0, 4, 2])}
