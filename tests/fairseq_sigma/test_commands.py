@@ -295,12 +295,12 @@ def test_no_sentence_is_lost_where_the_exports_own_words_are_followed(train, cor
 
 
 def test_export_refuses_what_stock_fairseq_has_no_model_for(train, tmp_path):
-    train("bare", SIGMA, 1, "--residual", "none")
+    train("bare", SIGMA, 1, "--norm", "none", "--residual", "pre-ln")
     path = str(tmp_path / "bare" / "checkpoint_last.pt")
     command = [sys.executable, "-m", "fairseq_sigma.export", path, str(tmp_path / "out.pt")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "--residual none: stock fairseq has no transformer without LayerNorm" in done.stderr.splitlines()[-1]
+    assert "--norm none: stock fairseq has no such transformer, allowed is layernorm" in done.stderr.splitlines()[-1]
 
 
 def test_the_cores_fold_names_the_command_for_this_checkpoint(train, tmp_path):
