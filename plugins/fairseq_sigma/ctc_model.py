@@ -17,7 +17,7 @@ from stable_core.inits import init_
 from stable_core.norms import build_norm
 from stable_core.reparams import reparametrise
 
-from .blocks import BlockConfig, EncoderLayer, add_flags, norm_first, options_of, set_defaults
+from .blocks import BlockConfig, EncoderLayer, add_flags, norm_first, set_defaults
 from .cape import Cape
 from .checkpoints import check_fits
 from .speech_features import STEP
@@ -52,8 +52,9 @@ class SpeechEncoder(FairseqEncoder):
         shifts = (args.cape_global_shift, args.cape_local_shift, args.cape_scale)
         self.positions = Cape(width, STRIDE * STEP, *shifts)
         self.dropout = nn.Dropout(args.dropout)
-        layers = [EncoderLayer(_layer_config(args)) for _ in range(args.encoder_layers)]
-        self.norm = build_norm(width, blocks.options) if norm_first(blocks.options) else nn.Identity()
+        before = norm_first(blocks.options)
+        layers = [EncoderLayer(_layer_config(args, before)) for _ in range(args.encoder_layers)]
+        self.norm = build_norm(width, blocks.options) if before else nn.Identity()
         self.output = nn.Linear(width, len(symbols))
         for module in (self.conv, self.output, *(module for layer in layers for module in layer.modules())):
             if isinstance(module, nn.Linear | nn.Conv1d):
@@ -127,13 +128,13 @@ class SigmaTransformerCtc(FairseqEncoderModel):
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 
-def _layer_config(args: Namespace) -> TransformerConfig:
+def _layer_config(args: Namespace, before: bool) -> TransformerConfig:
     config = TransformerConfig()
     config.dropout = config.attention_dropout = config.activation_dropout = args.dropout
     config.encoder.embed_dim = args.encoder_embed_dim
     config.encoder.ffn_embed_dim = args.encoder_ffn_embed_dim
     config.encoder.attention_heads = args.encoder_attention_heads
-    config.encoder.normalize_before = norm_first(options_of(args))
+    config.encoder.normalize_before = before
     return config
 
 

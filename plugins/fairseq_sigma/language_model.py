@@ -5,7 +5,7 @@ from argparse import Namespace
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture, transformer_lm_baevski_wiki103
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from .blocks import BlockConfig, DecoderLayer, add_flags, change_norm, set_defaults, set_normalize_before
 from .checkpoints import check_fits
@@ -35,7 +35,9 @@ class SigmaTransformerLanguageModel(TransformerLanguageModel):
     @classmethod
     def build_model(cls, args, task):
         if OmegaConf.is_config(args):  # from fairseq-hydra-train, which leaves the task's settings in the task
-            args = Namespace(**{"tokens_per_sample": task.args.tokens_per_sample, **OmegaConf.to_container(args)})
+            with open_dict(args):  # written into checkpoints: an evaluation's blocks must not change StableAtten's tau
+                args.tokens_per_sample = args.get("tokens_per_sample") or task.args.tokens_per_sample
+            args = Namespace(**OmegaConf.to_container(args))
         sigma_transformer_lm(args)
         config = BlockConfig.from_args(args, (0, args.decoder_layers))
         for name in ("adaptive_input_cutoff", "adaptive_softmax_cutoff"):

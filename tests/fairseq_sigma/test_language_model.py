@@ -189,11 +189,12 @@ def test_a_pruned_model_has_the_alpha_that_it_was_trained_with():
     assert [layer.alpha for layer in model.decoder.layers] == 2 * [deepnorm_scales(0, 6).decoder.alpha]
 
 
-def test_hydra_configurations_take_the_block_size_from_the_task():
+def test_hydra_configurations_take_the_block_size_from_the_task_that_trains():
     args = OmegaConf.create({"_name": SIGMA, **TINY})
     ARCH_CONFIG_REGISTRY[SIGMA](args)
-    hydra_task = SimpleNamespace(**vars(TASK), args=SimpleNamespace(tokens_per_sample=2048))
-    assert ARCH_MODEL_REGISTRY[SIGMA].build_model(args, hydra_task).max_positions() == 2048
+    for block in (2048, 8):  # the second time as an evaluation does
+        hydra_task = SimpleNamespace(**vars(TASK), args=SimpleNamespace(tokens_per_sample=block))
+        assert ARCH_MODEL_REGISTRY[SIGMA].build_model(args, hydra_task).max_positions() == 2048
 
 
 @pytest.mark.parametrize("suffix, layers", [("", 16), ("_32l", 32)])
@@ -246,6 +247,8 @@ def test_wrong_settings_are_named(overrides, message):
     [
         (SIGMA, {"reparam": "none"}, "holds plain weights and the model is reparametrised: use --reparam none"),
         (PRE_LN, {"reparam": "sigma"}, "the checkpoint is reparametrised and the model is not"),
+        (PRE_LN, {"norm": "stable"}, "decoder.layers.N.final_layer_norm.bias: only the model has it: use the --norm"),
+        (PRE_LN, {"attention": "qknorm"}, r"decoder.layers.N.self_attn.k_norm.weight: only the checkpoint has it"),
         (SIGMA, {"decoder_layers": 4}, "has 4 decoder layers and the model 2: use --decoder-layers 4"),
         (SIGMA, {"decoder_ffn_embed_dim": 64}, r"fc\d.*: the checkpoint has shape .*64.*, the model .*32"),
     ],
