@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .layers import is_transposed
 from .sigma_layers import sigma_layers
 from .targets import FilterFn
 
@@ -116,8 +117,7 @@ def _layer(name: str) -> str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    is_conv1d = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)  # transformers': y = x W + b
-    return is_conv1d or isinstance(module, nn.Linear | nn.MultiheadAttention)
+    return isinstance(module, nn.Linear | nn.MultiheadAttention) or is_transposed(module)
 
 
 def _is_hidden(layer: str, modules: dict[str, nn.Module]) -> bool:

@@ -8,8 +8,9 @@ instabilities" (ICLR 2024), which this term prevents there.
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
+
+from .scale_by_sigma import wide
 
 
 def z_loss(logits: Tensor, coefficient: float = 1e-4, mask: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
@@ -36,11 +37,13 @@ def z_loss(logits: Tensor, coefficient: float = 1e-4, mask: Tensor | None = None
         raise ValueError(
             f"mask of shape {tuple(mask.shape)}: allowed is that of the positions, {tuple(logits.shape[:-1])}"
         )
-    log_z = (logits if logits.dtype == torch.float64 else logits.float()).logsumexp(-1)
+    squares = wide(logits).logsumexp(-1).square()
     if mask is not None:
-        log_z = log_z[mask]
-    squares = log_z.square()
-    return coefficient * (squares.mean() if reduction == "mean" else squares.sum())
+        squares = squares.masked_fill(~mask, 0)  # not squares[mask], for which a GPU waits and a compiler stops
+    total = squares.sum()
+    if reduction == "sum":
+        return coefficient * total
+    return coefficient * total / (squares.numel() if mask is None else mask.sum())
 
 
 def check_coefficient(coefficient: float, name: str = "coefficient") -> None:

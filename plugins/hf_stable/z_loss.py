@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -50,24 +49,20 @@ def _names_in(forward: Callable) -> tuple[str, ...]:
     return inspect.unwrap(forward).__code__.co_names
 
 
-@dataclass(frozen=True)
 class LossWithZLoss:
-    """A loss function of transformers', called as it is."""
+    """A loss function of transformers', called as it is. `model` is the name that errors give."""
 
-    loss_function: Callable[..., Tensor]
-    coefficient: float
-    model: str
-
-    def __post_init__(self) -> None:
-        if self.loss_function not in map(LOSS_MAPPING.get, SOFTMAX):
-            raise ValueError(f"{self.model}: loss_function = {self.loss_function}: allowed are {', '.join(SOFTMAX)}")
+    def __init__(self, loss_function: Callable[..., Tensor], coefficient: float, model: str) -> None:
+        if loss_function not in map(LOSS_MAPPING.get, SOFTMAX):
+            raise ValueError(f"{model}: loss_function = {loss_function}: allowed are {', '.join(SOFTMAX)}")
+        self.loss_function, self.coefficient, self.model = loss_function, coefficient, model
+        self.names = tuple(inspect.signature(loss_function).parameters)
 
     def __call__(self, *args, **kwargs) -> Tensor:
         loss = self.loss_function(*args, **kwargs)
-        bound = inspect.signature(self.loss_function).bind(*args, **kwargs)
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         # Of a sequence's class; beside it some models give the logits of every token, which the loss does not read.
-        logits = given["pooled_logits" if "pooled_logits" in bound.signature.parameters else "logits"]
+        logits = given["pooled_logits" if "pooled_logits" in self.names else "logits"]
         if not logits.requires_grad:
             return loss
         if getattr(given.get("config"), "problem_type", None) in ("regression", "multi_label_classification"):
@@ -75,7 +70,7 @@ class LossWithZLoss:
         labels, ignored = given.get("shift_labels"), given.get("ignore_index", IGNORED)
         if labels is None:
             labels = given["labels"]
-            if "shift_labels" in bound.signature.parameters:  # a language model's: each position has the next token's
+            if "shift_labels" in self.names:  # a language model's: each position has the next token's
                 labels = nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:]
         logits = logits.reshape(-1, logits.shape[-1])
         mask = (labels != ignored).reshape(-1).to(logits.device)

@@ -95,6 +95,12 @@ def test_the_setting_of_this_plugins_models_is_saved(kind, tmp_path):
         cls.from_pretrained(tmp_path, z_loss=-1.0)
 
 
+def test_a_compiled_model_has_it_in_one_graph():
+    model, inputs = add_z_loss(gpt2(), 0.01), {"input_ids": tokens(2, 9), "labels": LABELS}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss)
+
+
 def test_the_loss_of_classes():
     config = ViTConfig(**{**SMALL, "image_size": 8, "patch_size": 4, "num_labels": 5})
     inputs = {"pixel_values": torch.randn(3, 3, 8, 8), "labels": torch.tensor([0, 4, 2])}

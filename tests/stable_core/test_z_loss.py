@@ -7,7 +7,7 @@ import torch
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from stable_core import WithZLoss, z_loss
+from stable_core import WithZLoss, reference, z_loss
 
 LOGITS = [[[0.5, -1.0, 2.0], [3.0, 3.0, 3.0]], [[-40.0, 0.0, 1.0], [7.0, -2.0, 0.25]]]
 
@@ -19,6 +19,7 @@ def by_hand(rows: list[list[float]], coefficient: float = 1e-4) -> float:
 def test_the_formula_and_papers_coefficient():
     rows = [row for rows in LOGITS for row in rows]
     assert z_loss(torch.tensor(LOGITS)).item() == pytest.approx(by_hand(rows), rel=1e-6)
+    torch.testing.assert_close(z_loss(torch.tensor(rows), 0.5), reference.z_loss(torch.tensor(rows), 0.5))
     assert z_loss(torch.tensor(LOGITS), 0.5, reduction="sum").item() == pytest.approx(4 * by_hand(rows, 0.5), rel=1e-6)
     mask = torch.tensor([[True, False], [False, True]])
     assert z_loss(torch.tensor(LOGITS), mask=mask).item() == pytest.approx(by_hand([rows[0], rows[3]]), rel=1e-6)
@@ -39,6 +40,12 @@ def test_gradients_by_finite_differences_and_closed_form():
     z_loss(logits, 0.3, mask).backward()
     log_z = logits.detach().exp().sum(-1, keepdim=True).log()
     torch.testing.assert_close(logits.grad, 0.3 * 2 / 3 * log_z * logits.detach().softmax(-1) * mask[:, None])
+
+
+def test_compiled_in_one_graph():
+    logits, mask = torch.tensor(LOGITS), torch.tensor([[True, False], [False, True]])
+    compiled = torch.compile(z_loss, fullgraph=True, backend="aot_eager")
+    assert compiled(logits, 1e-4, mask).item() == pytest.approx(z_loss(logits, 1e-4, mask).item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
