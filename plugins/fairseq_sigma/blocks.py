@@ -1,4 +1,4 @@
-"""Transformer layers, encoder and decoder with a choice of residual connection and weight reparametrisation."""
+"""Transformer layers, encoder and decoder, made of the methods that a user chooses: `stable_core.options`."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,19 @@ from fairseq.models.transformer import TransformerDecoderBase, TransformerEncode
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from stable_core import SigmaReparamConfig, deepnorm_scales, fold, sigma_reparam
-from stable_core.deepnorm import DeepNormScales
+from stable_core import fold, options
+from stable_core.folding import is_reparametrised
+from stable_core.inits import init_
+from stable_core.norms import build_norm
+from stable_core.options import OPTIONS, Options
+from stable_core.registry import WrongOption, import_methods
+from stable_core.reparams import reparametrise
+from stable_core.residuals import Residual, build_residuals, scale_branches_
 
-RESIDUALS = ("pre-ln", "post-ln", "deepnorm", "none")
-REPARAMS = ("none", "sigma", "spectral", "weight")
+from .attention import change_attention
+
+NORMS = ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
 NO_NOISE = (
     "Quantisation writes into layer.weight, which is computed from the learned weight at each use; "
     "train without, and quantise what python -m fairseq_sigma.export makes"
@@ -24,14 +30,13 @@ NO_NOISE = (
 class BlockConfig:
     """How every block of a model is built; the model's command-line flags, checked.
 
-    init_std is the standard deviation of the truncated normal for the weights of the blocks, None is fairseq's own; scales
-    are DeepNorm's, None with another residual.
+    init_std is the standard deviation of the truncated normal for the weights of the blocks, None is fairseq's own, or what
+    options.init says; residuals are the encoder's and the decoder's.
     """
 
-    residual: str
-    reparam: SigmaReparamConfig | None
+    options: Options
     init_std: float | None
-    scales: DeepNormScales | None
+    residuals: tuple[Residual, Residual]
 
     @classmethod
     def from_args(cls, args, depths: tuple[int, int]) -> "BlockConfig":
@@ -39,57 +44,72 @@ class BlockConfig:
 
         Raises ValueError naming the flag, its value and what is allowed.
         """
-        for flag, allowed in (("residual", RESIDUALS), ("reparam", REPARAMS)):
-            if getattr(args, flag) not in allowed:
-                raise ValueError(f"--{flag} {getattr(args, flag)}: allowed are {', '.join(allowed)}")
+        chosen = options_of(args)
         if args.init_std is not None and not args.init_std > 0:
             raise ValueError(f"--init-std {args.init_std}: allowed are positive numbers")
+        if args.init_std is not None and chosen.init != "stock":
+            raise ValueError(f"--init-std {args.init_std}: allowed with --init {chosen.init} is none, it has its own")
         for name in ("layernorm_embedding", "scale_attn", "scale_fc"):  # each a LayerNorm of its own
-            if args.residual == "none" and getattr(args, name, False):
-                raise ValueError(f"--{name.replace('_', '-')} contradicts --residual none; use another --residual")
-        reparam = None
-        if args.reparam != "none":
-            fields = ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")
-            reparam = SigmaReparamConfig(kind=args.reparam, **{field: getattr(args, field) for field in fields})
-            for name in ("quant_noise_pq", "quant_noise_scalar"):
-                if value := getattr(args, name, None):
-                    flag = name.replace("_", "-")
-                    raise ValueError(f"--{flag} {value}: allowed with --reparam {args.reparam} is 0. {NO_NOISE}")
-        scales = deepnorm_scales(*depths) if args.residual == "deepnorm" else None
-        return cls(args.residual, reparam, args.init_std, scales)
+            if chosen.norm != "layernorm" and getattr(args, name, False):
+                raise ValueError(f"--{name.replace('_', '-')} contradicts --norm {chosen.norm}; use --norm layernorm")
+        for name in ("quant_noise_pq", "quant_noise_scalar"):
+            if chosen.reparam != "none" and (value := getattr(args, name, None)):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {value}: allowed with --reparam {chosen.reparam} is 0. {NO_NOISE}")
+        return cls(chosen, args.init_std, build_residuals(chosen, *depths))
 
 
 def add_flags(parser, init_std: str) -> None:
     """The command-line flags of BlockConfig, and of init_std's default in words. Defaults are left to the archs."""
-    parser.add_argument(
-        "--residual", choices=RESIDUALS, help="residual connection and place of LayerNorm; none: no LayerNorm"
-    )
-    parser.add_argument("--reparam", choices=REPARAMS, help="reparametrisation of every linear layer of the blocks")
-    parser.add_argument("--gamma-init", choices=("one", "spectral"), help="initial gamma: 1, or the spectral norm")
-    parser.add_argument("--qkv", choices=("separate", "joint", "qk_joint"), help="which of q, k, v share a sigma")
-    parser.add_argument("--n-power-iterations", type=int, metavar="N", help="power iterations per update")
-    parser.add_argument("--stop-gradient", action="store_true", help="no gradient through sigma")
+    options.add_flags(parser)
     parser.add_argument("--init-std", type=float, metavar="STD",
                         help=f"truncated normal for the blocks' weights; default: {init_std}")  # fmt: skip
+    parser.add_argument(
+        "--methods", metavar="MODULE,...", help="modules to import first, which register methods of yours"
+    )
 
 
-def set_defaults(args, residual: str, reparam: str, init_std: float | None) -> None:
+def options_of(args) -> Options:
+    """What the flags say, once the modules of --methods are imported. Raises ValueError naming the flag that is wrong."""
+    try:
+        import_methods(args.methods)
+        return options.of(args)
+    except WrongOption as error:
+        raise ValueError(error.as_flag()) from None
+
+
+def set_defaults(args, init_std: float | None, **defaults: str) -> None:
     """Fills in the flags that were not given; init_std is for sigma and spectral, whose weights have no size of their own."""
-    defaults = {"residual": residual, "reparam": reparam, "gamma_init": "one", "qkv": "separate",
-                "n_power_iterations": 1, "stop_gradient": False, "init_std": None}  # fmt: skip
-    for name, value in defaults.items():
+    if not hasattr(args, "norm") and getattr(args, "residual", None) is not None:
+        # Of a checkpoint from before there was --norm: its residual said whether there is one.
+        said = options.renamed({"norm": "layernorm", "residual": args.residual})
+        args.norm, args.residual = said["norm"], said["residual"]
+    settings = {option.name: option.default for option in OPTIONS} | {"methods": "", "init_std": None} | defaults
+    for name, value in settings.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.init_std is None and args.reparam in ("sigma", "spectral"):
+    if args.init_std is None and args.init == "stock" and args.reparam in ("sigma", "spectral"):
         args.init_std = init_std
 
 
+def norm_first(chosen: Options) -> bool:
+    """Whether a block begins with its norm, and the last one is followed by another: what fairseq calls normalize_before."""
+    return chosen.norm != "none" and build_residuals(chosen, 1, 1)[0].norm_first  # for any number of layers
+
+
 def set_normalize_before(args, side: str) -> None:
-    """fairseq's flag of the encoder or decoder as --residual says. Raises ValueError where it was given and says otherwise."""
-    name, before = f"{side}_normalize_before", args.residual == "pre-ln"
+    """fairseq's flag of the encoder or decoder as ours say. Raises ValueError where it was given and says otherwise."""
+    name, before = f"{side}_normalize_before", norm_first(options_of(args))
     if getattr(args, name, before) and not before:
-        raise ValueError(f"--{name.replace('_', '-')} contradicts --residual {args.residual}; use --residual pre-ln")
+        other = "norm none" if args.norm == "none" else f"residual {args.residual}"
+        raise ValueError(f"--{name.replace('_', '-')} contradicts --{other}; use --residual pre-ln")
     setattr(args, name, before)
+
+
+def change_norm(module: nn.Module, name: str, width: int, chosen: Options) -> None:
+    """Puts another norm in the place of fairseq's LayerNorm, if there is one; "layernorm" leaves it."""
+    if getattr(module, name, None) is not None and chosen.norm != "layernorm":
+        setattr(module, name, build_norm(width, chosen))
 
 
 class _Block:
@@ -97,27 +117,36 @@ class _Block:
 
     alpha = 1.0
 
-    def stabilise(self, config: BlockConfig, side: str) -> None:
-        """Initialises the weights, scales v, output and feed-forward ones by beta, and only then reparametrises them."""
-        beta = 1.0
-        if config.scales is not None:
-            self.alpha, beta = getattr(config.scales, side)
-        for name, module in list(self.named_modules()):
-            if isinstance(module, nn.LayerNorm) and config.residual == "none":
-                self.set_submodule(name, nn.Identity())
-            if isinstance(module, nn.Linear):
-                if config.init_std is not None:
+    def stabilise(self, config: BlockConfig, residual: Residual, positions: int, memory: int = 0) -> None:
+        """Makes fairseq's layer what the flags say. `positions` and `memory` are the most tokens of its own and the encoder's.
+
+        The weights are reparametrised last: what is written into a reparametrised weight is lost.
+        """
+        chosen = config.options
+        self.alpha = 1.0 if residual.norm_first else residual.alpha
+        for name in NORMS:
+            change_norm(self, name, self.embed_dim, chosen)
+        attentions = [self.self_attn]
+        change_attention(self.self_attn, chosen, positions)
+        if getattr(self, "encoder_attn", None) is not None:
+            attentions.append(self.encoder_attn)
+            change_attention(self.encoder_attn, chosen, memory)
+        if config.init_std is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
                     nn.init.trunc_normal_(module.weight, std=config.init_std)
-                if name.endswith(("v_proj", "out_proj", "fc1", "fc2")):
-                    module.weight.data.mul_(beta)
-        if config.reparam is not None:
-            sigma_reparam(self, config.reparam)
+        init_(self, chosen)
+        scale_branches_(self, residual.beta)
+        reparametrise(self, chosen)
+        for attention in attentions:
+            if getattr(attention, "tied", False):  # DistributedDataParallel would wait for gradients, which do not come
+                attention.k_proj.requires_grad_(False)
 
     def residual_connection(self, x: Tensor, residual: Tensor) -> Tensor:
         return x.add(residual, alpha=self.alpha)
 
     def make_generation_fast_(self, **kwargs) -> None:
-        if any(parametrize.is_parametrized(module) for module in self.modules()):
+        if any(map(is_reparametrised, self.modules())):
             fold(self)
 
 
@@ -131,19 +160,30 @@ class DecoderLayer(_Block, TransformerDecoderLayerBase):
         TransformerDecoderLayerBase.make_generation_fast_(self, **kwargs)
 
 
-def _finish(layer: _Block, cfg, side: str) -> nn.Module:
-    layer.stabilise(cfg.blocks, side)
-    # As fairseq's own build_encoder_layer and build_decoder_layer end.
+def _finish(layer: _Block, cfg) -> nn.Module:
+    """As fairseq's own build_encoder_layer and build_decoder_layer end."""
     if cfg.checkpoint_activations:
         layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
 class Encoder(TransformerEncoderBase):
+    def __init__(self, cfg, dictionary, embed_tokens) -> None:
+        super().__init__(cfg, dictionary, embed_tokens)
+        change_norm(self, "layer_norm", cfg.encoder.embed_dim, cfg.blocks.options)
+
     def build_encoder_layer(self, cfg):
-        return _finish(EncoderLayer(cfg, return_fc=self.return_fc), cfg, "encoder")
+        layer = EncoderLayer(cfg, return_fc=self.return_fc)
+        layer.stabilise(cfg.blocks, cfg.blocks.residuals[0], cfg.max_source_positions)
+        return _finish(layer, cfg)
 
 
 class Decoder(TransformerDecoderBase):
+    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn: bool = False) -> None:
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn)
+        change_norm(self, "layer_norm", cfg.decoder.embed_dim, cfg.blocks.options)
+
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
-        return _finish(DecoderLayer(cfg, no_encoder_attn), cfg, "decoder")
+        layer = DecoderLayer(cfg, no_encoder_attn)
+        layer.stabilise(cfg.blocks, cfg.blocks.residuals[1], cfg.max_target_positions, cfg.max_source_positions)
+        return _finish(layer, cfg)

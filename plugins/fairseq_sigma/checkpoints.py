@@ -28,11 +28,21 @@ def check_fits(own: dict, loaded: dict, layers: bool = True) -> None:
             raise ValueError(
                 f"the checkpoint has {len(theirs)} {side} layers and the model {len(mine)}: use --{side}-layers {len(theirs)}"
             )
+    for one, other, holder in ((own, loaded, "model"), (loaded, own, "checkpoint")):
+        if norms := sorted(_norms(one) - _norms(other)):
+            raise ValueError(
+                f"{norms[0]}: only the {holder} has it: use the --norm, --attention and --residual of the checkpoint"
+            )
     for key in own.keys() & loaded.keys():
         if own[key].shape != loaded[key].shape and not key.endswith(KEY):  # whose text loading compares
             raise ValueError(
                 f"{key}: the checkpoint has shape {tuple(loaded[key].shape)}, the model {tuple(own[key].shape)}"
             )
+
+
+def _norms(state: dict) -> set[str]:
+    """What the state dict has of norms, whichever layers those are in."""
+    return {re.sub(r"\.\d+\.", ".N.", key) for key in state if re.search(r"(_norm|q_norm|k_norm)\.\w+$", key)}
 
 
 @functools.cache

@@ -12,16 +12,18 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from stable_core import sigma_layers, sigma_reparam
+from stable_core import sigma_layers
+from stable_core.inits import init_
+from stable_core.norms import build_norm
+from stable_core.reparams import reparametrise
 
-from .blocks import BlockConfig, EncoderLayer, add_flags, set_defaults
+from .blocks import BlockConfig, EncoderLayer, add_flags, norm_first, set_defaults
 from .cape import Cape
 from .checkpoints import check_fits
 from .speech_features import STEP
 
 KERNEL, STRIDE = 7, 3
 DEPTHS = (36, 72)
-RESIDUALS = ("none", "post-ln", "pre-ln")
 
 
 def strided(frames):
@@ -29,11 +31,17 @@ def strided(frames):
     return (frames + STRIDE - 1) // STRIDE
 
 
+def _tokens(seconds: float) -> int:
+    """How many the blocks see of so long an utterance."""
+    return strided(round(seconds / STEP))
+
+
 class SpeechEncoder(FairseqEncoder):
     """features (batch, frames, bins) -> logits of blank and letters for every third frame.
 
-    σReparam is on every linear layer of the blocks and on the output layer, as App. E.2 says, and on the convolution, as the
-    other models of the paper have it on their patch embedding; --plain-conv leaves the convolution as it is.
+    --init is of all layers. σReparam is on every linear layer of the blocks and on the output layer, as App. E.2 says, and
+    on the convolution, as the other models of the paper have it on their patch embedding; --plain-conv leaves the convolution
+    as it is.
     """
 
     def __init__(self, args: Namespace, bins: int, symbols: Dictionary) -> None:
@@ -44,19 +52,20 @@ class SpeechEncoder(FairseqEncoder):
         shifts = (args.cape_global_shift, args.cape_local_shift, args.cape_scale)
         self.positions = Cape(width, STRIDE * STEP, *shifts)
         self.dropout = nn.Dropout(args.dropout)
-        layers = [EncoderLayer(_layer_config(args)) for _ in range(args.encoder_layers)]
-        self.norm = nn.LayerNorm(width) if args.residual == "pre-ln" else nn.Identity()
+        before = norm_first(blocks.options)
+        layers = [EncoderLayer(_layer_config(args, before)) for _ in range(args.encoder_layers)]
+        self.norm = build_norm(width, blocks.options) if before else nn.Identity()
         self.output = nn.Linear(width, len(symbols))
         for module in (self.conv, self.output, *(module for layer in layers for module in layer.modules())):
             if isinstance(module, nn.Linear | nn.Conv1d):
                 _init(module, width, blocks.init_std)
         for layer in layers:
-            layer.stabilise(dataclasses.replace(blocks, init_std=None), "encoder")
-        if blocks.reparam is not None:
-            alone = dataclasses.replace(blocks.reparam, qkv="separate")  # the other two settings are for attention
-            sigma_reparam(self.output, alone)
-            if not args.plain_conv:
-                sigma_reparam(self.conv, alone)
+            layer.stabilise(dataclasses.replace(blocks, init_std=None), blocks.residuals[0], _tokens(args.tau_seconds))
+        alone = dataclasses.replace(blocks.options, qkv="separate")  # the other two settings are for attention
+        for module in (self.output, self.conv):
+            init_(module, alone)
+            if not (module is self.conv and args.plain_conv):
+                reparametrise(module, alone)
         if args.checkpoint_activations:
             layers = [checkpoint_wrapper(layer) for layer in layers]
         self.layers = LayerDropModuleList(args.layer_drop, layers)
@@ -96,6 +105,9 @@ class SigmaTransformerCtc(FairseqEncoderModel):
         parser.add_argument("--cape-global-shift", type=float, metavar="S", help="of an utterance, up to S seconds")
         parser.add_argument("--cape-local-shift", type=float, metavar="X", help="of a position, up to X half steps")
         parser.add_argument("--cape-scale", type=float, metavar="X", help="of time, from 1/X to X")
+        parser.add_argument(
+            "--tau-seconds", type=float, metavar="S", help="StableAtten's tau is that of so long an utterance"
+        )
         parser.add_argument("--plain-conv", action="store_true", help="no reparametrisation of the convolution")
         parser.add_argument("--gamma-lr-scale", type=float, metavar="X", help="learning rate of gamma, times this")
         parser.add_argument("--checkpoint-activations", action="store_true", help="save memory, compute blocks twice")
@@ -116,13 +128,13 @@ class SigmaTransformerCtc(FairseqEncoderModel):
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 
-def _layer_config(args: Namespace) -> TransformerConfig:
+def _layer_config(args: Namespace, before: bool) -> TransformerConfig:
     config = TransformerConfig()
     config.dropout = config.attention_dropout = config.activation_dropout = args.dropout
     config.encoder.embed_dim = args.encoder_embed_dim
     config.encoder.ffn_embed_dim = args.encoder_ffn_embed_dim
     config.encoder.attention_heads = args.encoder_attention_heads
-    config.encoder.normalize_before = args.residual == "pre-ln"
+    config.encoder.normalize_before = before
     return config
 
 
@@ -136,8 +148,6 @@ def _init(layer: nn.Module, width: int, std: float | None) -> None:
 
 
 def _check(args: Namespace) -> None:
-    if args.residual not in RESIDUALS:
-        raise ValueError(f"--residual {args.residual}: allowed for speech are {', '.join(RESIDUALS)}")
     for flag in ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: allowed are whole numbers from 1")
@@ -149,6 +159,8 @@ def _check(args: Namespace) -> None:
     for flag in ("dropout", "layer_drop"):
         if not 0 <= getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: allowed are numbers from 0, below 1")
+    if not args.tau_seconds >= 1:
+        raise ValueError(f"--tau-seconds {args.tau_seconds}: allowed are numbers from 1")
     if not args.gamma_lr_scale > 0:
         raise ValueError(f"--gamma-lr-scale {args.gamma_lr_scale}: allowed are positive numbers")
     if args.gamma_lr_scale != 1 and args.reparam != "sigma":
@@ -158,10 +170,10 @@ def _check(args: Namespace) -> None:
 @register_model_architecture("sigma_transformer_ctc", "sigma_transformer_ctc")
 def sigma_transformer_ctc(args):
     """Defaults: σReparam without LayerNorm, 36 layers, and what Table 8 has for all of its models."""
-    set_defaults(args, residual="none", reparam="sigma", init_std=0.1)
+    set_defaults(args, init_std=0.1, norm="none", residual="pre-ln", reparam="sigma")
     defaults = {"encoder_layers": 36, "encoder_embed_dim": 768, "encoder_ffn_embed_dim": 3072,
                 "encoder_attention_heads": 4, "dropout": 0.3, "layer_drop": 0.3, "cape_global_shift": 60.0,
-                "cape_local_shift": 1.0, "cape_scale": 1.1, "plain_conv": False, "gamma_lr_scale": 1.0,
+                "cape_local_shift": 1.0, "cape_scale": 1.1, "tau_seconds": 30.0, "plain_conv": False, "gamma_lr_scale": 1.0,
                 "checkpoint_activations": False}  # fmt: skip
     for name, value in defaults.items():
         if getattr(args, name, None) is None:

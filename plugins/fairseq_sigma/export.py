@@ -2,7 +2,8 @@
 
 σReparam is folded into the weights. DeepNorm's residual is folded as well: LN(alpha x + f) = LN(x + f / alpha), so the output
 projection and the second feed-forward layer are divided by alpha; only LayerNorm's eps, 1e-5 against a variance of about 1,
-does not scale along. A model without LayerNorm has no equal in stock fairseq. The training state is left out.
+does not scale along. A model with another norm, or none, or another attention has no equal in stock fairseq. The training
+state is left out.
 """
 
 import argparse
@@ -14,10 +15,12 @@ import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
 from fairseq_sigma.transformer import SigmaTransformerModel
-from stable_core import deepnorm_scales, fold_state_dict
+from stable_core import fold_state_dict
 from stable_core.checkpoint_file import read_checkpoint
+from stable_core.options import NAMES, of
+from stable_core.residuals import build_residuals
 
-OURS = ("residual", "reparam", "gamma_init", "qkv", "n_power_iterations", "stop_gradient", "init_std")
+OURS = {*NAMES, "init_std", "methods"}
 FOLDED_RESIDUAL = re.compile(r"(?P<side>encoder|decoder)\.layers\.\d+\.(?:.*\.out_proj|fc2)\.(?:weight|bias)")
 
 
@@ -25,7 +28,7 @@ def export(checkpoint: dict) -> dict:
     """A fairseq checkpoint of `sigma_transformer` -> one of fairseq's `transformer`.
 
     Raises:
-        ValueError: it is no checkpoint of this plugin, or its residual is "none".
+        ValueError: it is no checkpoint of this plugin, or its norm or attention is not fairseq's.
     """
     cfg = checkpoint.get("cfg")
     if cfg is None or "model" not in checkpoint or cfg.get("model") is None:
@@ -36,16 +39,18 @@ def export(checkpoint: dict) -> dict:
         raise ValueError(f"no checkpoint of a fairseq_sigma model: its arch is {arch}")
     ARCH_CONFIG_REGISTRY[arch](args)  # fairseq-hydra-train saves the overrides alone
     model = vars(args)
-    if model["residual"] == "none":
-        raise ValueError("--residual none: stock fairseq has no transformer without LayerNorm to load it into")
+    for name, stock in (("norm", "layernorm"), ("attention", "dot")):
+        if model[name] != stock:
+            raise ValueError(f"--{name} {model[name]}: stock fairseq has no such transformer, allowed is {stock}")
     state = dict(checkpoint["model"])
     if any("parametrizations." in key for key in state):
         state = fold_state_dict(state)
-    if model["residual"] == "deepnorm":
-        scales = deepnorm_scales(model["encoder_layers"], model["decoder_layers"])
-        for key in state:
-            if match := FOLDED_RESIDUAL.fullmatch(key):
-                state[key] = state[key] / getattr(scales, match["side"]).alpha
+    residuals = build_residuals(of(args), model["encoder_layers"], model["decoder_layers"])
+    for key in state:
+        if match := FOLDED_RESIDUAL.fullmatch(key):
+            residual = residuals[match["side"] == "decoder"]
+            if not residual.norm_first:
+                state[key] = state[key] / residual.alpha
     stock = {key: value for key, value in model.items() if key not in OURS}
     stock.update(_name="transformer", arch="transformer", user_dir=None)
     return {

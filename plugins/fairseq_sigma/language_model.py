@@ -5,21 +5,21 @@ from argparse import Namespace
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture, transformer_lm_baevski_wiki103
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
-from .blocks import BlockConfig, DecoderLayer, add_flags, set_defaults, set_normalize_before
+from .blocks import BlockConfig, DecoderLayer, add_flags, change_norm, set_defaults, set_normalize_before
 from .checkpoints import check_fits
 
-FAMILIES = {  # arch name: residual, reparam
-    "sigma_transformer_lm_wiki103": ("none", "sigma"),
-    "postln_transformer_lm_wiki103": ("post-ln", "none"),
-    "preln_transformer_lm_wiki103": ("pre-ln", "none"),
+FAMILIES = {  # arch name: norm, residual, reparam
+    "sigma_transformer_lm_wiki103": ("none", "pre-ln", "sigma"),
+    "postln_transformer_lm_wiki103": ("layernorm", "post-ln", "none"),
+    "preln_transformer_lm_wiki103": ("layernorm", "pre-ln", "none"),
 }
 
 
 @register_model("sigma_transformer_lm")
 class SigmaTransformerLanguageModel(TransformerLanguageModel):
-    """fairseq's transformer_lm whose blocks have a chosen residual connection and reparametrised linear layers.
+    """fairseq's transformer_lm with a choice of norm, attention, residual, initialisation and reparametrisation of its blocks.
 
     Reparametrised is "all linear layers of the Transformer" [σ, App. G.2], read as those of the blocks, as in translation.
     The projections of adaptive input and softmax stay plain: those of the rarer words are one weight, used transposed at
@@ -35,7 +35,9 @@ class SigmaTransformerLanguageModel(TransformerLanguageModel):
     @classmethod
     def build_model(cls, args, task):
         if OmegaConf.is_config(args):  # from fairseq-hydra-train, which leaves the task's settings in the task
-            args = Namespace(**{"tokens_per_sample": task.args.tokens_per_sample, **OmegaConf.to_container(args)})
+            with open_dict(args):  # written into checkpoints: an evaluation's blocks must not change StableAtten's tau
+                args.tokens_per_sample = args.get("tokens_per_sample") or task.args.tokens_per_sample
+            args = Namespace(**OmegaConf.to_container(args))
         sigma_transformer_lm(args)
         config = BlockConfig.from_args(args, (0, args.decoder_layers))
         for name in ("adaptive_input_cutoff", "adaptive_softmax_cutoff"):
@@ -50,7 +52,8 @@ class SigmaTransformerLanguageModel(TransformerLanguageModel):
                 )
             # fairseq's build_model names its decoder's class. Ours adds methods only: the weights stay the ones it drew.
             layer.__class__ = DecoderLayer
-            layer.stabilise(config, "decoder")
+            layer.stabilise(config, config.residuals[1], model.decoder.max_target_positions)
+        change_norm(model.decoder, "layer_norm", model.decoder.embed_dim, config.options)
         return model
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
@@ -71,9 +74,9 @@ def _check_cutoffs(name: str, text: str | None, words: int) -> None:
         )
 
 
-def _complete(args, residual: str, reparam: str, fairseq_arch) -> None:
+def _complete(args, norm: str, residual: str, reparam: str, fairseq_arch) -> None:
     """Our flags' defaults, then fairseq's; the initialisation is "the default" of "the Transformer baseline" [σ, App. I]."""
-    set_defaults(args, residual, reparam, init_std=None)
+    set_defaults(args, init_std=None, norm=norm, residual=residual, reparam=reparam)
     set_normalize_before(args, "decoder")
     before = args.decoder_normalize_before
     fairseq_arch(args)  # makes every language model pre-LN
@@ -83,16 +86,16 @@ def _complete(args, residual: str, reparam: str, fairseq_arch) -> None:
 @register_model_architecture("sigma_transformer_lm", "sigma_transformer_lm")
 def sigma_transformer_lm(args):
     """Defaults of the family: σReparam, no LayerNorm, and the sizes of fairseq's transformer_lm."""
-    _complete(args, "none", "sigma", base_lm_architecture)
+    _complete(args, *FAMILIES["sigma_transformer_lm_wiki103"], base_lm_architecture)
 
 
-def _register(name: str, layers: int, residual: str, reparam: str) -> None:
+def _register(name: str, layers: int, family: tuple[str, str, str]) -> None:
     @register_model_architecture("sigma_transformer_lm", name)
     def arch(args):
         args.decoder_layers = getattr(args, "decoder_layers", layers)
-        _complete(args, residual, reparam, transformer_lm_baevski_wiki103)
+        _complete(args, *family, transformer_lm_baevski_wiki103)
 
 
-for family, (residual, reparam) in FAMILIES.items():
-    _register(family, 16, residual, reparam)  # fairseq's recipe, which the paper names
-    _register(f"{family}_32l", 32, residual, reparam)  # the paper's text
+for name, family in FAMILIES.items():
+    _register(name, 16, family)  # fairseq's recipe, which the paper names
+    _register(f"{name}_32l", 32, family)  # the paper's text

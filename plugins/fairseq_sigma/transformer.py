@@ -21,7 +21,7 @@ FAMILIES = {  # arch name: residual, reparam
 
 @register_model("sigma_transformer")
 class SigmaTransformerModel(TransformerModel):
-    """fairseq's transformer whose blocks have a chosen residual connection and reparametrised linear layers.
+    """fairseq's transformer with a choice of norm, attention, residual, initialisation and reparametrisation of its blocks.
 
     Every linear layer of the encoder's and decoder's blocks is reparametrised; embeddings and output projection are not.
     """
@@ -54,13 +54,18 @@ class SigmaTransformerModel(TransformerModel):
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 
-@register_model_architecture("sigma_transformer", "sigma_transformer")
-def sigma_transformer(args):
-    """Defaults of the family: DeepNorm and σReparam, as the paper's only stable 100L-100L model."""
-    set_defaults(args, residual="deepnorm", reparam="sigma", init_std=0.1)
+def _complete(args, residual: str, reparam: str) -> None:
+    """Our flags' defaults, then fairseq's."""
+    set_defaults(args, init_std=0.1, residual=residual, reparam=reparam)
     for side in ("encoder", "decoder"):
         set_normalize_before(args, side)
     base_architecture(args)
+
+
+@register_model_architecture("sigma_transformer", "sigma_transformer")
+def sigma_transformer(args):
+    """Defaults of the family: DeepNorm and σReparam, as the paper's only stable 100L-100L model."""
+    _complete(args, "deepnorm", "sigma")
 
 
 def _register(name: str, layers: int, residual: str, reparam: str) -> None:
@@ -68,9 +73,7 @@ def _register(name: str, layers: int, residual: str, reparam: str) -> None:
     def arch(args):
         args.encoder_layers = getattr(args, "encoder_layers", layers)
         args.decoder_layers = getattr(args, "decoder_layers", layers)
-        args.residual = getattr(args, "residual", None) or residual
-        args.reparam = getattr(args, "reparam", None) or reparam
-        sigma_transformer(args)
+        _complete(args, residual, reparam)
 
 
 for family, (residual, reparam) in FAMILIES.items():

@@ -18,14 +18,14 @@ case $DEPTH in 36 | 72) ;; *) die "DEPTH=$DEPTH: allowed are 36 and 72" ;; esac
 
 # Base learning rates: Adagrad, LARS. SN's and WN's are not in the paper; these are σReparam's and the plain models'.
 case $MODEL in
-postln) BLOCKS=(--residual post-ln --reparam none) LR=(0.03 0.1) ;;
-preln) BLOCKS=(--residual pre-ln --reparam none) LR=(0.5 0.5) ;;
-sigma) BLOCKS=(--residual none --reparam sigma) LR=(1 1) ;;
-sigma_postln) BLOCKS=(--residual post-ln --reparam sigma) LR=(1 0.3) ;;
-sn) BLOCKS=(--residual none --reparam spectral) LR=(1 1) ;;
-sn_postln) BLOCKS=(--residual post-ln --reparam spectral) LR=(1 0.3) ;;
-wn) BLOCKS=(--residual none --reparam weight) LR=(0.5 0.5) ;;
-wn_postln) BLOCKS=(--residual post-ln --reparam weight) LR=(0.03 0.1) ;;
+postln) BLOCKS=(--norm layernorm --residual post-ln --reparam none) LR=(0.03 0.1) ;;
+preln) BLOCKS=(--norm layernorm --residual pre-ln --reparam none) LR=(0.5 0.5) ;;
+sigma) BLOCKS=(--norm none --residual pre-ln --reparam sigma) LR=(1 1) ;;
+sigma_postln) BLOCKS=(--norm layernorm --residual post-ln --reparam sigma) LR=(1 0.3) ;;
+sn) BLOCKS=(--norm none --residual pre-ln --reparam spectral) LR=(1 1) ;;
+sn_postln) BLOCKS=(--norm layernorm --residual post-ln --reparam spectral) LR=(1 0.3) ;;
+wn) BLOCKS=(--norm none --residual pre-ln --reparam weight) LR=(0.5 0.5) ;;
+wn_postln) BLOCKS=(--norm layernorm --residual post-ln --reparam weight) LR=(0.03 0.1) ;;
 *) die "MODEL = $MODEL: allowed are $MODELS" ;;
 esac
 UPDATES=500000 WARMUP=64000 DECAY=330000 DROPOUT=0.3

@@ -36,9 +36,12 @@ def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(train):
     same(straight, train("resumed", SIGMA, 6))
 
 
-def test_activation_checkpointing_is_the_run_without(train):
+@pytest.mark.parametrize("flags", [(), ("--norm", "stable", "--attention", "stable")], ids=["sigma", "stable"])
+def test_activation_checkpointing_is_the_run_without(train, flags):
     """To rounding: fairseq's, with stock models too, adds up the encoder output's gradients in another order."""
-    plain, checkpointed = train("plain", SIGMA, 4), train("checkpointed", SIGMA, 4, "--checkpoint-activations")
+    plain, checkpointed = (
+        train(name, SIGMA, 4, *flags, *more) for name, more in (("a", ()), ("b", ["--checkpoint-activations"]))
+    )
     same(plain, checkpointed, rtol=1e-4, atol=1e-4)
 
 
@@ -294,13 +297,22 @@ def test_no_sentence_is_lost_where_the_exports_own_words_are_followed(train, cor
     }
 
 
-def test_export_refuses_what_stock_fairseq_has_no_model_for(train, tmp_path):
-    train("bare", SIGMA, 1, "--residual", "none")
-    path = str(tmp_path / "bare" / "checkpoint_last.pt")
-    command = [sys.executable, "-m", "fairseq_sigma.export", path, str(tmp_path / "out.pt")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "--residual none: stock fairseq has no transformer without LayerNorm" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--norm", "none", "--residual", "pre-ln"),
+            "--norm none: stock fairseq has no such transformer, allowed is layernorm",
+        ),
+        (("--attention", "stable"), "--attention stable: stock fairseq has no such transformer, allowed is dot"),
+    ],
+)
+def test_export_refuses_what_stock_fairseq_has_no_model_for(train, tmp_path, capsys, flags, message):
+    train("bare", SIGMA, 1, *flags)
+    path = tmp_path / "bare" / "checkpoint_last.pt"
+    capsys.readouterr()
+    assert export.main([str(path), str(tmp_path / "out.pt")]) == 1
+    assert capsys.readouterr().err == f"export: {path}: {message}\n"
 
 
 def test_the_cores_fold_names_the_command_for_this_checkpoint(train, tmp_path):

@@ -70,20 +70,21 @@ def log_probs(model, batch: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("suffix, layers", [("", 16), ("_32l", 32)])
 @pytest.mark.parametrize(
-    "arch, residual, reparam", [(SIGMA, "none", "sigma"), (PRE_LN, "pre-ln", "none"), (POST_LN, "post-ln", "none")]
+    "arch, norm, before, reparam",
+    [(SIGMA, "none", False, "sigma"), (PRE_LN, "layernorm", True, "none"), (POST_LN, "layernorm", False, "none")],
 )
-def test_every_arch_has_the_sizes_of_the_paper(arch, residual, reparam, suffix, layers):
+def test_every_arch_has_the_sizes_of_the_paper(arch, norm, before, reparam, suffix, layers):
     args = Namespace()
     ARCH_CONFIG_REGISTRY[arch + suffix](args)
-    assert (args.residual, args.reparam, args.init_std, args.gamma_init) == (residual, reparam, None, "one")
+    assert (args.norm, args.reparam, args.init_std, args.gamma_init) == (norm, reparam, None, "one")
     sizes = (args.decoder_layers, args.decoder_embed_dim, args.decoder_ffn_embed_dim, args.decoder_attention_heads)
     assert sizes == (layers, 1024, 4096, 8)
-    assert args.decoder_normalize_before == (residual == "pre-ln")
+    assert args.decoder_normalize_before == before
     assert args.adaptive_input and args.tie_adaptive_weights and args.tie_adaptive_proj
     stock = Namespace(decoder_layers=layers)
     ARCH_CONFIG_REGISTRY["transformer_lm_wiki103"](stock)
     ours = {key: value for key, value in vars(args).items() if hasattr(stock, key)}
-    assert {**vars(stock), "decoder_normalize_before": residual == "pre-ln"} == ours
+    assert {**vars(stock), "decoder_normalize_before": before} == ours
 
 
 def test_pre_ln_is_stock_fairseq_bit_for_bit():
@@ -184,15 +185,16 @@ def test_deepnorm_counts_the_decoder_alone():
 
 
 def test_a_pruned_model_has_the_alpha_that_it_was_trained_with():
-    model = build(SIGMA, residual="deepnorm", decoder_layers=6, decoder_layers_to_keep="1,4")
+    model = build(SIGMA, norm="layernorm", residual="deepnorm", decoder_layers=6, decoder_layers_to_keep="1,4")
     assert [layer.alpha for layer in model.decoder.layers] == 2 * [deepnorm_scales(0, 6).decoder.alpha]
 
 
-def test_hydra_configurations_take_the_block_size_from_the_task():
+def test_hydra_configurations_take_the_block_size_from_the_task_that_trains():
     args = OmegaConf.create({"_name": SIGMA, **TINY})
     ARCH_CONFIG_REGISTRY[SIGMA](args)
-    hydra_task = SimpleNamespace(**vars(TASK), args=SimpleNamespace(tokens_per_sample=2048))
-    assert ARCH_MODEL_REGISTRY[SIGMA].build_model(args, hydra_task).max_positions() == 2048
+    for block in (2048, 8):  # the second time as an evaluation does
+        hydra_task = SimpleNamespace(**vars(TASK), args=SimpleNamespace(tokens_per_sample=block))
+        assert ARCH_MODEL_REGISTRY[SIGMA].build_model(args, hydra_task).max_positions() == 2048
 
 
 @pytest.mark.parametrize("suffix, layers", [("", 16), ("_32l", 32)])
@@ -219,14 +221,14 @@ def test_parameter_counts_at_full_size(suffix, layers):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"residual": "rezero"}, "--residual rezero: allowed are pre-ln, post-ln, deepnorm, none"),
-        ({"reparam": "gamma"}, "--reparam gamma: allowed are none, sigma, spectral, weight"),
+        ({"residual": "rezero"}, "--residual rezero: allowed are 'pre-ln', 'post-ln', 'deepnorm'"),
+        ({"norm": None, "residual": "post-ln"}, "--residual post-ln: it says where the norm is, and norm is none"),
         ({"init_std": 0.0}, "--init-std 0.0: allowed are positive numbers"),
         ({"n_power_iterations": 0}, "n_power_iterations = 0: allowed are whole numbers from 1"),
-        ({"decoder_normalize_before": True}, "--decoder-normalize-before contradicts --residual none"),
-        ({"layernorm_embedding": True}, "--layernorm-embedding contradicts --residual none"),
-        ({"scale_attn": True}, "--scale-attn contradicts --residual none"),
-        ({"scale_fc": True}, "--scale-fc contradicts --residual none"),
+        ({"decoder_normalize_before": True}, "--decoder-normalize-before contradicts --norm none"),
+        ({"layernorm_embedding": True}, "--layernorm-embedding contradicts --norm none"),
+        ({"scale_attn": True}, "--scale-attn contradicts --norm none"),
+        ({"scale_fc": True}, "--scale-fc contradicts --norm none"),
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq 0.1: allowed with --reparam sigma is 0"),
         ({"quant_noise_scalar": 0.1}, "--quant-noise-scalar 0.1: allowed with --reparam sigma is 0"),
         ({"adaptive_input_cutoff": "10,25"}, "--adaptive-input-cutoff 10,25: allowed are increasing .* from 1 to 24"),
@@ -245,6 +247,8 @@ def test_wrong_settings_are_named(overrides, message):
     [
         (SIGMA, {"reparam": "none"}, "holds plain weights and the model is reparametrised: use --reparam none"),
         (PRE_LN, {"reparam": "sigma"}, "the checkpoint is reparametrised and the model is not"),
+        (PRE_LN, {"norm": "stable"}, "decoder.layers.N.final_layer_norm.bias: only the model has it: use the --norm"),
+        (PRE_LN, {"attention": "qknorm"}, r"decoder.layers.N.self_attn.k_norm.weight: only the checkpoint has it"),
         (SIGMA, {"decoder_layers": 4}, "has 4 decoder layers and the model 2: use --decoder-layers 4"),
         (SIGMA, {"decoder_ffn_embed_dim": 64}, r"fc\d.*: the checkpoint has shape .*64.*, the model .*32"),
     ],

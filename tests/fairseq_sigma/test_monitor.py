@@ -13,6 +13,7 @@ from fairseq.modules import MultiheadAttention
 from fairseq.trainer import Trainer
 
 from fairseq_sigma import export
+from fairseq_sigma.attention import QueryKeyAttention
 from stable_monitor import AlarmConfig
 from stable_monitor import monitor as stable_monitor_monitor
 from stable_monitor.records import load, read
@@ -117,6 +118,29 @@ def test_entropy_is_that_of_the_attention_matrix(train, arch, tmp_path, monkeypa
     (record,) = read(tmp_path / "run")
     assert len(entropies) == 2 * len(record["layers"]) == 12
     for (name, layer), entropy in zip(record["layers"].items(), entropies, strict=False):
+        assert layer["entropy"] == pytest.approx(entropy.tolist(), rel=1e-4), name
+
+
+@pytest.mark.parametrize("attention", ["stable", "l2"])
+def test_entropy_of_another_attention_is_that_of_its_own_weights(train, attention, tmp_path, monkeypatch):
+    """q and k are then not what the projections give. Queries that are padding are left out."""
+    entropies, attend = [], QueryKeyAttention._attend
+
+    @torch.no_grad()
+    def dense(self, q, k, v, mask, need_weights):
+        logits = torch.einsum("bhqd,bhkd->bhqk", q, k) * self.scaling + (0 if mask is None else mask)
+        entropy = torch.special.entr(torch.exp(logits - logits.logsumexp(-1, keepdim=True))).sum(-1).transpose(0, 1)
+        padded = self.self_attention and mask is not None and mask.ndim == 4
+        entropies.append(
+            (entropy[:, mask[:, 0, -1] == 0] if padded else entropy.flatten(1)).mean(1)
+        )  # the last row sees all
+        return attend(self, q, k, v, mask, need_weights)
+
+    monkeypatch.setattr(QueryKeyAttention, "_attend", dense)
+    run(train, "run", SIGMA, 1, EVERY, 1, "--attention", attention)
+    (record,) = read(tmp_path / "run")
+    assert len(entropies) == len(record["layers"]) == 6
+    for (name, layer), entropy in zip(record["layers"].items(), entropies, strict=True):
         assert layer["entropy"] == pytest.approx(entropy.tolist(), rel=1e-4), name
 
 

@@ -263,9 +263,12 @@ def test_batches_never_exceed_the_seconds_and_hold_everything(speech):
     assert sorted(ids) == list(range(32))
 
 
-@pytest.mark.parametrize("residual", ["none", "post-ln", "pre-ln"])
-def test_an_utterance_does_not_depend_on_its_batch(speech, residual):
-    model, data = build(residual=residual).eval(), dataset(speech)
+BLOCKS = [("none", "pre-ln"), ("layernorm", "post-ln"), ("layernorm", "pre-ln"), ("layernorm", "deepnorm")]
+
+
+@pytest.mark.parametrize("norm, residual", BLOCKS)
+def test_an_utterance_does_not_depend_on_its_batch(speech, norm, residual):
+    model, data = build(norm=norm, residual=residual).eval(), dataset(speech)
     long, short = int(data.sizes.argmax()), int(data.sizes.argmin())
     together = model(**data.collater([data[long], data[short]])["net_input"])
     alone = model(**data.collater([data[short]])["net_input"])
@@ -283,13 +286,8 @@ def test_the_archs_have_the_sizes_of_the_paper(depth):
     ARCH_CONFIG_REGISTRY[f"sigma_transformer_ctc_{depth}l"](args)
     sizes = (args.encoder_layers, args.encoder_embed_dim, args.encoder_ffn_embed_dim, args.encoder_attention_heads)
     assert sizes == (depth, 768, 3072, 4)
-    assert (args.residual, args.reparam, args.init_std, args.dropout, args.layer_drop) == (
-        "none",
-        "sigma",
-        0.1,
-        0.3,
-        0.3,
-    )
+    methods = (args.norm, args.residual, args.reparam, args.init_std)
+    assert methods == ("none", "pre-ln", "sigma", 0.1) and (args.dropout, args.layer_drop) == (0.3, 0.3)
 
 
 def test_every_linear_layer_is_reparametrised_and_the_convolution_unless_plain():
@@ -305,21 +303,21 @@ def test_every_linear_layer_is_reparametrised_and_the_convolution_unless_plain()
 
 
 @pytest.mark.parametrize("reparam", ["sigma", "spectral", "weight", "none"])
-@pytest.mark.parametrize("residual", ["none", "post-ln", "pre-ln"])
-def test_every_baseline_folds_to_the_same_function(residual, reparam):
-    model = build(residual=residual, reparam=reparam, qkv="separate").eval()
+@pytest.mark.parametrize("norm, residual", BLOCKS)
+def test_every_baseline_folds_to_the_same_function(norm, residual, reparam):
+    model = build(norm=norm, residual=residual, reparam=reparam, qkv="separate").eval()
     inputs = {"features": torch.randn(2, 30, 40), "frames": torch.tensor([30, 30])}
     expected = model(**inputs)["encoder_out"]
     folded = fold(model) if reparam != "none" else model
     assert not any(parametrize.is_parametrized(m) for m in folded.modules())
     torch.testing.assert_close(folded(**inputs)["encoder_out"], expected, rtol=1e-4, atol=1e-5)
     norms = sum(isinstance(m, nn.LayerNorm) for m in model.modules())
-    assert norms == {"none": 0, "post-ln": 4, "pre-ln": 5}[residual]
+    assert norms == (norm != "none") * (4 + (residual == "pre-ln"))
 
 
 def test_initialisation_of_the_paper():
     wide = {"encoder_embed_dim": 768, "encoder_ffn_embed_dim": 64, "encoder_layers": 1}
-    for name, weight in build(residual="post-ln", reparam="none", **wide).named_parameters():
+    for name, weight in build(norm="layernorm", residual="post-ln", reparam="none", **wide).named_parameters():
         if weight.dim() > 1:
             assert weight.abs().max().item() == pytest.approx(0.036, abs=3e-4), name  # uniform(.036)
     for name, weight in build(**wide).named_parameters():
@@ -336,7 +334,8 @@ def test_joint_sigmas_of_the_attention(qkv, sigmas):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"residual": "deepnorm"}, "--residual deepnorm: allowed for speech are none, post-ln, pre-ln"),
+        ({"residual": "rezero"}, "--residual rezero: allowed are 'pre-ln', 'post-ln', 'deepnorm'"),
+        ({"tau_seconds": 0.0}, "--tau-seconds 0.0: allowed are numbers from 1"),
         ({"encoder_layers": 0}, "--encoder-layers 0: allowed are whole numbers from 1"),
         ({"encoder_attention_heads": 3}, "--encoder-attention-heads 3: allowed are divisors of the width, 16"),
         ({"layer_drop": 1.0}, "--layer-drop 1.0: allowed are numbers from 0, below 1"),
@@ -523,7 +522,7 @@ def test_it_learns_tones_and_transcribes_them(train, speech, tmp_path, capsys, c
 
 @pytest.mark.parametrize("reparam", ["none", "weight"])
 def test_baselines_transcribe_as_they_were_trained(train, speech, tmp_path, capsys, reparam):
-    train("plain", 2, "--residual", "pre-ln", "--reparam", reparam, "--optimizer", "adam", "--lr", 0.01)
+    train("plain", 2, "--norm", "layernorm", "--reparam", reparam, "--optimizer", "adam", "--lr", 0.01)
     checkpoint = tmp_path / "plain" / "checkpoint_last.pt"
     capsys.readouterr()
     (row, *_) = read_manifest(speech / "manifest.tsv", "valid")

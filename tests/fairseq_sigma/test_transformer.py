@@ -159,7 +159,7 @@ def test_initialisation_of_the_paper():
 
 
 def test_without_layer_norm():
-    model = build("sigma_transformer_6l", residual="none")
+    model = build("sigma_transformer_6l", norm="none", residual="pre-ln")
     assert not any(isinstance(module, nn.LayerNorm) for module in model.modules())
     layer = model.encoder.layers[0]
     x = torch.randn(5, 2, 16)
@@ -178,14 +178,24 @@ def test_joint_qkv_reaches_the_attention():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"residual": "rezero"}, "--residual rezero: allowed are pre-ln, post-ln, deepnorm, none"),
-        ({"reparam": "gamma"}, "--reparam gamma: allowed are none, sigma, spectral, weight"),
+        ({"residual": "rezero"}, "--residual rezero: allowed are 'pre-ln', 'post-ln', 'deepnorm'"),
+        ({"reparam": "gamma"}, "--reparam gamma: allowed are 'none', 'sigma', 'spectral', 'weight'"),
+        ({"norm": "batch"}, "--norm batch: allowed are 'layernorm', 'rmsnorm', 'stable', 'none'"),
+        ({"norm": "none"}, "--residual deepnorm: it says where the norm is, and norm is none: allowed is pre-ln"),
+        ({"norm": None, "residual": "none"}, "--residual none: allowed are 'pre-ln', 'post-ln', 'deepnorm'"),
+        ({"alpha": 0.6}, "--alpha 0.6: allowed are numbers from 0 to 0.5"),
+        ({"methods": "no_such_module"}, "--methods no_such_module: allowed are modules that Python finds"),
         ({"init_std": -1.0}, "--init-std -1.0: allowed are positive numbers"),
         ({"init_std": 0.0}, "--init-std 0.0: allowed are positive numbers"),
+        ({"init_std": 0.1, "init": "stable"}, "--init-std 0.1: allowed with --init stable is none"),
         ({"n_power_iterations": 0}, "n_power_iterations = 0: allowed are whole numbers from 1"),
         ({"gamma_init": "two"}, "gamma_init = 'two': allowed are 'one', 'spectral'"),
         ({"encoder_normalize_before": True}, "--encoder-normalize-before contradicts --residual deepnorm"),
-        ({"residual": "none", "layernorm_embedding": True}, "--layernorm-embedding contradicts --residual none"),
+        ({"norm": "stable", "layernorm_embedding": True}, "--layernorm-embedding contradicts --norm stable"),
+        (
+            {"attention": "l2_tied", "norm": "layernorm", "decoder_embed_dim": 32},
+            "--attention l2_tied: .* the encoder is 16 wide, the decoder 32",
+        ),
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq 0.1: allowed with --reparam sigma is 0"),
         (
             {"quant_noise_scalar": 0.5, "reparam": "weight"},

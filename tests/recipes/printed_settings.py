@@ -192,6 +192,7 @@ def _trained_by_fairseq(words: list[str]) -> Settings:
     found = {
         **family(args),
         "lr": _rate(args)(args.warmup_updates),
+        "norm": args.norm,
         "residual": args.residual,
         "reparam": args.reparam,
         "gamma_init": args.gamma_init,

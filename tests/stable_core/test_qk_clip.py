@@ -264,7 +264,7 @@ def with_spectral_norm():
             lambda: Attention(q_norm=nn.RMSNorm(4)),
             r"QK-norm \(q_norm\).*lower the gain of the norm, or leave the layer out",
         ),
-        (lambda: StableAttention(8, 2, 16, 0.25), r"QK-norm \(kernel.q_norm, kernel.k_norm\)"),
+        (lambda: StableAttention(8, 2, 16, 0.25), r"QK-norm \(q_norm, k_norm\)"),
         (lambda: Attention(logit_scale=nn.Parameter(torch.ones(2))), r"QK-norm \(logit_scale\)"),
         (lambda: packed(num_heads=2), "not known which rows"),
         (tied, "one weight"),

@@ -8,7 +8,8 @@ import transformers
 from torch import nn
 
 from stable_core import StableAttention, StableNorm, stable_attention_logit_bound, stable_init_
-from stable_core.attention import L2Kernel, NormalisedKernel, stable_tau
+from stable_core.attentions import build_attention, stable_tau
+from stable_core.options import Options
 from stable_core.reference import (
     ListedStableAttention,
     attention,
@@ -24,6 +25,15 @@ from stable_core.reference import (
 
 def normal(*shape, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attend(made, q, k, v, **settings):
+    """As stacks do, on torch's kernel."""
+    scale = q.shape[-1] ** -0.5
+    q, k = made.q_norm(q), made.k_norm(q if made.tied else k)
+    if made.features is not None:
+        q, k = made.features(q, k)
+    return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, **settings)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (512, 64), (64, 512), (384, 1536), (1152, 384)])
@@ -141,14 +151,12 @@ def test_the_gain_at_d_1024_is_84_percent_of_rms_norms():
 def test_attention_is_the_papers_listing(alpha):
     torch.manual_seed(0)
     fast = StableAttention(48, 3, sequence_length=196, alpha=alpha, qkv_bias=True)
-    for norm in (fast.kernel.q_norm, fast.kernel.k_norm):
+    for norm in (fast.q_norm, fast.k_norm):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
-    listed = ListedStableAttention(
-        fast.qkv, fast.proj, fast.kernel.q_norm.weight, fast.kernel.k_norm.weight, 3, 196, alpha
-    )
+    listed = ListedStableAttention(fast.qkv, fast.proj, fast.q_norm.weight, fast.k_norm.weight, 3, 196, alpha)
     x = normal(2, 17, 48)
     torch.testing.assert_close(fast(x), listed(x), rtol=1e-4, atol=1e-5)  # which has eps elsewhere
-    weights = [fast.qkv.weight, fast.kernel.q_norm.weight]
+    weights = [fast.qkv.weight, fast.q_norm.weight]
     for a, b in zip(*(torch.autograd.grad(f(x).square().sum(), weights) for f in (fast, listed)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -157,18 +165,18 @@ def test_attention_is_the_papers_listing(alpha):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_is_the_papers_equation(alpha, is_causal):
     torch.manual_seed(0)
-    kernel = StableAttention(48, 3, sequence_length=196, alpha=alpha).kernel
+    kernel = build_attention(16, Options(attention="stable", alpha=alpha), 196)
     for norm in (kernel.q_norm, kernel.k_norm):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
     q, k, v = 1e-2 * normal(3, 2, 3, 9, 16)
     logits = stable_logits(q, k, kernel.q_norm.weight, kernel.k_norm.weight, 196, alpha)
-    torch.testing.assert_close(kernel(q, k, v, is_causal=is_causal), attention(logits, v, is_causal))
+    torch.testing.assert_close(attend(kernel, q, k, v, is_causal=is_causal), attention(logits, v, is_causal))
 
 
 def test_the_logits_stay_within_their_bound_at_any_width():
     assert stable_tau(512) == pytest.approx(14.562)  # the paper's number
     for dim in (32, 512):
-        kernel = StableAttention(dim, 1, sequence_length=512, alpha=0.25).kernel
+        kernel = build_attention(dim, Options(attention="stable", alpha=0.25), 512)
         x, y = 100 * normal(2, 300, dim)
         logits = [kernel.q_norm(x) @ kernel.k_norm(z).T / math.sqrt(dim) for z in (x, y)]
         assert logits[0].max().item() == pytest.approx(stable_attention_logit_bound(14.562), rel=1e-4)
@@ -186,13 +194,15 @@ def test_the_length_of_the_moment_changes_nothing():
 def test_baseline_kernels_are_their_equations():
     q, k, v = normal(3, 2, 4, 9, 16)
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
-    torch.testing.assert_close(L2Kernel()(q, k, v, is_causal=True), attention(l2_logits(q, k), v, is_causal=True))
-    torch.testing.assert_close(L2Kernel()(q, q, v, attn_mask=mask), attention(l2_logits(q, q), v, is_causal=True))
-    kernel = NormalisedKernel(nn.RMSNorm(16, eps=1e-5 / 16), nn.RMSNorm(16, eps=1e-5 / 16))
+    l2, tied, kernel = (
+        build_attention(16, Options(attention=name), 9, eps=1e-5 / 16) for name in ("l2", "l2_tied", "qknorm")
+    )
+    torch.testing.assert_close(attend(l2, q, k, v, is_causal=True), attention(l2_logits(q, k), v, is_causal=True))
+    torch.testing.assert_close(attend(tied, q, k, v, attn_mask=mask), attention(l2_logits(q, q), v, is_causal=True))
     for norm in (kernel.q_norm, kernel.k_norm):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
     logits = qk_norm_logits(q, k, kernel.q_norm.weight, kernel.k_norm.weight)
-    torch.testing.assert_close(kernel(q, k, v, is_causal=True), attention(logits, v, is_causal=True))
+    torch.testing.assert_close(attend(kernel, q, k, v, is_causal=True), attention(logits, v, is_causal=True))
     for is_causal in (False, True):
         fused = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
         torch.testing.assert_close(attention(dot_logits(q, k), v, is_causal), fused)
