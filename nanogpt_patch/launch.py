@@ -11,6 +11,7 @@ import runpy
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -146,8 +147,11 @@ class _MonitoredGPT(GPT):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:
-        model = super().from_pretrained(*args, **kwargs)
-        _variables().setdefault("model_args", {}).update(STOCK)
+        model, variables = super().from_pretrained(*args, **kwargs), _variables()
+        model.config = replace(
+            model.config, z_loss=variables["z_loss"]
+        )  # the only one of ours that OpenAI's weights may have
+        variables.setdefault("model_args", {}).update(STOCK, z_loss=variables["z_loss"])
         return model
 
     def crop_block_size(self, block_size: int) -> None:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from stable_core.options import OPTIONS, renamed
 from stable_core.options import check as check_options
 from stable_core.registry import SLOTS, WrongOption
+from stable_core.z_loss import check_coefficient
 
 
 def check(config: PreTrainedConfig, field: str, allowed: Iterable) -> None:
@@ -51,17 +52,19 @@ Methods = make_dataclass(
 @strict
 class StableConfig(Methods, PreTrainedConfig):
     r"""
-    The fields of `stable_core.options.Options`, with its defaults, and three that every model has.
+    The fields of `stable_core.options.Options`, with its defaults, and what else every model has.
 
     Attributes:
         initializer_range: standard deviation of embeddings, and of what else each model says.
         norm_eps: of every norm.
         qk_norm_eps: of those of queries and keys, norm_eps if left out.
+        z_loss: coefficient of `add_z_loss` in models that compute a loss; 0 is none.
     """
 
     initializer_range: float | None = None
     norm_eps: float = 1e-5
     qk_norm_eps: float | None = None
+    z_loss: float | int = 0.0
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
@@ -114,3 +117,4 @@ class StableConfig(Methods, PreTrainedConfig):
         """Raises ValueError for the first field with a wrong value."""
         check_options(self)
         check_positive(self, "norm_eps", "qk_norm_eps", "initializer_range")
+        check_coefficient(self.z_loss, "z_loss")

@@ -15,6 +15,7 @@ from transformers.image_utils import PILImageResampling
 
 from stable_core.attentions import stable_tau
 from stable_core.options import Options
+from stable_core.reparams import sigma_settings
 
 from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
 from .conversion import check_equal, load_whole
@@ -59,7 +60,7 @@ def _methods(vit: VisionTransformer) -> dict:
             attention="dot" if isinstance(attn.q_norm, nn.Identity) else "qknorm",
         )
     methods = dict(vars(options))
-    if not any(map(parametrize.is_parametrized, vit.modules())):  # folded
+    if sigma_settings(options) is not None and not any(map(parametrize.is_parametrized, vit.modules())):  # folded
         methods["reparam"] = "none"
     if options.attention == "stable":  # tau is that of the image size that the model was built for
         one = stable_tau(vit.patch_embed.num_patches + 1) * attn.head_dim ** (0.5 - 2 * options.alpha)

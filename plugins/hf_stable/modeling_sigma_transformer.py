@@ -283,6 +283,7 @@ class SigmaTransformerForConditionalGeneration(SigmaTransformerPreTrainedModel, 
     """The translation model: SigmaTransformerModel with its output projection."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    has_loss = True
 
     def __init__(self, config: SigmaTransformerConfig) -> None:
         super().__init__(config)

@@ -25,6 +25,7 @@ from stable_core.targets import layers, rows_beside_qk
 
 from .configuration_stable import NORMAL
 from .source import methods_of, without_source, write_source
+from .z_loss import add_z_loss
 
 
 class StablePreTrainedModel(PreTrainedModel):
@@ -35,6 +36,7 @@ class StablePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    has_loss = False
     _keys_to_ignore_on_load_unexpected = [r"parametrizations\.\w+\.0\.v$"]  # of folders that kept v beside u
     _keys_to_ignore_on_load_missing = [r"parametrizations\.\w+\.0\._extra_state$"]  # of those without layouts
 
@@ -48,6 +50,12 @@ class StablePreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers looks for a text in the model's own file, where `attend` is not
+
+    def post_init(self) -> None:
+        """transformers', and the z-loss of models that compute a loss."""
+        super().post_init()
+        if self.config.z_loss and self.has_loss:
+            add_z_loss(self, self.config.z_loss)
 
     def mark_branches(self, blocks: nn.ModuleList, residual: Residual) -> None:
         """Lets `draw_` know by how much DeepNorm scales the first weights of a block's layers."""

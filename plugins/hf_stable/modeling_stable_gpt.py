@@ -177,6 +177,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
     """StableGPT with its language modelling head, tied to the token embedding unless `tie_word_embeddings=False`."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    has_loss = True
 
     def __init__(self, config: StableGPTConfig) -> None:
         super().__init__(config)

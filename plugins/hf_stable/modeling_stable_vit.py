@@ -150,6 +150,7 @@ class StableViTForImageClassification(StableViTPreTrainedModel):
     """StableViT with a linear head on the class token, `config.num_labels` classes."""
 
     model_cls = StableViTModel
+    has_loss = True
 
     def __init__(self, config: StableViTConfig) -> None:
         super().__init__(config)

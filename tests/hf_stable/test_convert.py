@@ -28,7 +28,7 @@ from hf_stable.convert_gpt2 import from_gpt2
 from hf_stable.convert_nanogpt import check_against, from_nanogpt
 from hf_stable.convert_timm import from_timm, image_processor
 from nanogpt_patch import model as nanogpt
-from stable_core import SigmaReparamConfig
+from stable_core import SigmaReparamConfig, fold
 from tests.combinations import combined, label
 
 from .models import GPT, disturbed, stable_gpt, tokens
@@ -174,6 +174,7 @@ def test_timm(name, settings, tmp_path):
     torch.testing.assert_close(features.last_hidden_state, theirs.forward_features(images), rtol=1e-3, atol=1e-4)
     if "sigma" in name:
         assert (hf_stable.fold(again)(images).logits - theirs(images)).abs().max() < 1e-4
+        assert from_timm(fold(theirs)).config.reparam == "none"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from transformers import (
 from hf_stable import SigmaTransformerConfig, SigmaTransformerForConditionalGeneration, add_z_loss
 
 from .models import stable_gpt, tokens
+from .test_combinations import MODELS
 
 SMALL = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 LABELS = tokens(2, 9, seed=1).index_put((torch.tensor([0, 1]), torch.tensor([3, 8])), torch.tensor(-100))
@@ -79,6 +80,25 @@ def test_a_compiled_model_has_it_in_one_graph():
     model, inputs = add_z_loss(gpt2(), 0.01), {"input_ids": tokens(2, 9), "labels": LABELS}
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_setting_of_this_plugins_models_is_saved(kind, tmp_path):
+    cls, config, batch = MODELS[kind]
+    config = type(config)(**{**config.to_dict(), "z_loss": 0.01})
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        plain = model(**batch)
+    counts = torch.ones_like(batch["labels"], dtype=torch.bool)
+    if kind == "gpt":  # which predicts the next token
+        counts[:, -1] = False
+    expected = plain.loss.item() + 0.01 * by_hand(plain.logits, counts)
+    for each in (model, cls.from_pretrained(tmp_path)):
+        assert each(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"z_loss = -1\.0: allowed are finite numbers from 0"):
+        cls.from_pretrained(tmp_path, z_loss=-1.0)
 
 
 def test_the_loss_of_classes():

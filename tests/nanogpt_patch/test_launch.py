@@ -176,7 +176,14 @@ def losses(done: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_trains_resumes_and_samples(checkout):
-    settings = ["--alpha=0.25", "--reparam=sigma", "--norm=rmsnorm", "--out_dir=a", "--monitor_every=2"]
+    settings = [
+        "--alpha=0.25",
+        "--reparam=sigma",
+        "--norm=rmsnorm",
+        "--out_dir=a",
+        "--monitor_every=2",
+        "--z_loss=1e-4",
+    ]
     first = launch(checkout, "train.py", *TINY, *settings)
     assert len(losses(first)) == 7 and float(losses(first)[-1]) < 5
     checkpoint = torch.load(checkout / "a" / "ckpt.pt", weights_only=False)
@@ -187,6 +194,7 @@ def test_trains_resumes_and_samples(checkout):
         "attention": "stable",
         "init": "stable",
         "tau_scale": 1.0,
+        "z_loss": 1e-4,
     }
     assert {name: checkpoint["model_args"][name] for name in chosen} == chosen
     assert checkpoint["config"]["alpha"] == 0.25  # what upstream logs to wandb
