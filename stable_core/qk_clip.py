@@ -54,16 +54,17 @@ def clip_heads(attention: nn.Module, largest: Tensor, threshold: float, alpha: f
     places = _query_and_key_places(attention)
     rows = _rows(attention, places)
     alpha = {(True, False): 1.0, (False, True): 0.0}.get(_learn(places), alpha)
-    factors = dict(zip("qk", clip_factors(largest, _key_heads(rows, len(largest)), threshold, alpha), strict=True))
+    key_heads = rows["k"].numel() * len(largest) // rows["q"].numel()
+    queries, keys = clip_factors(largest, key_heads, threshold, alpha)
+    factors = {"q": queries, "k": keys, "q_shared": queries * keys.repeat_interleave(len(queries) // key_heads)}
     for held, place in places.items():
-        if held == {0: "q", 1: "k"}.get(alpha):
-            continue  # it stays as it is
-        out, _ = matrix_shape(*place)
-        factor = torch.ones(out, device=largest.device)
-        for role in factors.keys() & set(held):
-            factor[rows[role].view(len(factors[role]), -1)] = factors[role][:, None]
-        _scale_rows(place, factor)
-        _scale_bias(place, held, factor)
+        factor = torch.ones(matrix_shape(*place)[0], device=largest.device)
+        for role, own in rows_of(attention, held, matrix_shape(*place)).items():
+            if role in factors:
+                factor[own.view(len(factors[role]), -1)] = factors[role][:, None]
+        if _parameter(*place).requires_grad and (factor != 1).any():
+            _scale_rows(place, factor)
+            _scale_bias(place, held, factor)
     for role, bias in own_biases(attention):
         _multiply(bias, factors[role].repeat_interleave(bias.shape[-1] // len(factors[role])), dim=-1)
 
@@ -112,6 +113,8 @@ def check_heads(name: str, attention: nn.Module, heads: int, head_dim: int | Non
     rows = _rows(attention, _query_and_key_places(attention))
     queries, keys = (rows[role].numel() for role in "qk")
     fits = queries % heads == 0 and keys % (queries // heads) == 0 and heads % (keys * heads // queries) == 0
+    if "q_shared" in rows:
+        queries += rows["q_shared"].numel()
     if not fits or (head_dim is not None and heads > 1 and head_dim * heads != queries):
         features = "" if head_dim is None else f" of {head_dim} features"
         raise ValueError(
@@ -138,10 +141,6 @@ def _rows(attention: nn.Module, places: dict[str, Place]) -> dict[str, Tensor] |
             return None
         found |= rows
     return found
-
-
-def _key_heads(rows: dict[str, Tensor], heads: int) -> int:
-    return rows["k"].numel() * heads // rows["q"].numel()
 
 
 def _learn(places: dict[str, Place]) -> tuple[bool, bool]:
