@@ -57,8 +57,8 @@ CODEGEN, CODEGEN_PARTS = "CodeGenAttention", 4
 # What stands between the projections and the logits.
 QK_NORM = re.compile(r"(q|k|qk|query|key)_(layer_?)?norms?|(q|k)_ln|(ln|norm)_(q|k|query|key)")
 COSINE = ("logit_scale", "temperature")  # learned, of q.k over their lengths, as in Swin V2
-# What is added to the logits, by the names of parameters, modules and arguments: ALiBi, relative positions.
-ADDED_BIAS = re.compile(r"alibi|position_bias|attn_bias|attention_biases|(shared_)?rel(ative)?_\w*bias\w*")
+# What is added to the logits and may be as large as they are, by the names of modules and arguments: ALiBi, T5's positions.
+ADDED_BIAS = ("alibi", "position_bias", "relative_attention_bias")
 # Biases that the attention keeps itself (BEiT), or a key that it adds to all (add_bias_kv).
 OWN_BIASES = (("q", "q_bias"), ("k", "k_bias"), ("k", "bias_k"))
 
@@ -112,9 +112,8 @@ def find_qk_norms(attention: nn.Module) -> list[str]:
 
 def find_added_biases(attention: nn.Module, arguments: dict[str, object]) -> list[str]:
     """Names of what it adds to its logits, of its own or from the arguments of its forward pass."""
-    given = [name for name, value in arguments.items() if isinstance(value, Tensor)]
-    own = [name for name, _ in [*attention.named_parameters(), *attention.named_modules()]]
-    return [name for name in own + given if any(map(ADDED_BIAS.fullmatch, name.split(".")))]
+    present = {name for name, value in arguments.items() if isinstance(value, Tensor)} | attention._modules.keys()
+    return [name for name in ADDED_BIAS if name in present]
 
 
 def own_biases(attention: nn.Module) -> list[tuple[str, Tensor]]:

@@ -34,10 +34,11 @@ class QKClip:
         optimizer.step()
         clip.step()
 
-    W_q is multiplied by (t / S)^alpha and W_k by (t / S)^(1 - alpha). S is the largest q.k, scaled and without biases of
-    position, over the forward passes in training mode since the last update: of all accumulated batches, and of all processes,
-    each of which must hold the same model and have a QKClip. stable_core/qk_clip.py says how shared keys, latent attention,
-    biases and σReparam are treated.
+    W_q is multiplied by (t / S)^alpha and W_k by (t / S)^(1 - alpha). S is the largest q.k, scaled and without what a
+    mask adds, over the forward passes in training mode since the last update: of all accumulated batches, and of all processes,
+    each of which must hold the same model and have a QKClip. (Where softmax is written out, learned tables of position, as
+    Swin's, count; ALiBi and T5's are refused there.) stable_core/qk_clip.py says how shared keys, latent attention, biases of
+    layers and σReparam are treated.
 
     The model itself must be called, not a part of it. Nothing but the clipped weights changes, and there is nothing to save.
     Logits are formed, in chunks, only in heads where lengths of queries and keys allow one above the threshold. A compiled

@@ -226,7 +226,7 @@ def diverging(clip: float | None, sigma: bool = False) -> tuple[list[float], lis
         QKClip(model, clip, optimizer=optimizers)
     records, losses = [], []
     monitor = Monitor(model, 1, writers=[records.append])
-    for step in range(30):
+    for step in range(20):
         tokens = torch.randint(20, (4, 17), generator=torch.Generator().manual_seed(step)) % 7
         loss = model(tokens[:, :-1], tokens[:, 1:].contiguous())[1]
         loss.backward()
