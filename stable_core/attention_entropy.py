@@ -118,7 +118,7 @@ def largest_logits(
     Arguments as for `attention_entropy`.
     """
     mask = _check(q, k, attn_mask)
-    lengths = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax((0, 2)) for x in (q, k)]
+    lengths = [torch.linalg.vector_norm(x.float(), dim=-1).amax((0, 2)) for x in (q, k)]
     group = q.shape[1] // k.shape[1]
     bound = abs(scale) * lengths[0] * lengths[1].repeat_interleave(group)
     if mask is not None:

@@ -36,6 +36,10 @@ class Site:
         """Whether its keys and queries are of different tokens."""
         return has_other_source(self.module, self.args, self.kwargs)
 
+    def arguments(self) -> dict[str, object]:
+        """Of its forward pass, by name."""
+        return given(self.module, self.args, self.kwargs)
+
 
 @dataclass(frozen=True)
 class FusedCall:
@@ -66,8 +70,13 @@ class FusedCall:
         return attention_statistics(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal)
 
     def largest_logits(self, above: float) -> Tensor:
-        """The largest logit of each row, (batch, heads, queries); -inf in heads that have none above `above`."""
+        """The largest q.k of each row, (batch, heads, queries); -inf in heads that have none above `above`.
+
+        What a mask adds to the logits of keys that it leaves visible does not count.
+        """
         q, k, mask = self._by_head()
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask > MASKED
         return largest_logits(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal, above=above)
 
     @property
@@ -199,12 +208,17 @@ def _parameter_names(forward: Callable) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+def given(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, object]:
+    """A module's arguments by name."""
+    return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
+
+
 def has_other_source(module: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether a module's arguments give it keys of other tokens than its queries."""
-    given = {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
-    if any(isinstance(given.get(name), Tensor) for name in SOURCES):
+    arguments = given(module, args, kwargs)
+    if any(isinstance(arguments.get(name), Tensor) for name in SOURCES):
         return True
-    query, key = given.get("query"), given.get("key")
+    query, key = arguments.get("query"), arguments.get("key")
     if query is None or key is None:
         query, key = (*args, None, None)[:2]
         # A second sequence: of vectors of the same size, but not as many.

@@ -5,7 +5,6 @@ The arithmetic is in stable_core/qk_clip.py; here is what sees the logits, and w
 
 import logging
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from numbers import Real
 
@@ -13,16 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stable_core.layers import find_projections
+from stable_core.layers import find_added_biases, find_projections
 from stable_core.qk_clip import check_attention, check_heads, clip_heads, weights_to_clip
+from stable_core.targets import FilterFn
 
-from .calls import AttentionCall, padding
+from .calls import AttentionCall, SoftmaxCall, padding
 from .compiled import is_compiled, probe_before_forward, unwrap
 from .interception import UNSEEN, Interception, without_wrappers
 from .optimizers import Optimizers, listed, short
 
 log = logging.getLogger("stable_monitor")
-VAIN = 3  # clips in a row after which a logit that stays far above the threshold is reported
+VAIN = 2  # clips in a row after which a logit that stays far above the threshold is reported
 
 
 class QKClip:
@@ -34,9 +34,11 @@ class QKClip:
         optimizer.step()
         clip.step()
 
-    W_q is multiplied by (t / S)^alpha and W_k by (t / S)^(1 - alpha), S being the largest logit, as softmax sees it, over the
-    forward passes in training mode since the last update: of all accumulated batches, and of all processes, each of which must
-    hold the same model and have a QKClip. How shared keys, biases and σReparam are treated stands in stable_core/qk_clip.py.
+    W_q is multiplied by (t / S)^alpha and W_k by (t / S)^(1 - alpha). S is the largest q.k, scaled and without what a
+    mask adds, over the forward passes in training mode since the last update: of all accumulated batches, and of all processes,
+    each of which must hold the same model and have a QKClip. (Where softmax is written out, learned tables of position, as
+    Swin's, count; ALiBi and T5's are refused there.) stable_core/qk_clip.py says how shared keys, latent attention, biases of
+    layers and σReparam are treated.
 
     The model itself must be called, not a part of it. Nothing but the clipped weights changes, and there is nothing to save.
     Logits are formed, in chunks, only in heads where lengths of queries and keys allow one above the threshold. A compiled
@@ -65,7 +67,7 @@ class QKClip:
         every: int = 1,
         *,
         optimizer: Optimizers | None = None,
-        filter_fn: Callable[[nn.Module, str], bool] = lambda module, name: True,
+        filter_fn: FilterFn = lambda module, name: True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model = {short(model)}: allowed are torch modules")
@@ -88,7 +90,7 @@ class QKClip:
             check_attention(name, module)
         self._interception = Interception(self._model, self._see, order=1)
         self._armed, self._handles, self._warned, self._vain = ExitStack(), [], set(), {}
-        self._closed = self._is_watching = False
+        self._closed, self._watched_by = False, None  # hooks, or a probe
         self._fit: set[str] = set()  # layers whose logits are known to be q.k of their weights
         if optimizer is not None:
             self._follow(listed(optimizer))
@@ -98,7 +100,7 @@ class QKClip:
         """Counts one update and clips. Returns, by layer, the largest logit of each head where one exceeded the threshold;
         heads that were not looked at have -inf."""
         clipped = {}
-        if self._is_watching:
+        if self._watched_by is not None:
             for name, S in self._over_ranks(self._largest).items():
                 if any(self.threshold < s < math.inf for s in S.tolist()):
                     clip_heads(self._sites[name], S, self.threshold, self.alpha)
@@ -112,10 +114,10 @@ class QKClip:
 
     def close(self) -> None:
         """Ends it: takes the hooks out of the model and the optimizer."""
-        self._armed.close()
+        self._closed = True
+        self._prepare()
         for handle in self._handles:
             handle.remove()
-        self._closed, self._is_watching = True, False
 
     def __enter__(self) -> "QKClip":
         return self
@@ -126,16 +128,16 @@ class QKClip:
     def _prepare(self) -> None:
         """Makes ready for the next update."""
         self._largest: dict[str, Tensor] = {}  # by layer, of each head
-        self._seen, before = False, self._is_watching
-        self._is_watching = not self._closed and (self.updates + 1) % self.every == 0
-        if before and not self._is_watching:
-            self._armed.close()
-        if before or not self._is_watching:
+        self._seen, before, self._watched_by = False, self._watched_by, None
+        if not self._closed and (self.updates + 1) % self.every == 0:
+            self._watched_by = "probe" if is_compiled(self._called) else "hooks"
+        if self._watched_by == before:
             return
-        if is_compiled(self._called):
+        self._armed.close()
+        if self._watched_by == "probe":
             probe = probe_before_forward(self._called, self._model, self._interception, self._failed, every_call=True)
             self._armed.enter_context(probe)
-        else:
+        elif self._watched_by == "hooks":
             self._interception.start_with_training()
             self._armed.callback(self._interception.stop)
 
@@ -165,6 +167,12 @@ class QKClip:
         largest = rows.amax((0, 2))
         if name not in self._fit:
             check_heads(name, module, len(largest), call.head_dim)
+            added = find_added_biases(module, call.site.arguments()) if isinstance(call, SoftmaxCall) else []
+            if added:
+                raise ValueError(
+                    f"{name}: it adds a bias ({', '.join(added)}) to its logits, which is not told from q.k where softmax is "
+                    "written out; use scaled_dot_product_attention (attn_implementation='sdpa'), or leave it out with filter_fn"
+                )
             self._fit.add(name)
         if (largest > self.threshold).any() and (unseen := padding(call, call.hidden())) is not None:
             largest = rows.masked_fill(unseen, -math.inf).amax((0, 2))
@@ -220,7 +228,7 @@ class QKClip:
             self._vain[name] = S, times + 1 if S > 0.9 * last > 0 else 0
             if self._vain[name][1] == VAIN:
                 self._warn(
-                    f"{name}: its largest logit, {S:.4g}, does not fall though it is clipped: something between the "
+                    f"{name}: its largest logit does not fall though it is clipped: something between the "
                     "projections and softmax undoes it (a norm, a bias, another scale); leave it out with filter_fn"
                 )
 
