@@ -17,12 +17,13 @@ No head's logits then exceed t, and no weight grows; heads that asked for less t
 the same, which alpha = 1 avoids: there the queries take it all.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .advancing import advance
-from .layers import Place, find_projections, find_qk_norms, is_transposed, matrix_shape, own_biases, rows_of
+from .layers import Place, chain_of, find_projections, find_qk_norms, is_transposed, matrix_shape, own_biases, rows_of
 from .sharding import beside
 
 LEAVE_OUT = "or leave the layer out with filter_fn"
@@ -52,11 +53,11 @@ def clip_heads(attention: nn.Module, largest: Tensor, threshold: float, alpha: f
     the sigma. Under torch's weight norm, rows of g shrink. Where W_q or W_k does not learn, the other takes it all.
     """
     places = _query_and_key_places(attention)
-    rows = _rows(attention, places)
+    rows = _rows(attention, places) or {}
     alpha = {(True, False): 1.0, (False, True): 0.0}.get(_learn(places), alpha)
     factors = dict(zip("qk", clip_factors(largest, _key_heads(rows, len(largest)), threshold, alpha), strict=True))
     for held, place in places.items():
-        if held == {0: "q", 1: "k"}.get(alpha):
+        if held == {0.0: "q", 1.0: "k"}.get(alpha):
             continue  # it stays as it is
         out, _ = matrix_shape(*place)
         factor = torch.ones(out, device=largest.device)
@@ -90,7 +91,7 @@ def check_attention(name: str, attention: nn.Module) -> None:
             f"{name}: it is not known which rows of its packed weight are queries and keys; {LEAVE_OUT[3:]}"
         )
     for layer, tensor in places.values():
-        chain = _chain(layer, tensor)
+        chain = chain_of(layer, tensor)
         if chain is None or _weight_norm(chain):
             continue
         if len(chain) > 1 or not hasattr(chain[0], "leader"):
@@ -109,7 +110,7 @@ def check_heads(name: str, attention: nn.Module, heads: int, head_dim: int | Non
     Raises:
         ValueError: they are not.
     """
-    rows = _rows(attention, _query_and_key_places(attention))
+    rows = _rows(attention, _query_and_key_places(attention)) or {}
     queries, keys = (rows[role].numel() for role in "qk")
     fits = queries % heads == 0 and keys % (queries // heads) == 0 and heads % (keys * heads // queries) == 0
     if not fits or (head_dim is not None and heads > 1 and head_dim * heads != queries):
@@ -131,7 +132,7 @@ def _query_and_key_places(attention: nn.Module) -> dict[str, Place]:
 
 def _rows(attention: nn.Module, places: dict[str, Place]) -> dict[str, Tensor] | None:
     """The rows of queries and keys in their weights; None where they are not known."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for held, place in places.items():
         rows = rows_of(attention, held, matrix_shape(*place))
         if rows is None:
@@ -150,19 +151,15 @@ def _learn(places: dict[str, Place]) -> tuple[bool, bool]:
     return found[0], found[-1]
 
 
-def _chain(layer: nn.Module, tensor: str) -> nn.Module | None:
-    return layer.parametrizations[tensor] if parametrize.is_parametrized(layer, tensor) else None
-
-
 def _parameter(layer: nn.Module, tensor: str) -> Tensor:
     """What an optimizer steps."""
-    chain = _chain(layer, tensor)
+    chain = chain_of(layer, tensor)
     if chain is None:
         return getattr(layer, tensor)
     return chain.original0 if _weight_norm(chain) else chain.original
 
 
-def _weight_norm(chain: nn.Module) -> bool:
+def _weight_norm(chain: Any) -> bool:
     """torch's W = g v / |v|, with one g for each row."""
     return len(chain) == 1 and type(chain[0]).__name__ == "_WeightNorm"
 
@@ -170,7 +167,7 @@ def _weight_norm(chain: nn.Module) -> bool:
 def _scale_rows(place: Place, factor: Tensor) -> None:
     """Multiplies the rows of an effective weight by factor (out,)."""
     layer, tensor = place
-    chain, dim = _chain(layer, tensor), 1 if is_transposed(layer) else 0
+    chain, dim = chain_of(layer, tensor), 1 if is_transposed(layer) else 0
     if chain is None or _weight_norm(chain):
         _multiply(_parameter(layer, tensor), factor, dim)
         return
