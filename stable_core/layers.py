@@ -6,6 +6,8 @@ An attention that keeps its weights under other names, or packs them in another 
 
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,16 +75,16 @@ def find_projections(attention: nn.Module) -> dict[str, Place]:
     for name in PACKED_QKV_NAMES + MIXED_QKV_NAMES:
         if places := _places(attention, ("qkv",), (name,)):
             return places
-    for names in QKV_NAMES:
-        if places := _places(attention, ("q", "k", "v"), names):
+    for three in QKV_NAMES:
+        if places := _places(attention, ("q", "k", "v"), three):
             return places
     return {}
 
 
 def find_output(attention: nn.Module, parent: nn.Module | None) -> Place | None:
     """The output projection: the attention module's own, or, as in BERT, that of the module around it."""
-    for owner in (attention, parent):
-        for name in OUT_NAMES if owner is not None else ():
+    for owner in (attention,) if parent is None else (attention, parent):
+        for name in OUT_NAMES:
             if (place := _place(owner, name)) is not None:
                 return place
     return None
@@ -122,13 +124,19 @@ def own_biases(attention: nn.Module) -> list[tuple[str, Tensor]]:
     return [(role, bias) for role, bias in found if isinstance(bias, Tensor)]
 
 
+def chain_of(layer: nn.Module, tensor: str) -> Any:
+    """torch's list of the parametrizations that make a weight, with its originals; None where the weight is plain."""
+    parametrizations: Any = layer._modules.get("parametrizations")
+    return parametrizations[tensor] if parametrize.is_parametrized(layer, tensor) else None
+
+
 def matrix_shape(layer: nn.Module, tensor: str) -> tuple[int, int]:
     """(out, in) of a weight; a convolution's kernel is in `in`."""
-    first, *rest = _shape(layer, tensor)
+    first, *rest = list(_shape(layer, tensor) or ())
     return (rest[0], first) if is_transposed(layer) else (first, math.prod(rest))
 
 
-def rows_of(attention: nn.Module, held: str, shape: tuple[int, int]) -> dict[str, Tensor] | None:
+def rows_of(attention: nn.Module, held: str, shape: Sequence[int]) -> dict[str, Tensor] | None:
     """Which rows of a weight W (out, in) make each head of each projection that W holds; None where that is not known.
 
     Args:
@@ -149,7 +157,7 @@ def rows_of(attention: nn.Module, held: str, shape: tuple[int, int]) -> dict[str
     return {role: _by_head(attention, role, part) for role, part in zip(sizes, parts, strict=True)}
 
 
-def equal_blocks(attention: nn.Module, held: str, shape: tuple[int, int]) -> tuple[str, ...]:
+def equal_blocks(attention: nn.Module, held: str, shape: Sequence[int]) -> tuple[str, ...]:
     """The projections of W (out, in) if each is a block (in, in) of it, one after the other in this order; else (held,).
 
     The shape alone does not say: rows may lie head by head, and grouped queries can make it up by chance.
@@ -222,8 +230,7 @@ def _place(owner: nn.Module, name: str) -> Place | None:
 
 def _shape(layer: nn.Module, name: str) -> torch.Size | None:
     """The shape of a weight, without computing it where it is parametrized: that may count as a use of it."""
-    if parametrize.is_parametrized(layer, name):
-        parts = layer.parametrizations[name]
+    if (parts := chain_of(layer, name)) is not None:
         return (parts.original if parts.is_tensor else parts.original1).shape
     weight = layer._parameters.get(name, layer.__dict__.get(name))
     return weight.shape if isinstance(weight, Tensor) else None

@@ -17,12 +17,13 @@ No head's logits then exceed t, and no weight grows; heads that asked for less t
 the same, which alpha = 1 avoids: there the queries take it all.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .advancing import advance
-from .layers import Place, find_projections, find_qk_norms, is_transposed, matrix_shape, own_biases, rows_of
+from .layers import Place, chain_of, find_projections, find_qk_norms, is_transposed, matrix_shape, own_biases, rows_of
 from .sharding import beside
 
 LEAVE_OUT = "leave the layer out with filter_fn"
@@ -52,7 +53,7 @@ def clip_heads(attention: nn.Module, largest: Tensor, threshold: float, alpha: f
     the sigma. Under torch's weight norm, rows of g shrink. Where W_q or W_k does not learn, the other takes it all.
     """
     places = _query_and_key_places(attention)
-    rows = _rows(attention, places)
+    rows = _rows(attention, places) or {}
     alpha = {(True, False): 1.0, (False, True): 0.0}.get(_learn(places), alpha)
     key_heads = rows["k"].numel() * len(largest) // rows["q"].numel()
     queries, keys = clip_factors(largest, key_heads, threshold, alpha)
@@ -89,7 +90,7 @@ def check_attention(name: str, attention: nn.Module) -> None:
     if _rows(attention, places) is None:
         raise ValueError(f"{name}: it is not known which rows of its packed weight are queries and keys; {LEAVE_OUT}")
     for layer, tensor in places.values():
-        chain = _chain(layer, tensor)
+        chain = chain_of(layer, tensor)
         if chain is None or _weight_norm(chain):
             continue
         if len(chain) > 1 or not hasattr(chain[0], "leader"):
@@ -108,7 +109,7 @@ def check_heads(name: str, attention: nn.Module, heads: int, head_dim: int | Non
     Raises:
         ValueError: they are not.
     """
-    rows = _rows(attention, _query_and_key_places(attention))
+    rows = _rows(attention, _query_and_key_places(attention)) or {}
     queries, keys = (rows[role].numel() for role in "qk")
     fits = queries % heads == 0 and keys % (queries // heads) == 0 and heads % (keys * heads // queries) == 0
     if "q_shared" in rows:
@@ -132,7 +133,7 @@ def _query_and_key_places(attention: nn.Module) -> dict[str, Place]:
 
 def _rows(attention: nn.Module, places: dict[str, Place]) -> dict[str, Tensor] | None:
     """The rows of queries and keys in their weights; None where they are not known."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for held, place in places.items():
         rows = rows_of(attention, held, matrix_shape(*place))
         if rows is None:
@@ -147,19 +148,15 @@ def _learn(places: dict[str, Place]) -> tuple[bool, bool]:
     return found[0], found[-1]
 
 
-def _chain(layer: nn.Module, tensor: str) -> nn.Module | None:
-    return layer.parametrizations[tensor] if parametrize.is_parametrized(layer, tensor) else None
-
-
 def _parameter(layer: nn.Module, tensor: str) -> Tensor:
     """What an optimizer steps."""
-    chain = _chain(layer, tensor)
+    chain = chain_of(layer, tensor)
     if chain is None:
         return getattr(layer, tensor)
     return chain.original0 if _weight_norm(chain) else chain.original
 
 
-def _weight_norm(chain: nn.Module) -> bool:
+def _weight_norm(chain: Any) -> bool:
     """torch's W = g v / |v|, with one g for each row."""
     return len(chain) == 1 and type(chain[0]).__name__ == "_WeightNorm"
 
@@ -167,7 +164,7 @@ def _weight_norm(chain: nn.Module) -> bool:
 def _scale_rows(place: Place, factor: Tensor) -> None:
     """Multiplies the rows of an effective weight by factor (out,)."""
     layer, tensor = place
-    chain, dim = _chain(layer, tensor), 1 if is_transposed(layer) else 0
+    chain, dim = chain_of(layer, tensor), 1 if is_transposed(layer) else 0
     if chain is None or _weight_norm(chain):
         _multiply(_parameter(layer, tensor), factor, dim)
         return

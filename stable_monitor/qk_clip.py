@@ -7,10 +7,12 @@ import logging
 import math
 from contextlib import ExitStack
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stable_core.layers import find_added_biases, find_projections
 from stable_core.qk_clip import check_attention, check_heads, clip_heads, weights_to_clip
@@ -71,9 +73,10 @@ class QKClip:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model = {short(model)}: allowed are torch modules")
-        if not isinstance(threshold, Real) or not 0 < threshold < math.inf:
+        given: tuple[Any, Any] = threshold, alpha  # numpy has real numbers that are no floats
+        if not isinstance(given[0], Real) or not 0 < threshold < math.inf:
             raise ValueError(f"threshold = {threshold!r}: allowed are positive numbers")
-        if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
+        if not isinstance(given[1], Real) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha = {alpha!r}: allowed are numbers from 0 to 1")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every = {every!r}: allowed are whole numbers from 1")
@@ -89,8 +92,12 @@ class QKClip:
         for name, module in self._sites.items():
             check_attention(name, module)
         self._interception = Interception(self._model, self._see, order=1)
-        self._armed, self._handles, self._warned, self._vain = ExitStack(), [], set(), {}
-        self._closed, self._watched_by = False, None  # hooks, or a probe
+        self._armed = ExitStack()
+        self._handles: list[RemovableHandle] = []
+        self._warned: set[str] = set()
+        self._vain: dict[str, tuple[float, int]] = {}  # by layer, its largest logit and how often it had not fallen
+        self._closed = False
+        self._watched_by: Any = None  # hooks, or a probe
         self._fit: set[str] = set()  # layers whose logits are known to be q.k of their weights
         if optimizer is not None:
             self._follow(listed(optimizer))
@@ -99,7 +106,7 @@ class QKClip:
     def step(self) -> dict[str, list[float]]:
         """Counts one update and clips. Returns, by layer, the largest logit of each head where one exceeded the threshold;
         heads that were not looked at have -inf."""
-        clipped = {}
+        clipped: dict[str, list[float]] = {}
         if self._watched_by is not None:
             for name, S in self._over_ranks(self._largest).items():
                 if any(self.threshold < s < math.inf for s in S.tolist()):
@@ -122,7 +129,7 @@ class QKClip:
     def __enter__(self) -> "QKClip":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self.close()
 
     def _prepare(self) -> None:
@@ -193,7 +200,7 @@ class QKClip:
         dist.all_reduce(every, op=dist.ReduceOp.MAX)
         return {name: S for name, S in zip(self._sites, every.split(sizes), strict=True) if len(S)}
 
-    def _follow(self, optimizers: list) -> None:
+    def _follow(self, optimizers: list[Any]) -> None:
         """Has every step of all of these be one of its own."""
         stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         for name, module in self._sites.items():
@@ -202,9 +209,9 @@ class QKClip:
                     f"optimizer = {short(optimizers)}: it does not step {name}'s queries and keys themselves; give all "
                     "optimizers in a list, and build them after sigma_reparam and fully_shard"
                 )
-        waiting = set()
+        waiting: set[int] = set()
 
-        def after(optimizer, args, kwargs) -> None:
+        def after(optimizer: Any, args: Any, kwargs: Any) -> None:
             waiting.discard(id(optimizer))
             if not waiting:
                 self.step()
