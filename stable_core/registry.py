@@ -21,11 +21,11 @@ class WrongOption(ValueError):
     """A setting with a value that is not allowed. A command line says it in its own way, from the three attributes."""
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
-        super().__init__(name, value, allowed)
+        super().__init__(f"{name} = {value!r}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
-    def __str__(self) -> str:
-        return f"{self.name} = {self.value!r}: {self.allowed}"
+    def __reduce__(self) -> tuple:
+        return type(self), (self.name, self.value, self.allowed)  # else it could not leave the process that raised it
 
     def as_flag(self) -> str:
         """The same of a command line's flag."""

@@ -93,9 +93,10 @@ class StableConfig(Methods, PreTrainedConfig):
         try:
             loaded = super().from_dict({name: config_dict[name] for name in config_dict.keys() - foreign}, **kwargs)
         except WrongOption as error:
-            if error.name in SLOTS:  # perhaps it was saved with a method of somebody's own
-                error.allowed += "; import the module that registers another one before the model is loaded"
-            raise
+            if error.name not in SLOTS:
+                raise
+            hint = "import the module that registers another one before the model is loaded"
+            raise WrongOption(error.name, error.value, f"{error.allowed}; {hint}") from None
         for name, value in foreign.items():
             setattr(loaded[0] if isinstance(loaded, tuple) else loaded, name, value)
         return loaded
