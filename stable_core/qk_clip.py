@@ -60,7 +60,7 @@ def clip_heads(attention: nn.Module, largest: Tensor, threshold: float, alpha: f
     factors = {"q": queries, "k": keys, "q_shared": queries * keys.repeat_interleave(len(queries) // key_heads)}
     for held, place in places.items():
         factor = torch.ones(matrix_shape(*place)[0], device=largest.device)
-        for role, own in rows_of(attention, held, matrix_shape(*place)).items():
+        for role, own in (rows_of(attention, held, matrix_shape(*place)) or {}).items():
             if role in factors:
                 factor[own.reshape(len(factors[role]), -1)] = factors[role][:, None]
         if _parameter(*place).requires_grad and (factor != 1).any():

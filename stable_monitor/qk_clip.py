@@ -18,7 +18,7 @@ from stable_core.layers import find_added_biases, find_projections
 from stable_core.qk_clip import check_attention, check_heads, clip_heads, weights_to_clip
 from stable_core.targets import FilterFn
 
-from .calls import AttentionCall, SoftmaxCall, padding
+from .calls import Call, SoftmaxCall, padding
 from .compiled import is_compiled, probe_before_forward, unwrap
 from .interception import UNSEEN, Interception, without_wrappers
 from .optimizers import Optimizers, listed, short
@@ -154,7 +154,7 @@ class QKClip:
         self._warn(f"the compiled model was not seen: {type(error).__name__}: {error}")
 
     @torch.no_grad()
-    def _see(self, call: AttentionCall) -> AttentionCall:
+    def _see(self, call: Call) -> Call:
         name, module = call.site.name, call.site.module
         # Activation checkpointing computes again in the backward pass what was seen before.
         if not self._model.training or torch._C._current_graph_task_id() != -1:
@@ -174,7 +174,7 @@ class QKClip:
         largest = rows.amax((0, 2))
         if name not in self._fit:
             check_heads(name, module, len(largest), call.head_dim)
-            added = find_added_biases(module, call.site.arguments()) if isinstance(call, SoftmaxCall) else []
+            added: list[str] = find_added_biases(module, call.site.arguments()) if isinstance(call, SoftmaxCall) else []
             if added:
                 raise ValueError(
                     f"{name}: it adds a bias ({', '.join(added)}) to its logits, which is not told from q.k where softmax is "
