@@ -19,7 +19,7 @@ help:
 	@echo "make test-newest  the same tests with the newest of everything, whatever the lock and upper bounds say"
 	@echo "make test-oldest  the same tests with the lowest torch, timm and transformers that pyproject.toml allows"
 	@echo "make lock         renew requirements.lock: the newest versions within pyproject.toml's bounds"
-	@echo "make lint         ruff and formatting, as pre-commit runs them"
+	@echo "make lint         ruff and formatting, as pre-commit runs them, and the types of core and monitor"
 	@echo "make bench        step times, memory, scaling, attention, the monitor and build times, side by side (an hour)"
 	@echo "make docs         the API reference, from the docstrings, into docs/api"
 
@@ -90,6 +90,7 @@ test-oldest: $(UV)
 lint: $(STABLE_VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(STABLE_VENV)/ready
 	for which in step_time memory scaling attention monitor build calls; do $(BIN)/python -m benchmarks.$$which || exit 1; done

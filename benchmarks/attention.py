@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.paired import Report, arguments, interleave
 from stable_core import StableAttention, attention_entropy
-from tests.reference import ListedStableAttention
+from stable_core.reference import ListedStableAttention
 
 HEADS, HEAD_DIM, ALPHA = 12, 64, 0.475
 
@@ -50,7 +50,7 @@ def main() -> None:
             x = torch.randn(args.batch, length, HEADS * HEAD_DIM)
             dot = DotProductAttention()
             stable = StableAttention(HEADS * HEAD_DIM, HEADS, length, ALPHA)
-            norms = stable.kernel.q_norm.weight, stable.kernel.k_norm.weight
+            norms = stable.q_norm.weight, stable.k_norm.weight
             listed = ListedStableAttention(stable.qkv, stable.proj, *norms, HEADS, length, ALPHA)
             q, k = torch.randn(2, args.batch, HEADS, length, HEAD_DIM)
         layers = {"the paper's listing": listed, "StableAttention": stable, "dot product": dot}

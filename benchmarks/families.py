@@ -16,8 +16,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 import timm_stable  # noqa: F401  registers the models
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
 from stable_core import SigmaReparamConfig, recompute, sigma_reparam
+from stable_core.reference import Algorithm1
 from stable_core.targets import FilterFn
-from tests.reference import Algorithm1
 
 Batch = tuple[Tensor, ...]
 

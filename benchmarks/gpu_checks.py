@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_core import attention_entropy, attention_statistics, sigma_reparam
-from tests.reference import Algorithm1, attention_probabilities, entropy
+from stable_core.reference import Algorithm1, attention_probabilities, entropy
 
 Finding = tuple[str, float, float]
 

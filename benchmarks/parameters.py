@@ -18,6 +18,7 @@ from torch import nn
 
 import fairseq_sigma  # noqa: F401  registers the archs
 import timm_stable  # noqa: F401  registers the models
+from benchmarks.markdown import table
 from fairseq_sigma.ctc_model import DEPTHS as SPEECH_DEPTHS
 from fairseq_sigma.language_model import FAMILIES as LM_FAMILIES
 from fairseq_sigma.transformer import DEPTHS, FAMILIES
@@ -44,13 +45,6 @@ def count(build: Callable[[], nn.Module]) -> float:
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
         model = build()
     return sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-
-
-def table(*rows: tuple) -> str:
-    """Markdown; the first row is the head, millions get two digits."""
-    text = [[f"{cell:,.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    text.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in text)
 
 
 def vits() -> str:
@@ -81,12 +75,15 @@ def gpts() -> str:
     rows = [("GPT, millions", "nanoGPT", "Hugging Face", "the paper", "difference")]
     for size, paper in STABLE_GPT.items():
         for kind in ("stablegpt", "gpt2"):
-            assigned = _assigned((CONFIGS / f"train_{kind}_{size}.py").read_text())
+            configs = ["train_gpt", *([] if size == "small" else [size]), *([] if kind == "stablegpt" else ["stock"])]
+            assigned = {}
+            for config in configs:
+                assigned |= _assigned((CONFIGS / f"{config}.py").read_text())
             fields = {name: assigned[name] for name in (*SETTINGS, "n_layer", "n_head", "n_embd") if name in assigned}
             ours, hf = count(lambda fields=fields: GPT(GPTConfig(**fields, bias=False))), "-"
             if size != "200" and kind == "stablegpt":
                 hf = count(lambda size=size: StableGPTForCausalLM(StableGPTConfig.preset(size[0].upper())))
-            rows.append((f"`train_{kind}_{size}.py`", ours, hf, *beside(ours, paper)))
+            rows.append((" ".join(f"`{config}.py`" for config in configs), ours, hf, *beside(ours, paper)))
     return table(*rows)
 
 

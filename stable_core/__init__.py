@@ -3,8 +3,8 @@
 from .advancing import advance
 from .attention_entropy import attention_entropy, attention_statistics
 from .deepnorm import deepnorm_scales
-from .fold import fold, fold_state_dict
-from .param_groups import param_groups
+from .folding import fold, fold_state_dict
+from .param_groups import muon_param_groups, param_groups
 from .recomputing import recompute
 from .sigma_layers import sigma_layers
 from .sigma_reparam import SigmaReparamConfig, converge, sigma_reparam
@@ -17,11 +17,15 @@ from .theory import (
     qk_norm_logit_bound,
     stable_attention_logit_bound,
 )
+from .z_loss import WithZLoss, z_loss
+
+__version__ = "0.1.0"
 
 __all__ = [
     "SigmaReparamConfig",
     "StableAttention",
     "StableNorm",
+    "WithZLoss",
     "adam_update_norm_bound",
     "advance",
     "attention_entropy",
@@ -31,6 +35,7 @@ __all__ = [
     "entropy_lower_bound",
     "fold",
     "fold_state_dict",
+    "muon_param_groups",
     "param_groups",
     "qk_norm_logit_bound",
     "recompute",
@@ -38,4 +43,5 @@ __all__ = [
     "sigma_reparam",
     "stable_attention_logit_bound",
     "stable_init_",
+    "z_loss",
 ]

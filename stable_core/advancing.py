@@ -8,10 +8,12 @@ import functools
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .kernels import advance as advance_in_kernels
@@ -19,6 +21,9 @@ from .kernels import plan as plan_of
 from .originals import Owner, owner_of
 from .power_iteration import power_iteration
 from .watching import LAG
+
+if TYPE_CHECKING:
+    from .sigma_reparam import SigmaReparam
 
 
 @functools.cache
@@ -28,7 +33,7 @@ def hook_optimizers() -> None:
     register_optimizer_step_post_hook(_after_optimizer_step)
 
 
-def _before_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         followed = _followed(group["params"])
         if _rests(group):
@@ -39,10 +44,11 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> No
                 parametrization.watch.announce()
 
 
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # Neither gradients nor version counters tell what changed: some optimizers clear the ones, others (fairseq's Adam) write to
     # `.data`, which the others do not see.
-    changed, around = {}, set()
+    changed: dict[SigmaReparam, None] = {}
+    around: set[int] = set()
     for outer in _steps_around():
         around.update(id(p) for group in outer.param_groups for p in group["params"])
     for group in optimizer.param_groups:
@@ -57,8 +63,8 @@ def _steps_around() -> Iterator[torch.optim.Optimizer]:
 
     They are on the call stack, where a step that raised is no more. A list of what has begun would have to guess that.
     """
-    frame = sys._getframe(2)  # behind this function's and the hook's, that of the step itself
-    while (frame := frame.f_back) is not None:
+    frame: FrameType | None = sys._getframe(2)  # behind this function's and the hook's, that of the step itself
+    while frame and (frame := frame.f_back):
         if frame.f_code is _STEP:
             yield frame.f_locals["self"]
 
@@ -66,7 +72,7 @@ def _steps_around() -> Iterator[torch.optim.Optimizer]:
 _STEP = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__  # what torch wraps around each step
 
 
-def _followed(weights: Iterable[Tensor]) -> Iterator[nn.Module]:
+def _followed(weights: Iterable[Tensor]) -> "Iterator[SigmaReparam]":
     """The parametrizations of the weights that learn; those of another copy of this source have hooks of their own."""
     for weight in weights:
         owner = owner_of(weight)
@@ -89,12 +95,12 @@ def _rests(group: dict) -> bool:
 
 
 @torch.no_grad()
-def _images(parametrization: nn.Module) -> list[Tensor]:
+def _images(parametrization: "SigmaReparam") -> list[Tensor]:
     """W^T u on this process, which differs where W does."""
     return [iterate.Wt_u() for iterate in parametrization.iterates()[0]]
 
 
-def _changed_at_rest(parametrization: nn.Module) -> bool:
+def _changed_at_rest(parametrization: "SigmaReparam") -> bool:
     before, parametrization.before_rest = parametrization.before_rest, None
     if before is None:
         return True
@@ -117,7 +123,7 @@ def advance(parameters: Iterable[Tensor]) -> None:
     _advance(dict.fromkeys(found for owner in owners if (found := owner.parametrization()) is not None))
 
 
-def _advance(parametrizations: Iterable[nn.Module]) -> None:
+def _advance(parametrizations: "Iterable[SigmaReparam]") -> None:
     fused, together = defaultdict(list), defaultdict(list)
     # In the order of the parameters, which is the same on every rank: sharded weights need collectives.
     for parametrization in parametrizations:
@@ -134,9 +140,9 @@ def _advance(parametrizations: Iterable[nn.Module]) -> None:
         torch.autograd.graph.increment_version([parametrization.u for parametrization, _ in members])
         for (parametrization, W), sigma in zip(members, at_least, strict=True):
             parametrization.watch.expect([W], sigma, slack=LAG)
-    for (_, n, group), members in together.items():
-        every = [iterate for _, iterates in members for iterate in iterates]
+    for (_, n, group), others in together.items():
+        every = [iterate for _, iterates in others for iterate in iterates]
         _, at_least = power_iteration(every, n, group)
-        sigmas = at_least.split([len(iterates) for _, iterates in members])
-        for (parametrization, _), sigma in zip(members, sigmas, strict=True):
+        sigmas = at_least.split([len(iterates) for _, iterates in others])
+        for (parametrization, _), sigma in zip(others, sigmas, strict=True):
             parametrization.advanced(parametrization.originals(), sigma)

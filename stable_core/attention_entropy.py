@@ -10,8 +10,8 @@ and A K is one call of a fused attention kernel with V = K. Memory grows with T,
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 26
 LARGEST_LOGIT = 500.0
 
 Index = tuple[slice, slice, slice]
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 _fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # (output, logsumexp)
 
@@ -41,11 +43,11 @@ class AttentionStatistics(NamedTuple):
     keys: Tensor  # number of keys that are not masked, or more than 10,000 below the largest logit
 
 
-def _in_full_precision(function):
+def _in_full_precision(function: Callable[Given, Found]) -> Callable[Given, Found]:
     """Without gradient, and in the precision it says, whatever autocast says."""
 
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Found:
         tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
             return function(*args, **kwargs)
@@ -95,6 +97,43 @@ def attention_statistics(
     """
     mask = _check(q, k, attn_mask)
     return _in_chunks(_logits(q.float(), k.float(), scale, mask, is_causal), q.shape[:3], q.device)
+
+
+@_in_full_precision
+def largest_logits(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    above: float = -math.inf,
+) -> Tensor:
+    """max_j a_ij of every query, (batch, heads, queries), exact, and -inf for a query without a key.
+
+    Heads in which no logit can exceed `above`, as |q| |k| does not, are not looked at: they are -inf as a whole. The others'
+    logits are formed and forgotten in chunks. (A fused kernel's logsumexp exceeds the maximum by up to log(keys): a closer
+    bound, but on a CPU the kernel takes longer than the exact maximum does, benchmarks/qk_clip.py.)
+
+    Arguments as for `attention_entropy`.
+    """
+    mask = _check(q, k, attn_mask)
+    lengths = [torch.linalg.vector_norm(x.float(), dim=-1).amax((0, 2)) for x in (q, k)]
+    group = q.shape[1] // k.shape[1]
+    bound = abs(scale) * lengths[0] * lengths[1].repeat_interleave(group)
+    if mask is not None:
+        bound = bound + mask.amax().clamp(min=0)
+    largest = torch.full(q.shape[:3], -math.inf, device=q.device)
+    heads = (~(bound <= above)).nonzero().flatten()  # NaN is looked at
+    if len(heads):
+        some = q[:, heads].float(), k[:, heads // group].float()
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, heads]
+        found = torch.empty(q.shape[0], len(heads), q.shape[2], device=q.device)
+        for index, logits in _logits(*some, scale, mask, is_causal):
+            found[index] = logits.amax(-1)
+        largest[:, heads] = found
+    return largest
 
 
 @_in_full_precision
@@ -151,7 +190,7 @@ def _only_hides(mask: Tensor) -> bool:
     return bool(((mask == 0) | (mask <= MASKED)).all())
 
 
-def _chunks(shape: torch.Size, device: torch.device) -> Iterator[Index]:
+def _chunks(shape: Sequence[int], device: torch.device) -> Iterator[Index]:
     """Slices of (batch, heads, queries) whose logits make a chunk: whole heads where they fit."""
     batch, heads, queries, keys = shape
     chunk = CHUNK_ON_CPU if device.type == "cpu" else CHUNK

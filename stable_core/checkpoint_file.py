@@ -3,11 +3,12 @@
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def read_checkpoint(path: str | Path, **options) -> dict:
+def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
     """The dict in a file, its tensors on the CPU; options are those of `torch.load`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`python -m stable_core.fold CHECKPOINT OUT`: a σReparam checkpoint -> one that the plain model loads.
+"""`python -m stable_core.fold_checkpoint CHECKPOINT OUT`: a σReparam checkpoint -> one that the plain model loads.
 
 CHECKPOINT is anything `torch.save` wrote that is or holds a state dict (under "model", "state_dict", ...); the rest of it is
 kept. Parameters of the optimizer no longer fit the folded weights: fold to serve, not to go on training.
@@ -7,6 +7,7 @@ kept. Parameters of the optimizer no longer fit the folded weights: fold to serv
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from .checkpoint_file import read_checkpoint
 from .folding import fold_state_dict
 
 
-def fold_checkpoint(checkpoint: dict) -> tuple[dict, list[str]]:
+def fold_checkpoint(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Folds every state dict in it; returns the new checkpoint and the names under which they were found."""
     if any("parametrizations." in str(key) for key in checkpoint):
         return fold_state_dict(checkpoint), ["the state dict"]
@@ -28,7 +29,7 @@ def fold_checkpoint(checkpoint: dict) -> tuple[dict, list[str]]:
     return {**checkpoint, **{place: fold_state_dict(checkpoint[place]) for place in places}}, places
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> dict[str, Any]:
     """What `read_checkpoint` does; where it refuses a class, with what to do instead."""
     try:
         return read_checkpoint(path)
@@ -40,7 +41,7 @@ def read(path: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stable_core.fold", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m stable_core.fold_checkpoint", description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="written by torch.save")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the folded checkpoint goes")
     args = parser.parse_args(argv)
@@ -54,3 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"folded {', '.join(map(str, places))} of {args.checkpoint} into {args.out}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,10 +5,10 @@ torch calls no hook at Ctrl-C and the like, which are no `Exception`, not even o
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 Undo = Callable[[BaseException], None]
 
@@ -21,7 +21,7 @@ class _Guarded:
         self.model, self.compiled = model, model._compiled_call_impl
         self.undo: dict[int, Undo] = {}
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.model._call_impl(*args, **kwargs)
         # A replica of nn.DataParallel has this object too; its caller is `_wrapped_call_impl(self, ...)`.
@@ -36,21 +36,23 @@ class _Guarded:
             raise
 
 
-def on_error(model: nn.Module, undo: Undo) -> RemovableHandle:
+def on_error(model: nn.Module, undo: Undo) -> "Handle":
     """Has undo(error) called where a call of the model ends in an error, until the handle is removed."""
     guard = model._compiled_call_impl
     if not isinstance(guard, _Guarded):
         guard = model._compiled_call_impl = _Guarded(model)
-    return _Handle(guard, undo)
+    return Handle(guard, undo)
 
 
-def compiled_call(model: nn.Module) -> Callable | None:
+def compiled_call(model: nn.Module) -> Callable[..., Any] | None:
     """What `model.compile()` made, if it was called."""
     call = model._compiled_call_impl
     return call.compiled if isinstance(call, _Guarded) else call
 
 
-class _Handle:
+class Handle:
+    """What `on_error` gives."""
+
     def __init__(self, guard: _Guarded, undo: Undo) -> None:
         self._guard, self._key = guard, id(self)
         guard.undo[self._key] = undo

@@ -17,7 +17,7 @@ from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,13 +133,14 @@ def power_iteration_(weights: Sequence[Tensor], us: Sequence[Tensor], n: int) ->
     Raises:
         ValueError: a weight or a u is none of these.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[Place]] = {}
     for W, u in zip(weights, us, strict=True):
         if u.dtype != torch.float32 or u.shape != W.shape[:1] or u.stride() != (1,):
             raise ValueError(
                 f"u {u.dtype} {tuple(u.shape)}: allowed is a contiguous one in fp32 of {W.shape[0]} entries"
             )
-        place = Place(W.data_ptr(), W.shape, W.stride(), (W.shape[0],), u.data_ptr())
+        (out, into), (down, across) = W.shape, W.stride()
+        place = Place(W.data_ptr(), (out, into), (down, across), (out,), u.data_ptr())
         groups.setdefault((W.device, W.dtype), []).append(place)
     for (device, dtype), found in groups.items():
         advance(plan(tuple(found), device, dtype), dtype, n)
@@ -147,7 +148,7 @@ def power_iteration_(weights: Sequence[Tensor], us: Sequence[Tensor], n: int) ->
 
 def advance(plan: Plan, dtype: torch.dtype, n: int) -> Tensor:
     """The same of all weights of a plan; returns |W v| of the last iteration (blocks of all weights,), v of length 1."""
-    k, like = _kernels(), {"dtype": torch.float32, "device": plan.table.device}
+    k, like = _kernels(), _on(plan)
     partials, z, y = (torch.empty(size, **like) for size in (plan.partials, plan.n_in, plan.n_out))
     z_norms, y_norms = (torch.empty(2 * chunks.numel(), **like) for chunks in (plan.ins, plan.outs))
     lengths = torch.empty(plan.table.shape[0], **like)
@@ -179,7 +180,7 @@ def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...]) -> Measu
 
 
 def _measure(plan: Plan, W: int, u: int, gamma: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    like = {"dtype": torch.float32, "device": plan.table.device}
+    like = _on(plan)
     sizes = plan.partials, 2 * plan.ins.numel(), plan.n_in, plan.n_out, plan.table.shape[0], plan.table.shape[0]
     partials, z_norms, z, w, s, factor = (torch.empty(size, **like) for size in sizes)
     with on_device(plan.table.device):
@@ -215,6 +216,10 @@ def scale_backward(
     return d_W, d_gamma
 
 
+def _on(plan: Plan) -> dict[str, Any]:
+    return {"dtype": torch.float32, "device": plan.table.device}
+
+
 def _products(
     plan: Plan, partials: Tensor, z: Tensor, z_norms: Tensor, W: int, u: int, to_out: bool, dtype: torch.dtype
 ) -> None:
@@ -234,7 +239,7 @@ def _tile() -> dict[str, int]:
     return {"BM": TILE.rows, "BN": TILE.columns, "num_warps": TILE.warps}
 
 
-def on_device(device: torch.device) -> AbstractContextManager:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
@@ -328,7 +333,10 @@ def _cut(
 
 
 def _plan(weights: list[list[_Matrix]], device: torch.device, tile: Tile) -> Plan:
-    table, strips, outs, ins = [], [], [], []
+    table: list[tuple[int, ...]] = []
+    strips: list[int] = []
+    outs: list[int] = []
+    ins: list[int] = []
     partials = n_out = n_in = 0
     for i, matrix in enumerate(matrix for matrices in weights for matrix in matrices):
         out_size, in_size = matrix.shape
@@ -344,13 +352,22 @@ def _plan(weights: list[list[_Matrix]], device: torch.device, tile: Tile) -> Pla
         outs += [i] * _ceil(out_size, CHUNK)
         ins += [i] * _ceil(in_size, CHUNK)
         partials, n_out, n_in = partials + max(down * n, across * m), n_out + out_size, n_in + in_size
-    to = {"dtype": torch.int32, "device": device}
-    lists = (torch.tensor(x, **to) for x in (strips, outs, ins))
-    of_weights = (
-        [function(matrices) for matrices in weights]
-        for function in (len, lambda some: sum(x.shape[0] for x in some), lambda some: sum(x.shape[1] for x in some))
+
+    def there(numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    return Plan(
+        table=torch.tensor(table, dtype=torch.int64, device=device),
+        strips=there(strips),
+        outs=there(outs),
+        ins=there(ins),
+        partials=partials,
+        n_out=n_out,
+        n_in=n_in,
+        blocks=[len(matrices) for matrices in weights],
+        outs_of=[sum(block.shape[0] for block in matrices) for matrices in weights],
+        ins_of=[sum(block.shape[1] for block in matrices) for matrices in weights],
     )
-    return Plan(torch.tensor(table, dtype=torch.int64, device=device), *lists, partials, n_out, n_in, *of_weights)
 
 
 def _ceil(a: int, b: int) -> int:

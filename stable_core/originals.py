@@ -7,9 +7,14 @@ models are alive, the weight itself says so: in an attribute, which whoever puts
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+
+if TYPE_CHECKING:
+    from .sigma_reparam import SigmaReparam
 
 _ATTRIBUTE = "_sigma_reparam"  # the same in every copy of this source, so that `advance` reaches all of them
 
@@ -22,12 +27,12 @@ class Owner:
     def __init__(self, originals: "Originals") -> None:
         self._originals = weakref.ref(originals)
 
-    def parametrization(self) -> nn.Module | None:
+    def parametrization(self) -> "SigmaReparam | None":
         """The SigmaReparam that follows the weight, or None where it was folded."""
         originals = self._originals()
-        return None if originals is None else originals._modules["0"].leader()
+        return None if originals is None else originals.first().leader()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # A saved parameter takes its attributes along, and torch.load(weights_only=True) takes this class and no other.
         return OrderedDict, ()
 
@@ -44,13 +49,18 @@ class Originals(ParametrizationList):
     @classmethod
     def take_over(cls, originals: ParametrizationList) -> "Originals":
         """Makes of torch's list one of these, in place."""
-        originals.__class__ = cls
-        originals._settle()
-        return originals
+        taken: Any = originals
+        taken.__class__ = cls
+        taken._settle()
+        return taken
+
+    def first(self) -> Any:
+        """The parametrization that makes W_hat: a SigmaReparam, or a JointMember."""
+        return self._modules["0"]
 
     def forward(self) -> Tensor:
         if len(self._modules) == 1 and self.is_tensor:  # as torch does it, without asking for a second parametrization
-            return self._modules["0"](self.original)
+            return self.first()(self.original)
         return super().forward()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -58,16 +68,16 @@ class Originals(ParametrizationList):
         if param is not None:
             self._settle()
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 passes by `register_parameter` where a module has no method of its own here.
         super().__setattr__(name, value)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Originals":
         super()._apply(fn, recurse)  # it may put new parameters in place of the old
         self._settle()
         return self
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._settle()
 
@@ -76,4 +86,4 @@ class Originals(ParametrizationList):
         for name, parameter in self._parameters.items():
             if name.startswith("original"):
                 setattr(parameter, _ATTRIBUTE, Owner(self))
-        self[0].attach(self)
+        self.first().attach(self)

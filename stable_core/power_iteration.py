@@ -118,7 +118,8 @@ def _bidiagonalise(W: Tensor, v: Tensor, enough: int) -> tuple[Tensor, Tensor, f
     singular vectors p and q of B, u = U p, v = V q and |W^T u - sigma v| = beta_k |p_k|.
     """
     U, V = (torch.empty(STEPS, size, dtype=torch.float32, device=W.device) for size in W.shape)
-    alphas, betas = [], []
+    alphas: list[float] = []
+    betas: list[float] = []
     V[0] = v / _norm(v)
     for k in range(STEPS):
         left = torch.mv(W, V[k].to(W.dtype)).float()

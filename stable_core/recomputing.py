@@ -5,14 +5,16 @@ in between); W_hat is a copy, one of every weight on every process. Activation c
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 # Of every forward pass under way, innermost last: where a W_hat lies -> (its storage, how to make it).
-_made: list[dict[int, tuple]] = []
+_made: list[dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]]] = []
 
 
 def recompute(model: nn.Module) -> nn.Module:
@@ -30,7 +32,7 @@ def recompute(model: nn.Module) -> nn.Module:
     cls = type(model)
 
     @functools.wraps(cls.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return cls.forward(self, *args, **kwargs)
         with _recomputing():
@@ -45,20 +47,20 @@ def keep(model: nn.Module) -> None:
     """Takes `recompute` back, in the model and whatever is in it."""
     for module in model.modules():
         if "_recomputed" in type(module).__dict__:
-            module.__class__ = type(module)._recomputed
+            module.__class__ = type(module).__dict__["_recomputed"]
 
 
 @contextmanager
-def _recomputing():
-    made = {}
+def _recomputing() -> Iterator[None]:
+    made: dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]] = {}
 
-    def pack(x: Tensor):
+    def pack(x: Tensor) -> Any:
         storage, make = made.get(x.untyped_storage().data_ptr(), (None, None))
         if storage is None or storage.expired():  # expired: x lies where a W_hat was that is gone
             return x
         return make, (x.shape, x.stride(), x.storage_offset())
 
-    def unpack(kept):
+    def unpack(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         make, view = kept
@@ -73,7 +75,7 @@ def _recomputing():
         _made.pop()
 
 
-def remember(W_hat: Tensor, make) -> None:
+def remember(W_hat: Tensor, make: Callable[[], Tensor]) -> None:
     """That `make()` gives this W_hat again."""
     if _made and not torch.compiler.is_compiling():
         storage = W_hat.untyped_storage()

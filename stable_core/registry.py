@@ -21,11 +21,11 @@ class WrongOption(ValueError):
     """A setting with a value that is not allowed. A command line says it in its own way, from the three attributes."""
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
-        super().__init__(name, value, allowed)
+        super().__init__(f"{name} = {value!r}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
-    def __str__(self) -> str:
-        return f"{self.name} = {self.value!r}: {self.allowed}"
+    def __reduce__(self) -> tuple:
+        return type(self), (self.name, self.value, self.allowed)  # else it could not leave the process that raised it
 
     def as_flag(self) -> str:
         """The same of a command line's flag."""
@@ -44,7 +44,10 @@ class Method:
 _METHODS: dict[str, dict[str, Method]] = {slot: {} for slot in SLOTS}
 
 
-def _register(slot: str, name: str, summary: str) -> Callable[[Callable], Callable]:
+Decorator = Callable[[Callable], Callable]
+
+
+def _register(slot: str, name: str, summary: str) -> Decorator:
     def add(build: Callable) -> Callable:
         there = _METHODS[slot].get(name)
         if there is not None and there.module != build.__module__:
@@ -55,7 +58,7 @@ def _register(slot: str, name: str, summary: str) -> Callable[[Callable], Callab
     return add
 
 
-def register_norm(name: str, summary: str = ""):
+def register_norm(name: str, summary: str = "") -> Decorator:
     """Decorates `build(dim, options, *, eps, bias, device, dtype) -> Module`, of (..., dim) to the same.
 
     A module with parameters needs a `reset_parameters()`, by which models on the meta device get their first values.
@@ -63,22 +66,22 @@ def register_norm(name: str, summary: str = ""):
     return _register("norm", name, summary)
 
 
-def register_attention(name: str, summary: str = ""):
+def register_attention(name: str, summary: str = "") -> Decorator:
     """Decorates `build(head_dim, options, *, sequence_length, eps, device, dtype) -> stable_core.attentions.QueryKey`."""
     return _register("attention", name, summary)
 
 
-def register_residual(name: str, summary: str = ""):
+def register_residual(name: str, summary: str = "") -> Decorator:
     """Decorates `build(encoder_layers, decoder_layers) -> (Residual, Residual)`, the encoder's and the decoder's."""
     return _register("residual", name, summary)
 
 
-def register_init(name: str, summary: str = ""):
+def register_init(name: str, summary: str = "") -> Decorator:
     """Decorates `draw_(weight)`, which fills the weight (out, in) of a layer in place."""
     return _register("init", name, summary)
 
 
-def register_reparam(name: str, summary: str = ""):
+def register_reparam(name: str, summary: str = "") -> Decorator:
     """Decorates `apply(model, options, filter_fn) -> None`, which changes the layers of `model` that filter_fn picks."""
     return _register("reparam", name, summary)
 

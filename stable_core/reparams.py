@@ -1,5 +1,7 @@
 """The reparametrisations of linear layers, by name."""
 
+from typing import Any
+
 from torch import nn
 
 from .registry import method, register_reparam
@@ -9,7 +11,7 @@ from .targets import FilterFn
 KINDS = ("sigma", "spectral", "weight")
 
 
-def reparametrise(model: nn.Module, options, filter_fn: FilterFn | None = None) -> nn.Module:
+def reparametrise(model: nn.Module, options: Any, filter_fn: FilterFn | None = None) -> nn.Module:
     """Reparametrises the layers of `model` that filter_fn picks, in place, as options.reparam says; returns the model.
 
     Raises:
@@ -20,7 +22,7 @@ def reparametrise(model: nn.Module, options, filter_fn: FilterFn | None = None) 
     return model
 
 
-def sigma_settings(options) -> SigmaReparamConfig | None:
+def sigma_settings(options: Any) -> SigmaReparamConfig | None:
     """The settings of `sigma_reparam` in options; None where it is not what reparametrises.
 
     Raises:
@@ -34,11 +36,11 @@ def sigma_settings(options) -> SigmaReparamConfig | None:
 
 
 @register_reparam("none", "plain weights")
-def _none(model, options, filter_fn):
+def _none(model: nn.Module, options: Any, filter_fn: FilterFn | None) -> None:
     pass
 
 
-def _sigma(model, options, filter_fn):
+def _sigma(model: nn.Module, options: Any, filter_fn: FilterFn | None) -> None:
     sigma_reparam(model, sigma_settings(options), filter_fn)
 
 

@@ -1,14 +1,14 @@
 """Where a block's norm is and how its branch is added, by name."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .deepnorm import deepnorm_scales
 from .registry import method, register_residual
-from .targets import cut, layers, parts_of
+from .targets import layers, rows_beside_qk
 
 
 class Residual(NamedTuple):
@@ -23,7 +23,7 @@ class Residual(NamedTuple):
         return x + branch(norm(x)) if self.norm_first else norm(branch(x).add(x, alpha=self.alpha))
 
 
-def build_residuals(options, encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
+def build_residuals(options: Any, encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
     """What options.residual names, of the encoder and of the decoder, either of which may have no layers.
 
     Raises:
@@ -34,31 +34,32 @@ def build_residuals(options, encoder_layers: int, decoder_layers: int) -> tuple[
 
 
 @register_residual("pre-ln", "x + f(norm(x))")
-def _pre_ln(encoder_layers, decoder_layers):
+def _pre_ln(encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
     return Residual(True), Residual(True)
 
 
 @register_residual("post-ln", "norm(x + f(x)), and no norm after the last block")
-def _post_ln(encoder_layers, decoder_layers):
+def _post_ln(encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
     return Residual(False), Residual(False)
 
 
 @register_residual("deepnorm", "norm(alpha x + f(x)), first weights of f times beta [Wang et al., 2022]")
-def _deepnorm(encoder_layers, decoder_layers):
-    return tuple(Residual(False, *scale) for scale in deepnorm_scales(encoder_layers, decoder_layers))
+def _deepnorm(encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
+    encoder, decoder = deepnorm_scales(encoder_layers, decoder_layers)
+    return Residual(False, *encoder), Residual(False, *decoder)
 
 
-@torch.no_grad()
 def scale_branches_(block: nn.Module, beta: float) -> None:
     """Multiplies a block's weights of v, output and feed-forward layers by beta, in place: all but those of q and k.
 
     Raises:
-        ValueError: q, k and v are packed in a way that does not tell v.
+        ValueError: q, k and v are packed in an unknown order.
     """
-    if beta == 1:
-        return
-    for target in layers(block):
-        roles, rows = parts_of(block, target)
-        for role, part in zip(roles, cut(target.weight.T if target.transposed else target.weight, rows), strict=True):
-            if role not in ("q", "k"):
-                part.mul_(beta)
+    for target in layers(block) if beta != 1 else ():
+        scale_rows_(target.weight.T if target.transposed else target.weight, rows_beside_qk(block, target), beta)
+
+
+@torch.no_grad()
+def scale_rows_(weight: Tensor, rows: Tensor | slice, beta: float) -> None:
+    """The same of one weight (out, in), of which `targets.rows_beside_qk` gave the rows."""
+    weight[rows] *= beta

@@ -3,7 +3,8 @@
 Source: Zhai et al. (ICML 2023), Section 3.2 and Algorithm 1. Everything is in at least fp32, whatever autocast says.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .together import Together
 from .watching import is_transformed
 
 
-def full_precision(W: Tensor):
+def full_precision(W: Tensor) -> AbstractContextManager[Any]:
     """No autocast. Where there is none to switch off, doing it anyway would take as long as a small matrix."""
     return torch.autocast(W.device.type, enabled=False) if autocast_dtype(W) else nullcontext()
 
@@ -79,7 +80,17 @@ class ScaleBySigma(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, W, gamma, found: Measured, rows, transposed, stop_gradient, dtype, fused: Together | None):
+    def forward(
+        ctx: Any,
+        W: Tensor,
+        gamma: Tensor,
+        found: Measured,
+        rows: tuple[int, ...],
+        transposed: bool,
+        stop_gradient: bool,
+        dtype: torch.dtype,
+        fused: Together | None,
+    ) -> Tensor:
         ctx.settings = rows, transposed, stop_gradient, fused
         if fused is None:
             ctx.save_for_backward(W, gamma, *found)
@@ -89,7 +100,7 @@ class ScaleBySigma(torch.autograd.Function):
         return scaled(W, found.factor, rows, transposed, dtype)
 
     @staticmethod
-    def backward(ctx, G: Tensor):
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         rows, transposed, stop_gradient, fused = ctx.settings
         W0, gamma, *found = ctx.saved_tensors
         found = Measured(*found) if fused is None else ctx.found

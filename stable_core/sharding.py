@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from .targets import matrix
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def pieces(weights: list[Tensor], transposed: bool) -> "tuple[list[Piece], dist.
 
     A weight sharded over several dimensions of its mesh, or along a convolution's kernel, is gathered.
     """
-    shards = [_shard(W) for W in weights]
-    if None in shards or len({(dimension, group) for dimension, group, _ in shards}) > 1:
+    found_shards = [_shard(W) for W in weights]
+    shards = [shard for shard in found_shards if shard is not None]
+    if len(shards) < len(weights) or len({(dimension, group) for dimension, group, _ in shards}) > 1:
         weights = [gathered(W) for W in weights]
         shards = [(0, None, 0)] * len(weights)
     found, row = [], 0
@@ -63,7 +65,14 @@ def gathered(W: Tensor) -> Tensor:
     return W.full_tensor() if is_sharded(W) else W
 
 
-def is_sharded(W: Tensor) -> bool:
+def beside(W: Tensor, x: Tensor) -> Tensor:
+    """x, which every process has all of, as what W can be multiplied by."""
+    if not is_sharded(W):
+        return x
+    return DTensor.from_local(x, W.device_mesh, [Replicate()] * W.device_mesh.ndim, run_check=False)
+
+
+def is_sharded(W: Tensor) -> "TypeGuard[DTensor]":
     return dist.is_available() and isinstance(W, DTensor)
 
 
@@ -72,9 +81,11 @@ def _shard(W: Tensor) -> "tuple[int, dist.ProcessGroup | None, int] | None":
     if not is_sharded(W):
         return 0, None, 0
     cuts = [(i, placement) for i, placement in enumerate(W.placements) if not placement.is_replicate()]
-    if len(cuts) != 1 or type(cuts[0][1]) is not Shard or cuts[0][1].dim > (W.ndim == 2):
+    if len(cuts) != 1:
         return None
     (mesh_dim, placement), mesh = cuts[0], W.device_mesh
+    if type(placement) is not Shard or placement.dim > (W.ndim == 2):
+        return None
     size = W.shape[placement.dim]
     chunk = math.ceil(size / mesh.size(mesh_dim))  # as torch.chunk cuts
     return placement.dim, mesh.get_group(mesh_dim), min(mesh.get_local_rank(mesh_dim) * chunk, size)

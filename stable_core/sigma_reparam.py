@@ -10,10 +10,12 @@ two steps resumes bitwise. A weight that changed unannounced is found in the for
 
 import math
 import weakref
-from dataclasses import dataclass, fields
-from typing import NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
@@ -21,6 +23,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from .advancing import hook_optimizers
 from .kernels import Measured, Place, is_dense, why_not
 from .kernels import measure as measure_in_kernels
+from .layout import HasLayout, Layout
 from .originals import Originals
 from .power_iteration import Iterate, power_iteration
 from .recomputing import remember
@@ -80,36 +83,44 @@ class SigmaReparamConfig:
             raise ValueError(f"n_power_iterations = {self.n_power_iterations!r}: allowed are whole numbers from 1")
         if self.kind == "spectral" and self.gamma_init == "spectral":
             raise ValueError("gamma_init = 'spectral': with kind = 'spectral' gamma is fixed at 1, allowed is 'one'")
-        for field in fields(self) if self.kind == "weight" else ():
-            if field.name != "kind" and getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name} = {getattr(self, field.name)!r}: kind = 'weight' has no such setting")
+        for other in fields(self) if self.kind == "weight" else ():
+            if other.name != "kind" and getattr(self, other.name) != other.default:
+                raise ValueError(f"{other.name} = {getattr(self, other.name)!r}: kind = 'weight' has no such setting")
 
 
-class SigmaReparam(nn.Module):
+class SigmaReparam(HasLayout):
     """The parametrization W -> gamma / sigma(W) * W of one weight, or of several that share one sigma.
 
     The weights, seen as matrices (out, in) and stacked along `out`, are cut into blocks of `rows` outputs; each block has
     its own gamma and sigma. One block is Algorithm 1; three are a packed [Wq; Wk; Wv] with separate sigmas; several
     weights and one block are a joint sigma over separate layers.
 
-    State, all of it in the state dict: gamma (blocks,) and u (out,), which stays in fp32.
+    State, all of it in the state dict: gamma (blocks,) and u (out,), which stays in fp32; and beside them its layout.
     """
+
+    u: Tensor
+    gamma: Tensor
+    before_rest: list[Tensor] | None  # W^T u of each block, before an optimizer's step at a learning rate of 0
+    _members: "list[weakref.ref[Originals] | None]"
+    _unit: tuple[tuple[int, int], ...] | None
+    _taken: tuple[torch.device, torch.dtype] | None
+    _placed: tuple[Any, Any]
 
     def __init__(
         self, group: Group, config: SigmaReparamConfig, shared: "tuple[Notice, Together] | None" = None
     ) -> None:
         super().__init__()
         self.rows, self.transposed, self.config = tuple(group.rows), group.members[0].transposed, config
-        self.name = group.members[group.leader].name
+        self.name, self.member_names = group.members[group.leader].name, group.names
         self.index = group.leader  # which of the weights it is registered on
         self._members = [None] * len(group.members)  # weak links to their Originals: to own them would be a cycle
         self.watch, self.before_rest, self._unit = Watch(), None, None
         self._taken, self._placed = None, (None, None)  # known of its weight: a look again takes longer
         self._notice, self.together = shared or (Notice(), Together())
         # (versions, u, sigma) of weights that u does not belong to, while evaluated.
-        self._evaluated: tuple | None = None
+        self._evaluated: tuple[Any, ...] | None = None
         weight, stacked = group.members[0].weight, join([target.matrix for target in group.members])
-        fp32 = {"device": weight.device, "dtype": torch.float32}
+        fp32: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
         self.register_buffer("u", torch.zeros(stacked.shape[0], **fp32))
         gamma = torch.ones(len(self.rows), **fp32)
         if not weight.is_meta:
@@ -132,6 +143,9 @@ class SigmaReparam(nn.Module):
         """Where the state is kept."""
         return self
 
+    def layout(self) -> Layout:
+        return Layout(self.rows, self.transposed, self.member_names, self.index)
+
     def attach(self, originals: Originals, index: int | None = None) -> None:
         """Remembers where a weight of its lives: at first, and after a deep copy."""
         self._members[self.index if index is None else index] = weakref.ref(originals)
@@ -140,7 +154,7 @@ class SigmaReparam(nn.Module):
 
     def members(self) -> tuple[Originals, ...]:
         """Where its weights live."""
-        members = tuple([link and link() for link in self._members])
+        members: tuple[Any, ...] = tuple([link and link() for link in self._members])
         if None in members:
             raise ValueError(f"{self.name}: a layer that shares its sigma is gone; fold or copy the whole attention")
         return members
@@ -251,7 +265,7 @@ class SigmaReparam(nn.Module):
     def lone_weight(self) -> Tensor | None:
         """Its weight, if it is one."""
         link = self._members[0]
-        member = link and link()
+        member = None if link is None else link()
         return member.original if member is not None and len(self._members) == 1 else None
 
     def place(self, W: Tensor) -> tuple[Place, int, int, int]:
@@ -269,7 +283,7 @@ class SigmaReparam(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ u and its weights
 
-    def iterates(self) -> tuple[list[Iterate], object]:
+    def iterates(self) -> "tuple[list[Iterate], dist.ProcessGroup | None]":
         """What `power_iteration` advances, an iterate per block, and the process group over which W is cut up, if any."""
         originals = self.originals()
         if any(map(is_sharded, originals)) or len(originals) > 1:
@@ -346,9 +360,9 @@ class SigmaReparam(nn.Module):
     @torch.no_grad()
     def _is_right(self, originals: list[Tensor], stacked: Tensor, u: Tensor, sigma: list[float]) -> bool:
         """Whether a forward pass took the right u, which took `u` and found `sigma`; where not, the next one does."""
-        if u is not self.u:
-            right = self._evaluated[2] in (None, sigma)
-            self._evaluated = (*self._evaluated[:2], sigma) if right else None
+        if u is not self.u and (kept := self._evaluated) is not None:
+            right = kept[2] in (None, sigma)
+            self._evaluated = (*kept[:2], sigma) if right else None
             return right
         watch, changed = self.watch, self.watch.moved(originals) or self.watch.announced
         averaged = not (watch.exact or self.training or is_unit(u, self.rows))
@@ -370,7 +384,7 @@ class SigmaReparam(nn.Module):
         watch.expect(originals, None)
         return False
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "SigmaReparam":
         if self.training and not mode:
             self._settle()
         super().train(mode)
@@ -388,7 +402,7 @@ class SigmaReparam(nn.Module):
             if self.watch.agrees(sigma, False, originals[0].dtype) and is_unit(self.u, self.rows):
                 self.watch.expect(originals, sigma)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmaReparam":
         # .half() and .bfloat16() must not round the state: it follows the model's device, not its dtype.
         before = self.u
         super()._apply(fn, recurse)
@@ -397,7 +411,7 @@ class SigmaReparam(nn.Module):
         self._evaluated = self._taken = None
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}v", None)  # of checkpoints that kept v beside u
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.u = self.u.float()
@@ -410,11 +424,11 @@ class SigmaReparam(nn.Module):
         if f"{prefix}u" not in state_dict or not is_unit(self.u, self.rows):
             self.converge()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # Links to weights are not copied; each weight's Originals attach themselves again.
         return {**self.__dict__, "_members": [None] * len(self._members)}
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         hook_optimizers()
 
@@ -422,16 +436,19 @@ class SigmaReparam(nn.Module):
         return f"rows={list(self.rows)}, {self.config}"
 
 
-class JointMember(nn.Module):
+class JointMember(HasLayout):
     """The parametrization of a weight whose sigma is kept with another weight of its group."""
 
-    def __init__(self, leader: SigmaReparam, index: int) -> None:
+    def __init__(self, leader: SigmaReparam, index: int, name: str) -> None:
         super().__init__()
-        self._leader, self._index = (leader,), index
+        self._leader, self._index, self.name = (leader,), index, name
 
     def leader(self) -> SigmaReparam:
         """Where the state is kept."""
         return self._leader[0]
+
+    def layout(self) -> Layout:
+        return replace(self.leader().layout(), index=self._index)
 
     def attach(self, originals: Originals) -> None:
         self.leader().attach(originals, self._index)
@@ -481,14 +498,15 @@ def sigma_reparam(
     shared = Notice(), Together()
     for group, leader in [(group, SigmaReparam(group, config, shared)) for group in groups]:
         for index, target in enumerate(group.members):
-            parametrization = leader if index == group.leader else JointMember(leader, index)
+            parametrization = leader if index == group.leader else JointMember(leader, index, target.name)
             parametrize.register_parametrization(target.module, target.tensor_name, parametrization, unsafe=True)
             target.module.register_load_state_dict_pre_hook(refuse_plain_weight)
         for target in group.members:
-            Originals.take_over(target.module.parametrizations[target.tensor_name])
+            layer: Any = target.module
+            Originals.take_over(layer.parametrizations[target.tensor_name])
             # Its class is its own, from torch; this is what parallelize_module asks a layer before it cuts its weights.
-            type(target.module)._distribute_module_applied = property(_refuse_tensor_parallelism)
-            type(target.module).register_parameter = _refuse_pruning
+            type(layer)._distribute_module_applied = property(_refuse_tensor_parallelism)
+            type(layer).register_parameter = _refuse_pruning
     return model
 
 
@@ -508,7 +526,7 @@ def _refuse_tensor_parallelism(layer: nn.Module) -> NoReturn:
     )
 
 
-def refuse_plain_weight(layer: nn.Module, state_dict, prefix: str, *_) -> None:
+def refuse_plain_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A load hook of reparametrised layers: one line, also with strict=False, which would leave the weight out in silence."""
     for name in getattr(layer, "parametrizations", ()):  # torch's remove_parametrizations leaves this hook
         if f"{prefix}{name}" in state_dict:

@@ -1,6 +1,6 @@
 """Which weights of a model `sigma_reparam` changes, and which of them share a sigma."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from .packing import PACKED_QKV_NAMES, QKV_NAMES, in_thirds
+from .layers import PACKED_QKV_NAMES, QKV_NAMES, equal_blocks, is_transposed, rows_of
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor
@@ -51,6 +51,11 @@ class Group:
     rows: list[int]
     leader: int = 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of several, how they are called beside each other."""
+        return tuple(target.name.rpartition(".")[2] for target in self.members) if len(self.members) > 1 else ()
+
 
 def matrix(W: Tensor, transposed: bool) -> Tensor:
     """W as (out, in): a convolution's kernel is flattened into `in`, HF's Conv1D is transposed."""
@@ -62,7 +67,7 @@ def join(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def cut(whole: Tensor, sizes: list[int]) -> list[Tensor]:
+def cut(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """`whole.split(sizes)`, whose backward copies and whose parts refuse to be written to, without that for the only part."""
     return [whole] if len(sizes) == 1 else [whole.narrow(0, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
@@ -70,7 +75,7 @@ def cut(whole: Tensor, sizes: list[int]) -> list[Tensor]:
 def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[Group]:
     """The groups that filter_fn(module, fully_qualified_name) picks; without one, every layer that is not tied.
 
-    Packed projections that are not three equal parts one after the other (`packing.in_thirds`) have one sigma together.
+    Packed projections that are not three equal parts one after the other (`layers.equal_blocks`) have one sigma together.
 
     Raises:
         ValueError: filter_fn cannot be called so; nothing is picked; a picked layer is reparametrised already, or tied to
@@ -79,7 +84,9 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
     """
     targets = _picked(model, filter_fn)
     by_name = {target.name: target for target in targets}
-    groups, done, met_attention = [], set(), False
+    groups: list[Group] = []
+    done: set[str] = set()
+    met_attention = False
     for target in targets:
         if target.name in done:
             continue
@@ -88,7 +95,7 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
         group = Group([target], [out_features])
         names = next((names for names in QKV_NAMES if leaf in names), ())
         packed = leaf in PACKED_QKV_NAMES
-        thirds = packed and in_thirds(_attention(model, target), out_features, in_features)
+        thirds = packed and len(equal_blocks(_attention(model, target), "qkv", (out_features, in_features))) == 3
         if packed:
             met_attention = True
             if not thirds and qkv == "qk_joint":
@@ -120,19 +127,21 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
     return groups
 
 
-def parts_of(model: nn.Module, target: Target) -> tuple[tuple[str, ...], list[int]]:
-    """What the outputs of a layer are, one part after the other, and how many each: "q", "k", "v", or "" for anything else.
+def rows_beside_qk(model: nn.Module, target: Target) -> Tensor | slice:
+    """Which outputs of a layer are neither queries nor keys: all of most layers, values of a packed one.
 
     Raises:
-        ValueError: q, k and v are packed, and not as three equal parts one after the other.
+        ValueError: q, k and v are packed in an unknown order.
     """
-    leaf, (out, width) = target.name.rpartition(".")[2], target.matrix.shape
+    leaf, shape = target.name.rpartition(".")[2], tuple(target.matrix.shape)
     if leaf in PACKED_QKV_NAMES:
-        if not in_thirds(_attention(model, target), out, width):
-            raise ValueError(f"{target.name}: it packs q, k and v, and not as three equal parts one after the other")
-        return ("q", "k", "v"), [width] * 3
-    names = next((names for names in QKV_NAMES if leaf in names), ())
-    return (("q", "k", "v")[names.index(leaf)] if names else "",), [out]
+        rows = rows_of(_attention(model, target), "qkv", shape)
+        if rows is None:
+            raise ValueError(
+                f"{target.name}: it packs q, k and v in an unknown order, so that v cannot be told from q and k"
+            )
+        return rows["v"].flatten()
+    return slice(0) if any(leaf in names[:2] for names in QKV_NAMES) else slice(None)
 
 
 def _attention(model: nn.Module, target: Target) -> nn.Module:
@@ -202,13 +211,14 @@ def layers(model: nn.Module) -> Iterator[Target]:
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             if module.weight.is_floating_point():  # not the packed integers of a quantized layer
                 yield Target(module, name)
-        elif any(cls.__name__ == "Conv1D" for cls in type(module).__mro__):  # transformers': y = x W + b
+        elif is_transposed(module):
             yield Target(module, name, transposed=True)
 
 
 def _tied(model: nn.Module) -> set[int]:
     """Parameters that more than one module holds, such as an output projection's that is also the embedding's."""
-    seen, tied = set(), set()
+    seen: set[int] = set()
+    tied: set[int] = set()
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:

@@ -1,11 +1,18 @@
 """What the papers prove: the least entropy, the size of an Adam update, the largest logit."""
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
 
 
+@overload
+def entropy_lower_bound(sigma: float, T: int) -> float: ...
+@overload
+def entropy_lower_bound(sigma: Tensor, T: Tensor | int) -> Tensor: ...
+@overload
+def entropy_lower_bound(sigma: float, T: Tensor) -> Tensor: ...
 def entropy_lower_bound(sigma: Tensor | float, T: Tensor | int) -> Tensor | float:
     """The least entropy, in nats, of the softmax of T logits whose norm is at most sigma [σ, Theorem 3.1, eq. 1].
 

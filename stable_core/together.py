@@ -6,12 +6,12 @@ forward pass that it is used in. It is bitwise what the layer would have found b
 """
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .kernels import Measured, keep_if_captured, measure_all, plan
+from .kernels import Measured, Place, Plan, keep_if_captured, measure_all, plan
 from .sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ class Batch:
     """What was measured together on a stream; `sigmas` are read off the device once for all."""
 
     def __init__(self, found: list[Measured], stream: int) -> None:
-        self.found, self.stream, self._sigmas = found, stream, None
+        self.found, self.stream = found, stream
+        self._sigmas: list[float] | None = None
 
     def sigma(self, index: int) -> list[float]:
         """Of one weight, (blocks,)."""
@@ -37,12 +38,14 @@ class Together:
 
     def __init__(self) -> None:
         self._first: int | None = None  # whose question makes a batch
-        self._layers: dict[int, weakref.ref] = {}
-        self._ready: dict[int, tuple] = {}  # layer -> (what it is true of, batch, its index there)
-        self._plan: tuple = (None, None)
+        self._layers: dict[int, weakref.ref[SigmaReparam]] = {}
+        self._ready: dict[
+            int, tuple[tuple[Any, ...], Batch, int]
+        ] = {}  # layer -> (what it is true of, batch, its index there)
+        self._plan: tuple[tuple[Place, ...], Plan] | tuple[None, None] = (None, None)
         self._misses = 0  # since the first layer asked last
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Together, ()  # a copied model's layers ask again
 
     def drop(self) -> None:
@@ -81,7 +84,7 @@ class Together:
         for key, link in list(self._layers.items()):
             layer = link()
             W = None if layer is None else layer.lone_weight()
-            if W is None:
+            if layer is None or W is None:
                 del self._layers[key]
             elif is_sharded(W):
                 return  # each is whole in its own pass alone

@@ -117,6 +117,6 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def versions(weights: list[Tensor]) -> tuple:
+def versions(weights: list[Tensor]) -> tuple[tuple[int, int], ...]:
     """Which tensors they are, and how often torch saw each written to; it does not count for those of inference mode."""
     return tuple([(id(W), 0 if W.is_inference() else W._version) for W in weights])

@@ -1,7 +1,10 @@
-"""Instruments for transformers in training: attention entropy and its alarm, sharpness, and the temperature intervention."""
+"""Instruments for transformers in training: entropy and its alarm, QK-clip, sharpness, and the temperature intervention."""
+
+from stable_core import __version__ as __version__
 
 from .alarm import Alarm, AlarmConfig, EntropyCollapse, lower_learning_rate, stop_training
 from .monitor import Monitor
+from .qk_clip import QKClip
 from .sharpness import adamw_stability_threshold, sharpness
 from .temperature import attention_temperature
 from .writers import TensorBoardWriter, WandbWriter, headline
@@ -11,6 +14,7 @@ __all__ = [
     "AlarmConfig",
     "EntropyCollapse",
     "Monitor",
+    "QKClip",
     "TensorBoardWriter",
     "WandbWriter",
     "adamw_stability_threshold",

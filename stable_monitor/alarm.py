@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -86,17 +87,20 @@ class lower_learning_rate:  # an on_alarm with settings
         ValueError: factor is not between 0 and 1; optimizer or scheduler are something else.
     """
 
-    def __init__(self, optimizer: Optimizers, factor: float = 0.5, scheduler=None) -> None:
-        if not isinstance(factor, Real) or not 0 < factor < 1:
+    def __init__(self, optimizer: Optimizers, factor: float = 0.5, scheduler: Any = None) -> None:
+        given: Any = factor  # numpy has real numbers that are no floats
+        if not isinstance(given, Real) or not 0 < float(given) < 1:
             raise ValueError(f"factor = {factor!r}: allowed are numbers between 0 and 1")
         if not hasattr(scheduler, "get_last_lr") and scheduler is not None:
             raise ValueError(f"scheduler = {short(scheduler)}: allowed are None and torch's schedulers")
-        self.optimizers, self.factor, self.scheduler, self._last = listed(optimizer), factor, scheduler, None
+        self.optimizers, self.factor, self.scheduler = listed(optimizer), factor, scheduler
+        self._last: int | None = None  # the last update with an alarm
 
     def __call__(self, alarm: Alarm) -> None:
         if alarm.step == self._last:
             return
-        self._last, lowered = alarm.step, set()
+        self._last = alarm.step
+        lowered: set[int] = set()
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():  # the last two are OneCycleLR's
                 if id(group[name]) not in lowered:  # groups may share a tensor, which must stay the one it is
@@ -107,7 +111,7 @@ class lower_learning_rate:  # an on_alarm with settings
                 scheduler.base_lrs = [lr * self.factor for lr in scheduler.base_lrs]
 
 
-def _with_parts(scheduler) -> list:
+def _with_parts(scheduler: Any) -> list[Any]:
     """A scheduler and, where it is made of others, those."""
     parts = [part for inner in getattr(scheduler, "_schedulers", ()) for part in _with_parts(inner)]
     return parts if scheduler is None else [scheduler, *parts]
@@ -151,4 +155,5 @@ class Watch:
 
 def _median_head(values: list[float | None]) -> float:
     """The lower median; NaN if a head's is null, because one is enough to make the whole model so."""
-    return math.nan if None in values or not values else statistics.median_low(values)
+    known = [value for value in values if value is not None]
+    return statistics.median_low(known) if known and len(known) == len(values) else math.nan

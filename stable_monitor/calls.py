@@ -5,12 +5,19 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stable_core.attention_entropy import MASKED, AttentionStatistics, attention_statistics, logit_statistics
-from stable_core.packing import num_heads
+from stable_core.attention_entropy import (
+    MASKED,
+    AttentionStatistics,
+    attention_statistics,
+    largest_logits,
+    logit_statistics,
+)
+from stable_core.layers import num_heads
 
 SOURCES = ("key_value_states", "encoder_hidden_states", "encoder_output", "context", "memory")
 
@@ -28,6 +35,10 @@ class Site:
     def is_cross(self) -> bool:
         """Whether its keys and queries are of different tokens."""
         return has_other_source(self.module, self.args, self.kwargs)
+
+    def arguments(self) -> dict[str, object]:
+        """Of its forward pass, by name."""
+        return given(self.module, self.args, self.kwargs)
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,21 @@ class FusedCall:
         """The statistics of each row, (batch, heads, queries)."""
         q, k, mask = self._by_head()
         return attention_statistics(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal)
+
+    def largest_logits(self, above: float) -> Tensor:
+        """The largest q.k of each row, (batch, heads, queries); -inf in heads that have none above `above`.
+
+        What a mask adds to the logits of keys that it leaves visible does not count.
+        """
+        q, k, mask = self._by_head()
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask > MASKED
+        return largest_logits(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal, above=above)
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a query."""
+        return self.q.shape[-1]
 
     def hidden(self) -> Tensor | None:
         """Where the mask hides a key, broadcastable to (batch, heads, queries, keys); None without a mask."""
@@ -101,6 +127,12 @@ class SoftmaxCall:
         """The statistics of each row, (batch, heads, queries)."""
         logits = self._by_head()
         return logit_statistics(logits.masked_fill(self._never(logits), -torch.inf))
+
+    def largest_logits(self, above: float) -> Tensor:
+        """The largest logit of each row, (batch, heads, queries), whatever `above` is: they are there."""
+        return self._by_head().amax(-1).float()
+
+    head_dim = None  # not to be seen here
 
     def hidden(self) -> Tensor:
         """Where a key is hidden, (batch, 1, queries, keys): of one head, as masks are the same for all."""
@@ -153,6 +185,22 @@ def with_heads(x: Tensor, heads: int | None, dims: tuple[int, ...]) -> Tensor:
 
 
 AttentionCall = FusedCall | SoftmaxCall
+Call = TypeVar("Call", FusedCall, SoftmaxCall)
+
+
+class Handler(Protocol):
+    """What is shown a call, and returns it, or another of its kind to be computed in its place."""
+
+    def __call__(self, call: Call) -> Call: ...
+
+
+def padding(call: AttentionCall, hidden: Tensor | None) -> Tensor | None:
+    """Which queries are padding, (batch, heads or 1, queries): in self-attention those of positions that no query may see.
+
+    hidden: the call's. None: nothing is known to be padding.
+    """
+    queries, keys = call.tokens
+    return None if hidden is None or queries != keys or call.site.is_cross() else hidden.all(dim=2)
 
 
 @functools.cache
@@ -160,12 +208,17 @@ def _parameter_names(forward: Callable) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+def given(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, object]:
+    """A module's arguments by name."""
+    return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
+
+
 def has_other_source(module: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether a module's arguments give it keys of other tokens than its queries."""
-    given = {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
-    if any(isinstance(given.get(name), Tensor) for name in SOURCES):
+    arguments = given(module, args, kwargs)
+    if any(isinstance(arguments.get(name), Tensor) for name in SOURCES):
         return True
-    query, key = given.get("query"), given.get("key")
+    query, key = arguments.get("query"), arguments.get("key")
     if query is None or key is None:
         query, key = (*args, None, None)[:2]
         # A second sequence: of vectors of the same size, but not as many.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from .interception import Interception
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile, DistributedDataParallel, fairseq's wrappers and the like."""
     while len(model._modules) == 1 and (names := model._modules.keys() & {"_orig_mod", "module"}):
-        model = model._modules[names.pop()]
+        inner: Any = model._modules[names.pop()]
+        model = inner
     return model
 
 
@@ -31,17 +33,18 @@ def probe_before_forward(
     interception: Interception,
     failed: Callable[[Exception], None],
     allowed: Callable[[], bool] = lambda: True,
+    every_call: bool = False,
 ) -> Iterator[None]:
-    """Within it, the first call of `called` in training mode is preceded by an eager one of `model`, the model inside,
-    without gradient, that `interception` sees, if that is allowed. Random numbers and buffers are then as if it had not
+    """Within it, the first call of `called` in training mode, or every call, is preceded by an eager one of `model`, the model
+    inside, without gradient, that `interception` sees, if that is allowed. Random numbers and buffers are then as if it had not
     been; what a forward pass keeps elsewhere, such as a counter in Python, is not."""
     done = False
 
-    def probe(args, kwargs) -> None:
+    def probe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal done
         if done or not model.training:
             return
-        done = True
+        done = not every_call
         if not allowed():
             return
         buffers = [(module, dict(module._buffers)) for module in model.modules()]
@@ -63,7 +66,7 @@ def probe_before_forward(
     usual_call = called._compiled_call_impl
     if usual_call is not None:  # model.compile(): hooks would be part of what is compiled
 
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             probe(args, kwargs)
             return usual_call(*args, **kwargs)
 

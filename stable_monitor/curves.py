@@ -86,11 +86,11 @@ def thin(x: np.ndarray, y: np.ndarray, bins: int = 100) -> Curve:
     """At most two points a bin, its least and its greatest, so that no spike is lost; and the two ends."""
     if len(x) <= 2 * bins:
         return x, y
-    keep = {0, len(x) - 1}
+    keep: set[int] = {0, len(x) - 1}
     for part in np.array_split(np.arange(len(x)), bins):
         keep |= {part[y[part].argmin()], part[y[part].argmax()]}
-    keep = sorted(keep)
-    return x[keep], y[keep]
+    kept = sorted(keep)
+    return x[kept], y[kept]
 
 
 def series(records: list[dict], value: Value) -> Curve:
@@ -104,10 +104,11 @@ def curves(quantity: Quantity, run: Run, kind: str) -> dict[str, Curve]:
     if kind == WHOLE_MODEL:
         found = {kind: series(run.records, quantity.of_model)}
     else:
-        found = {
-            name: series(run.records, lambda record, name=name: quantity.of_layer(record["layers"].get(name, {})))
-            for name in run.layers.get(kind, [])
-        }
+
+        def of_layer(name: str) -> Value:
+            return lambda record: quantity.of_layer(record["layers"].get(name, {}))
+
+        found = {name: series(run.records, of_layer(name)) for name in run.layers.get(kind, [])}
     return {name: curve for name, curve in found.items() if len(curve[0])}
 
 

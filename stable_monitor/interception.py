@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from stable_core.interrupted import on_error
+from stable_core.interrupted import Handle, on_error
+from stable_core.layers import find_projections
 
-from .calls import AttentionCall, FusedCall, Site, SoftmaxCall
-from .projections import find_projections
+from .calls import FusedCall, Handler, Site, SoftmaxCall
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 UNSEEN = (
@@ -28,6 +28,11 @@ UNSEEN = (
     "with known names for its projections, such as q_proj, query, to_q or qkv"
 )
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def without_wrappers(name: str) -> str:
+    """A module's name as it was before parts of the model were wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 class Interception:
@@ -41,7 +46,7 @@ class Interception:
     def __init__(
         self,
         model: nn.Module,
-        handler: Callable[[AttentionCall], AttentionCall],
+        handler: Handler,
         order: int = 0,
         finished: Callable[[Any], None] = lambda output: None,
         failed: Callable[[], None] = lambda: None,
@@ -49,9 +54,9 @@ class Interception:
         self.handler, self.order, self._finished, self._model = handler, order, finished, model
         self._failed, self._waits = failed, False
         self._names: dict[nn.Module, str] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | Handle] = []
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return Interception, (None, None)  # the hooks of a module that is copied or pickled meanwhile do nothing there
 
     def start_with_training(self) -> None:
@@ -83,7 +88,7 @@ class Interception:
     def _install(self) -> None:
         for name, module in self._model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hook
-                self._names[module] = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+                self._names[module] = without_wrappers(name)
                 self._handles += [
                     module.register_forward_pre_hook(self._enter, with_kwargs=True),
                     module.register_forward_hook(self._leave, always_call=True),
@@ -111,7 +116,7 @@ class Interception:
         parent = stack[depth - 1][0] if depth else None
         return Site(self._names[module], module, parent, args, kwargs)
 
-    def _leave(self, module: nn.Module, args, output) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling() and module in self._names:
             _thread.pop(self, module)
             if module is self._model and output is not None:  # which it is after an error
@@ -126,7 +131,7 @@ class _Thread(threading.local):
         self.mode: _Mode | None = None
         self.handling = False  # a call, without the mode, which is on again afterwards
 
-    def push(self, interception: Interception, *entry) -> None:
+    def push(self, interception: Interception, *entry: Any) -> None:
         if self.mode is not None and not self.handling and self.mode not in _get_current_function_mode_stack():
             self.running.clear()  # a backward pass was broken off, at which torch puts modes back as they were before
             self.mode = None
@@ -156,14 +161,14 @@ _thread = _Thread()
 
 
 class _Mode(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         before, _thread.handling = _thread.handling, True
         try:
             return self._handle(function, args, kwargs or {})
         finally:
             _thread.handling = before
 
-    def _handle(self, function: Callable, args: tuple, kwargs: dict):
+    def _handle(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         if function is F.multi_head_attention_forward:
             with self:
                 return _open_multi_head_attention()(*args, **kwargs)
@@ -183,7 +188,16 @@ def _open_multi_head_attention() -> Callable:
     return types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
 
 
-def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     if not query.is_nested and query.ndim >= 3:
         for interception, stack in _asked():
             known = (depth for depth in reversed(range(len(stack))) if find_projections(stack[depth][0]))
@@ -198,7 +212,7 @@ def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sc
     )
 
 
-def _softmax_input(input, dim=None, *_, **__) -> Tensor:
+def _softmax_input(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
     """What to take the softmax of: the input, or what handlers make of it where it is an attention's logits."""
     if input.is_nested or input.ndim < 3 or dim not in (-1, input.ndim - 1):
         return input

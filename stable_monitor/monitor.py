@@ -9,13 +9,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .alarm import Alarm, AlarmConfig, Watch
-from .calls import AttentionCall
+from .calls import Call
 from .compiled import is_compiled, probe_before_forward, unwrap
 from .interception import UNSEEN, Interception
 from .optimizers import Optimizers, listed, short
@@ -97,7 +98,8 @@ class Monitor:
             or not all(map(callable, writers := tuple(writers)))
         ):
             raise ValueError(f"writers = {writers!r}: allowed are functions of a record, in a list")
-        self.every, self.updates, self.last = every, step, None
+        self.every, self.updates = every, step
+        self.last: dict | None = None  # the last record
         self._called, self._model, self._optimizers = (
             model,
             unwrap(model),
@@ -113,7 +115,9 @@ class Monitor:
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._is_main = self._processes == 1 or dist.get_rank() == 0
         self._ranks = Ranks() if self._processes > 1 and (on_alarm is not None or self._is_cut_up()) else None
-        self._armed, self._warned = ExitStack(), set()
+        self._armed = ExitStack()
+        self._warned: set[str] = set()
+        self._gradients: dict[str, Tensor] = {}  # the norms by module; "" is the whole model
         self._file = self._open(path, step) if path is not None and self._is_main else None
         self._prepare()
 
@@ -168,7 +172,7 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self.close()
 
     # ------------------------------------------------------------------------------------------------ one record
@@ -176,7 +180,7 @@ class Monitor:
     def _prepare(self) -> None:
         """Makes ready for the next update."""
         self.is_recording = not self._closed and self.updates % self.every == 0
-        self._gradients: dict[str, Tensor] = {}  # "" is the whole model
+        self._gradients = {}
         self._forget()
         if not self.is_recording:
             return
@@ -192,7 +196,7 @@ class Monitor:
         """What was seen in a forward pass, which the next one begins anew."""
         self._seen: dict[str, tuple] = {}  # layer: kind, numbers by head, spectral norms
         self._modules: dict[str, nn.Module] = {}
-        self._loss = None
+        self._loss: Tensor | None = None
 
     def _is_cut_up(self) -> bool:
         return any(isinstance(p, DTensor) for p in self._model.parameters())
@@ -211,13 +215,13 @@ class Monitor:
         self._warn("the compiled model was not measured: not every rank has a monitor; construct it on every rank")
         return False
 
-    def _end_of_forward(self, output) -> None:
+    def _end_of_forward(self, output: Any) -> None:
         if self._seen:
             self._armed.close()
             loss = output.get("loss") if isinstance(output, dict) else None
             self._loss = loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
-    def _see(self, call: AttentionCall) -> AttentionCall:
+    def _see(self, call: Call) -> Call:
         site = call.site
         if self._model.training and site.name not in self._seen:
             with self._warning(site.name):  # sigma first: all processes that take part in it do, whatever happens then
@@ -240,7 +244,7 @@ class Monitor:
             log.warning("%s", f"{message}: {type(error).__name__}: {error}" if error is not None else message)
             self._warned.add(message)
 
-    def _record(self, loss, lr) -> dict:
+    def _record(self, loss: Tensor | float | None, lr: float | None) -> dict:
         if not self._seen:
             self._warn(f"{UNSEEN}. The monitor must be given what the loop calls, in training mode")
         if not self._gradients:
@@ -303,7 +307,7 @@ class Monitor:
                         self._watch.look(record)
         return file
 
-    def _number(self, name: str, x) -> float | None:
+    def _number(self, name: str, x: Any) -> float | None:
         """Of a number, or a tensor or an array that holds one."""
         with self._warning(name):
             if isinstance(x, Tensor):

@@ -1,6 +1,7 @@
 """One optimizer, or several in a list, tuple or dict."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def listed(optimizers: Optimizers) -> list:
     return found
 
 
-def short(x) -> str:
+def short(x: Any) -> str:
     """For a message of one line."""
     text = repr(x)
     return text if len(text) <= 60 and "\n" not in text else type(x).__name__

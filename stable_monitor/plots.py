@@ -3,6 +3,7 @@
 import io
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -47,7 +48,8 @@ def draw(name: str, runs: list[Run], png: Path) -> str | None:
     """Draws one of FIGURES for these runs, side by side, into `png`, and returns it as an <svg> element, which can share
     a page with others. None, and no file, where none of the runs recorded any of it.
     """
-    with rc_context({**STYLE, "svg.hashsalt": name}):  # the salt keeps the figures' ids of clip paths apart
+    style: Any = {**STYLE, "svg.hashsalt": name}  # the salt keeps the figures' ids of clip paths apart
+    with rc_context(style):
         figure = draw_figure(name, runs)
         if figure is None:
             return None
@@ -121,20 +123,20 @@ def fill(panel: Axes, quantity: Quantity, run: Run, kind: str, found: dict[str, 
             marker="." if len(x) == 1 else None,
         )
     if quantity.panel == "loss" and len((seen := validation(run))[0]):
-        style = {"color": VALIDATION, "marker": "." if len(seen[0]) == 1 else None, "linewidth": 1.2}
+        style: dict[str, Any] = {"color": VALIDATION, "marker": "." if len(seen[0]) == 1 else None, "linewidth": 1.2}
         panel.plot(*seen, "-.", **style, gid=curve_id(run.name, "validation loss", kind), label="validation")
     if quantity.panel == "entropy":
         x, y = ceiling(run, kind)
         gid = curve_id(run.name, "ceiling", kind)
         panel.plot(x, y, "--", color="0.3", linewidth=0.9, gid=gid, label="log(keys)")
         marks = [(alarm["step"], alarm.get("entropy")) for alarm in run.alarms if alarm["layer"] in layers]
-        style = {"marker": "x", "linestyle": "", "color": ALARM, "markersize": 5, "zorder": 3}
+        cross: dict[str, Any] = {"marker": "x", "linestyle": "", "color": ALARM, "markersize": 5, "zorder": 3}
         if known := [mark for mark in marks if mark[1] is not None]:
             gid = curve_id(run.name, "alarms", kind)
-            panel.plot(*zip(*known, strict=True), **style, gid=gid, label="alarm")
+            panel.plot(*zip(*known, strict=True), **cross, gid=gid, label="alarm")
         if lost := [step for step, entropy in marks if entropy is None]:  # on the lower edge
-            gid, style = curve_id(run.name, "not a number", kind), {**style, "transform": panel.get_xaxis_transform()}
-            panel.plot(lost, [0] * len(lost), **style, clip_on=False, gid=gid, label="alarm: not a number")
+            gid, cross = curve_id(run.name, "not a number", kind), {**cross, "transform": panel.get_xaxis_transform()}
+            panel.plot(lost, [0] * len(lost), **cross, clip_on=False, gid=gid, label="alarm: not a number")
     if run.alarms:
         first = run.alarms[0]["step"]
         panel.axvline(first, color=ALARM, linewidth=0.9, linestyle=":", zorder=3, label="first alarm")
@@ -183,9 +185,9 @@ def headings(figure: Figure, axes: np.ndarray, title: str, names: list[str]) -> 
         panel.set_xlabel("updates")
         panel.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     figure.align_ylabels(axes[:, 0])
-    legend = {}
+    legend: dict[str, Any] = {}
     for panel in axes.flat:
         lines, labels = panel.get_legend_handles_labels()
         legend |= dict(zip(labels, lines, strict=True))
     place = (1 - RIGHT / width, 1)
-    figure.legend(legend.values(), legend.keys(), loc="upper right", bbox_to_anchor=place, ncol=4, frameon=False)
+    figure.legend(list(legend.values()), list(legend), loc="upper right", bbox_to_anchor=place, ncol=4, frameon=False)

@@ -1,65 +1,16 @@
-"""Where an attention module keeps its query, key, value and output weights, and their spectral norms."""
+"""The spectral norms of an attention module's query, key, value and output weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import parametrize
 
-from stable_core.packing import PACKED_QKV_NAMES, QKV_NAMES, in_thirds
+from stable_core.layers import chain_of, equal_blocks, find_output, find_projections, is_transposed
 from stable_core.power_iteration import top_singular_vectors
 from stable_core.targets import matrix
-
-KEY_VALUE_NAMES = (("q", "kv"), ("to_q", "to_kv"), ("q_proj", "kv_proj"))
-MIXED_QKV_NAMES = ("query_key_value",)  # packed head by head: seen, but not told apart
-OUT_NAMES = ("out_proj", "o_proj", "proj", "c_proj", "to_out", "out_lin", "o", "wo", "Wo", "output", "dense")
-
-Place = tuple[nn.Module, str]  # a layer and the name of its weight
-
-
-def find_projections(attention: nn.Module) -> dict[str, Place]:
-    """Where each projection is: q, k and v, or q and kv, or qkv, as they are packed. Empty: no attention that is known."""
-    for name in PACKED_QKV_NAMES + MIXED_QKV_NAMES:
-        if (place := _place(attention, name)) is not None:
-            return {"qkv": place}
-    for roles, names_of_roles in ((("q", "k", "v"), QKV_NAMES), (("q", "kv"), KEY_VALUE_NAMES)):
-        for names in names_of_roles:
-            places = [_place(attention, name) for name in names]
-            if all(places):
-                return dict(zip(roles, places, strict=True))
-    return {}
-
-
-def find_output(attention: nn.Module, parent: nn.Module | None) -> Place | None:
-    """The output projection: the attention module's own, or, as in BERT, that of the module around it."""
-    for owner in (attention, parent):
-        for name in OUT_NAMES if owner is not None else ():
-            if (place := _place(owner, name)) is not None:
-                return place
-    return None
-
-
-def _place(owner: nn.Module, name: str) -> Place | None:
-    if _shape(owner, name) is not None:
-        return owner, name
-    layer = owner._modules.get(name)
-    if isinstance(layer, nn.Sequential | nn.ModuleList) and len(layer):
-        layer = layer[0]
-    for candidate in (layer, layer._modules.get("dense") if layer is not None else None):
-        if candidate is not None and len(_shape(candidate, "weight") or ()) >= 2:
-            return candidate, "weight"
-    return None
-
-
-def _shape(layer: nn.Module, name: str) -> torch.Size | None:
-    """The shape of a weight, without computing it where it is parametrized: that may count as a use of it."""
-    if parametrize.is_parametrized(layer, name):
-        parts = layer.parametrizations[name]
-        return (parts.original if parts.is_tensor else parts.original1).shape
-    weight = layer._parameters.get(name, layer.__dict__.get(name))
-    return weight.shape if isinstance(weight, Tensor) else None
 
 
 class SpectralNorms:
@@ -83,14 +34,10 @@ class SpectralNorms:
         places, output = find_projections(attention), find_output(attention, parent)
         sigmas, lags = {}, {}
         for role, (layer, weight) in {**places, **({"out": output} if output else {})}.items():
-            chain = layer.parametrizations[weight] if parametrize.is_parametrized(layer, weight) else None
+            chain = chain_of(layer, weight)
             with _unchanged(*([] if chain is None else [chain])):
                 W = self._matrix(layer, getattr(layer, weight))
-            roles = (role,)
-            if role == "kv" and W.shape[0] == 2 * W.shape[1]:
-                roles = ("k", "v")
-            elif role == "qkv" and not _is_mixed(attention) and in_thirds(attention, *W.shape):
-                roles = ("q", "k", "v")
+            roles = equal_blocks(attention, role, W.shape)
             for part, block in zip(roles, W.chunk(len(roles)), strict=True):
                 sigmas[part] = self._sigma(f"{name}.{part}", block)
             if chain is not None and _is_sigma_reparam(chain):
@@ -102,7 +49,7 @@ class SpectralNorms:
         W = W.detach()
         if isinstance(W, DTensor):
             W = W.full_tensor() if self._may_gather() else torch.full(W.shape, torch.nan, device=W.device)
-        return matrix(W, transposed=type(layer).__name__ == "Conv1D")
+        return matrix(W, transposed=is_transposed(layer))
 
     def _sigma(self, key: str, W: Tensor) -> Tensor:
         if not W.isfinite().all():
@@ -111,9 +58,7 @@ class SpectralNorms:
             u, self._vectors[key] = top_singular_vectors(W, self._vectors.get(key))
             return torch.dot(u, torch.mv(W.float(), self._vectors[key]))
 
-    def _lags(
-        self, name: str, layer: nn.Module, chain: nn.ModuleList, W: Tensor, sigmas: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _lags(self, name: str, layer: nn.Module, chain: Any, W: Tensor, sigmas: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the parts of W_hat, whose norms are `sigmas`. W_hat = gamma / estimate * W, so that estimate / sigma is
         gamma / |W_hat|."""
         members = chain[0].members()
@@ -136,12 +81,7 @@ class SpectralNorms:
         return lags
 
 
-def _is_mixed(attention: nn.Module) -> bool:
-    """Whether its packed weight has a name under which projections lie head by head."""
-    return any(_place(attention, name) for name in MIXED_QKV_NAMES)
-
-
-def _is_sigma_reparam(chain: nn.ModuleList) -> bool:
+def _is_sigma_reparam(chain: Any) -> bool:
     """Whether σReparam makes a weight, and nothing after it; by what it has, as a model's own source has classes of its own."""
     return len(chain) == 1 and hasattr(chain[0], "members")
 

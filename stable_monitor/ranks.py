@@ -4,6 +4,7 @@ import itertools
 import pickle
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -21,9 +22,11 @@ class Ranks:
 
     def __init__(self) -> None:
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
-        whole = dist.distributed_c10d._get_default_store()
+        whole: Any = (
+            dist.distributed_c10d._get_default_store()
+        )  # torch's types for a store are not what it takes and has
         self._patience = min(PATIENCE, whole.timeout / 3)
-        self._store = dist.PrefixStore(f"stable_monitor/{next(_joined)}", whole)
+        self._store: Any = dist.PrefixStore(f"stable_monitor/{next(_joined)}", whole)
         self._decisions = 0
         self._all_here: bool | None = None  # not asked yet
         self._main_here: bool | None = None
@@ -45,7 +48,7 @@ class Ranks:
             self._all_here = found == b"all"
         return self._all_here
 
-    def decided(self, mine):
+    def decided(self, mine: Any) -> Any:
         """What rank 0 decided, if it has a monitor, else mine; the first call on one rank meets the first on the others."""
         key, old = (f"decision/{self._decisions - back}" for back in (0, KEPT))
         self._decisions += 1

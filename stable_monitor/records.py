@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 FILE_NAME = "monitor.jsonl"
 NUMBERS = ("time", "loss", "lr", "grad_l2", "grad_linf", "entropy", "threshold")  # of a record or of an alarm
@@ -139,7 +140,7 @@ def _parsed(line: bytes) -> dict | None:
     return record if isinstance(alarms, list) and all(map(_is_alarm, alarms)) else None
 
 
-def _is_layer(layer) -> bool:
+def _is_layer(layer: Any) -> bool:
     if not isinstance(layer, dict) or not isinstance(layer.get("kind"), str):
         return False
     heads = [layer.get(key, []) for key in BY_HEAD]
@@ -151,7 +152,7 @@ def _is_layer(layer) -> bool:
     )
 
 
-def _is_alarm(alarm) -> bool:
+def _is_alarm(alarm: Any) -> bool:
     return isinstance(alarm, dict) and isinstance(alarm.get("layer"), str) and _has_numbers(alarm)
 
 
@@ -159,6 +160,6 @@ def _has_numbers(values: dict) -> bool:
     return all(_is_number(values.get(key)) for key in NUMBERS)
 
 
-def _is_number(x) -> bool:
+def _is_number(x: Any) -> bool:
     """Or null."""
     return x is None or (isinstance(x, int | float) and abs(x) < 1e308)

@@ -4,7 +4,7 @@ Source: Zhai et al., "Stabilizing Transformer Training by Preventing Attention E
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import Any
 
@@ -63,10 +63,11 @@ def sharpness(
             loss that is not scalar or does not depend on the model; a loss or a product that is not finite.
         RuntimeError: Lanczos did not converge.
     """
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    with _fork_rng(weights.values()):  # a loader draws from it
+    named: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    weights = list(named.values())
+    with _fork_rng(weights):  # a loader draws from it
         batches = list(batches)
-    size = sum(weight.numel() for weight in weights.values())
+    size = sum(weight.numel() for weight in weights)
     basis_limit = (2**31 - 1) // max(size, 1)  # ARPACK indexes its basis, (size, basis), in 32 bits
     if not isinstance(k, int) or not 1 <= k < size:
         raise ValueError(f"k = {k!r}: allowed are 1 and more, below the {size} parameters that require grad")
@@ -74,13 +75,12 @@ def sharpness(
         raise ValueError(f"k = {k!r}: ARPACK allows (k + 2) * {size} parameters < 2**31; lower k, or freeze some")
     if not batches:
         raise ValueError("batches = []: at least one is needed")
-    for name, weight in weights.items():
+    for name, weight in named.items():
         if weight.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name}: {weight.dtype} is too coarse; allowed are float32 and float64, as in model.float()"
             )
-    scales = None if optimizer is None else list(_inverse_roots(optimizer, weights))
-    weights = list(weights.values())
+    scales = None if optimizer is None else list(_inverse_roots(optimizer, named))
 
     def product(x: np.ndarray) -> np.ndarray:
         parts = torch.from_numpy(x).split([weight.numel() for weight in weights])
@@ -158,7 +158,7 @@ def _hessian_vector_product(
         if not loss.isfinite():
             raise ValueError(f"batch {index}: loss = {loss.item()}; allowed are finite losses")
         gradient = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True, materialize_grads=True)
-        slope = sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
+        slope: Any = sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
         if slope.requires_grad:  # else this loss is linear in theta
             derivative = torch.autograd.grad(slope, weights, allow_unused=True, materialize_grads=True)
             for sum_, part in zip(total, derivative, strict=True):
@@ -181,7 +181,7 @@ def _inverse_roots(optimizer: torch.optim.Optimizer, weights: dict[str, Tensor])
         yield (v_hat.sqrt() + group["eps"]).rsqrt()
 
 
-def _fork_rng(weights: Iterable[Tensor]):
+def _fork_rng(weights: Iterable[Tensor]) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices={weight.device for weight in weights if weight.is_cuda})
 
 

@@ -1,12 +1,13 @@
 """Tensors into the few numbers of a record."""
 
 import math
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .calls import AttentionCall
+from .calls import AttentionCall, padding
 
 DIGITS = 6  # significant ones, in the file
 
@@ -20,12 +21,11 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
     queries of padding: of positions that no query may see. The least entropy is over rows with a choice, of two keys or more.
     """
     rows, hidden = call.statistics(), call.hidden()
-    queries, keys = call.tokens
+    queries = call.tokens[0]
     kind = "cross" if call.site.is_cross() else "decoder" if call.is_causal else "encoder"
     counted = rows.keys > 0
-    if hidden is not None and kind != "cross" and queries == keys:
-        padding = hidden.all(dim=2)
-        counted = counted & ~padding.expand(-1, -1, queries)
+    if hidden is not None and (unseen := padding(call, hidden)) is not None:
+        counted = counted & ~unseen.expand(-1, -1, queries)
         if _is_causal(hidden[0, 0], queries):
             kind = "decoder"
     total = counted.sum((0, 2))
@@ -59,19 +59,19 @@ def gradient_norms(modules: dict[str, nn.Module], scale: float = 1.0) -> dict[st
     norms: dict[nn.Parameter, Tensor] = {}
     totals = {}
     for name, module in modules.items():
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        for p in parameters:
+        gradients = {p: p.grad for p in module.parameters() if p.grad is not None}
+        for p, grad in gradients.items():
             if p not in norms:
-                grad = p.grad.full_tensor() if _has_empty_shard(p.grad) else p.grad
+                grad = grad.full_tensor() if _has_empty_shard(grad) else grad
                 kinds = [torch.linalg.vector_norm(grad, kind, dtype=torch.float32) for kind in (2, math.inf)]
                 norms[p] = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in kinds]) / scale
-        own = [norms[p] for p in parameters]
+        own = [norms[p] for p in gradients]
         l2, linf = torch.stack(own).unbind(1) if own else (torch.full((1,), math.nan),) * 2
         totals[name] = torch.stack([torch.linalg.vector_norm(l2), linf.max()])
     return totals
 
 
-def _has_empty_shard(x: Tensor) -> bool:
+def _has_empty_shard(x: Tensor) -> TypeGuard[DTensor]:
     """Whether some rank holds nothing of x: its l-inf norm raises there, and the other ranks would wait for it."""
     if not isinstance(x, DTensor):
         return False
@@ -79,7 +79,7 @@ def _has_empty_shard(x: Tensor) -> bool:
     return -(-rows // -(-rows // ranks)) < ranks  # in parts as torch.chunk makes them
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """What JSON can hold: tensors, in lists and dicts too, as rounded numbers, and null for those that are not finite."""
     if isinstance(value, dict):
         return {key: plain(x) for key, x in value.items()}

@@ -1,11 +1,12 @@
 """The causal tool: attention at another temperature, to bring about an entropy collapse and watch what follows."""
 
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
 
-from .calls import AttentionCall
+from .calls import Call
 from .interception import UNSEEN, Interception
 
 
@@ -44,10 +45,10 @@ class attention_temperature:  # a context manager, used as a function
             raise ValueError(f"tau = {tau!r}: allowed are positive numbers")
         self._tau = tau
 
-    def _finished(self, output) -> None:
+    def _finished(self, output: Any) -> None:
         self._ran = True
 
-    def _divide(self, call: AttentionCall) -> AttentionCall:
+    def _divide(self, call: Call) -> Call:
         self._seen = True
         return call if self._tau == 1 else call.at_temperature(self._tau)
 
@@ -56,7 +57,7 @@ class attention_temperature:  # a context manager, used as a function
         self._interception.start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._interception.stop()
         self._eager.close()
         if self._ran and not self._seen and exception[0] is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from .records import in_words
 
@@ -54,7 +55,7 @@ class TensorBoardWriter:
 class WandbWriter:
     """Logs records to a run of Weights & Biases; the one that `wandb.init` began, if none is given. Needs the package wandb."""
 
-    def __init__(self, run=None) -> None:
+    def __init__(self, run: Any = None) -> None:
         if run is None:
             import wandb
 

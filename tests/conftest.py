@@ -1,7 +1,11 @@
 """What tests leave behind in their process, undone: any others may follow in it."""
 
+import importlib
+
 import pytest
 import torch
+
+from stable_core import registry
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +14,11 @@ def classes_that_may_be_loaded():
     before = torch.serialization.get_safe_globals()
     yield
     torch.serialization.add_safe_globals(before)
+
+
+@pytest.fixture
+def my_methods(monkeypatch):
+    """A user's module of methods, registered until the test ends."""
+    for slot, there in registry._METHODS.items():
+        monkeypatch.setitem(registry._METHODS, slot, dict(there))
+    return importlib.reload(importlib.import_module("tests.my_methods"))

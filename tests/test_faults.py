@@ -108,7 +108,7 @@ def run_fairseq(command: str, *args) -> int:
 USER_DIR = Path(__file__).parents[1] / "plugins" / "fairseq_sigma"
 VIT = "sigma_vit_small_patch16_224"
 COMMANDS = {
-    "stable_core.fold": run_fold,
+    "stable_core.fold_checkpoint": run_fold,
     "convert nanogpt": lambda path, out: run_convert("nanogpt", path, out),
     "convert fairseq": lambda path, out: run_convert(
         "fairseq", path, out, "--data", path.parent, "--user-dir", USER_DIR

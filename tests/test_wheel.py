@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import stable_core
+import stable_monitor
 from tests.fairseq_sigma.conftest import TINY, corpus  # noqa: F401  a fixture
 from tests.hf_stable.models import OURS, stable_gpt
 
@@ -66,8 +68,8 @@ def test_it_holds_the_six_packages_and_nothing_else(wheel):
         for package, place in PACKAGES.items()
         for path in (ROOT / place).rglob("*.py")
     }
-    assert names == expected
-    assert "nanogpt_patch/config/train_stablegpt_small.py" in names
+    assert names == expected | {"stable_core/py.typed", "stable_monitor/py.typed"}
+    assert "nanogpt_patch/config/train_gpt.py" in names
 
 
 def test_it_names_its_license_and_extras(wheel):
@@ -75,6 +77,7 @@ def test_it_names_its_license_and_extras(wheel):
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     text = archive.read(metadata).decode()
     assert "Requires-Dist: torch>=2.10\n" in text
+    assert f"\nVersion: {stable_core.__version__}\n" in text and stable_monitor.__version__ == stable_core.__version__
     for extra in ("monitor", "fairseq", "timm", "hf"):
         assert f"Provides-Extra: {extra}\n" in text
     assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())

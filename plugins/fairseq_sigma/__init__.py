@@ -14,6 +14,7 @@ from . import (  # noqa: E402  on a mended fairseq; models and tasks register th
     quantisation,
     speech_task,  # noqa: F401
     transformer,  # noqa: F401
+    z_loss,
 )
 
 checkpoints.name_what_does_not_fit()
@@ -22,3 +23,4 @@ half_precision.advance_after_write_back()
 monitor.install()
 optim.scale_learning_rates()
 quantisation.refuse_reparametrised_models()
+z_loss.install()

@@ -7,7 +7,6 @@ from fairseq.models.ema.ema import EMA
 from fairseq.trainer import Trainer
 
 from stable_core import converge
-from stable_core.sigma_layers import is_sigma
 
 
 @functools.cache
@@ -25,11 +24,9 @@ def _with_skipped_vectors(init):
     @functools.wraps(init)
     def wrapped(self, model, *args, **kwargs):
         init(self, model, *args, **kwargs)
+        learned = {name for name, _ in model.named_parameters()}
         self.skip_keys = set(self.skip_keys) | {
-            f"{name}.{buffer}"
-            for name, module in model.named_modules()
-            if is_sigma(module)
-            for buffer, _ in module.named_buffers()
+            key for key in model.state_dict() if "parametrizations." in key and key not in learned
         }
 
     return wrapped

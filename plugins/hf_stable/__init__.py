@@ -27,6 +27,7 @@ from .modeling_stable_vit import (
 from .monitor import MonitorCallback
 from .reparametrised import fold, sigma_reparam
 from .tokenization_sigma_transformer import SigmaTransformerTokenizer
+from .z_loss import add_z_loss
 
 __all__ = [
     "MonitorCallback",
@@ -43,6 +44,7 @@ __all__ = [
     "StableViTConfig",
     "StableViTForImageClassification",
     "StableViTModel",
+    "add_z_loss",
     "export",
     "fold",
     "sigma_reparam",

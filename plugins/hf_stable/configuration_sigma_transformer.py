@@ -3,11 +3,11 @@
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 
-from .configuration_stable import ReparamConfig, check, check_positive
+from .configuration_stable import StableConfig, check, check_positive
 
 
 @strict
-class SigmaTransformerConfig(ReparamConfig):
+class SigmaTransformerConfig(StableConfig):
     r"""
     BART's fields and fairseq's defaults; by default 6L-6L with DeepNorm and σReparam [σ, App. F].
 
@@ -18,7 +18,8 @@ class SigmaTransformerConfig(ReparamConfig):
         encoder_layers, decoder_layers: how many.
         encoder_attention_heads, decoder_attention_heads: divisors of d_model.
         encoder_ffn_dim, decoder_ffn_dim: widths of the feed-forward layers.
-        residual: "deepnorm", LayerNorm(alpha x + f(x)); "post-ln"; "pre-ln"; or "none", without LayerNorm, for σReparam.
+        residual, reparam: and all else of `stable_core.options.Options`; N of StableAtten's tau is max_position_embeddings, and
+            init = "stock" fairseq's.
         activation_function: fairseq's "relu".
         dropout, attention_dropout, activation_dropout: of embeddings and residual branches, of the attention matrix, and
             between the feed-forward layers.
@@ -26,10 +27,9 @@ class SigmaTransformerConfig(ReparamConfig):
         tie_word_embeddings: one matrix for the decoder's input and output; fairseq's `share_decoder_input_output_embed`, a
             name that works here too.
         share_all_embeddings: the encoder's input as well.
-        init_std: of the truncated normal for the blocks' weights; left out, 0.1 with σReparam and spectral norm, and
-            fairseq's own initialisation otherwise.
+        init_std: of init = "stock", a truncated normal for the blocks' weights; left out, 0.1 with σReparam and spectral norm,
+            and fairseq's own initialisation otherwise.
         initializer_range: of embeddings and output, d_model^(-1/2) if left out.
-        norm_eps: of every LayerNorm.
     """
 
     model_type = "sigma_transformer"
@@ -65,8 +65,6 @@ class SigmaTransformerConfig(ReparamConfig):
     tie_word_embeddings: bool = False
     share_all_embeddings: bool = False
     init_std: float | None = None
-    initializer_range: float | None = None
-    norm_eps: float = 1e-5
     use_cache: bool = True
     is_encoder_decoder: bool = True
     bos_token_id: int | None = 0
@@ -75,7 +73,7 @@ class SigmaTransformerConfig(ReparamConfig):
     decoder_start_token_id: int | None = 2
 
     def __post_init__(self, **kwargs):
-        if self.init_std is None and self.reparam in ("sigma", "spectral"):
+        if self.init_std is None and self.init == "stock" and self.reparam in ("sigma", "spectral"):
             self.init_std = 0.1
         if self.initializer_range is None:
             self.initializer_range = max(self.d_model, 1) ** -0.5
@@ -85,12 +83,12 @@ class SigmaTransformerConfig(ReparamConfig):
 
     def check_settings(self) -> None:
         super().check_settings()
-        check(self, "residual", ("deepnorm", "post-ln", "pre-ln", "none"))
         check(self, "activation_function", ACT2FN)
         sides = ("encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
         heads = ("encoder_attention_heads", "decoder_attention_heads")
-        check_positive(self, "vocab_size", "source_vocab_size", "d_model", *sides, *heads, "max_position_embeddings")
-        check_positive(self, "initializer_range", "norm_eps", *(["init_std"] if self.init_std is not None else []))
+        check_positive(
+            self, "vocab_size", "source_vocab_size", "d_model", *sides, *heads, "max_position_embeddings", "init_std"
+        )
         for field in heads:
             if self.d_model % getattr(self, field):
                 raise ValueError(

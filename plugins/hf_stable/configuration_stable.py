@@ -3,12 +3,15 @@
 import difflib
 import warnings
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 
-from stable_core.sigma_reparam import SigmaReparamConfig
+from stable_core.options import OPTIONS, renamed
+from stable_core.options import check as check_options
+from stable_core.registry import SLOTS, WrongOption
+from stable_core.z_loss import check_coefficient
 
 
 def check(config: PreTrainedConfig, field: str, allowed: Iterable) -> None:
@@ -18,10 +21,10 @@ def check(config: PreTrainedConfig, field: str, allowed: Iterable) -> None:
 
 
 def check_positive(config: PreTrainedConfig, *fields: str) -> None:
-    """The same for fields that are positive numbers."""
+    """The same for fields that are positive numbers; None, where a field may be left out, is one."""
     for field in fields:
-        if not getattr(config, field) > 0:
-            raise ValueError(f"{field} = {getattr(config, field)!r}: allowed are positive numbers")
+        if (value := getattr(config, field)) is not None and not value > 0:
+            raise ValueError(f"{field} = {value!r}: allowed are positive numbers")
 
 
 NORMAL = 0.02  # GPT-2's and ViT's standard deviation, at any width
@@ -35,22 +38,33 @@ BESIDE_FIELDS = (
 
 _TRANSFORMERS_FIELDS = [field.name for field in fields(PreTrainedConfig)]
 
+# The fields of `Options`, in a class that need not be frozen as it is. JSON may hold 1 where 1.0 is meant.
+Methods = make_dataclass(
+    "Methods",
+    [(option.name, float | int if option.type is float else option.type, option.default) for option in OPTIONS],
+    init=False,
+    repr=False,
+    eq=False,
+    kw_only=True,
+)
+
 
 @strict
-class ReparamConfig(PreTrainedConfig):
+class StableConfig(Methods, PreTrainedConfig):
     r"""
-    σReparam's fields.
+    The fields of `stable_core.options.Options`, with its defaults, and what else every model has.
 
     Attributes:
-        reparam: "none"; "sigma", σReparam; its baselines "spectral" (gamma = 1, not learned) and "weight".
-        gamma_init, qkv, n_power_iterations, stop_gradient: as for `stable_core.SigmaReparamConfig`.
+        initializer_range: standard deviation of embeddings, and of what else each model says.
+        norm_eps: of every norm.
+        qk_norm_eps: of those of queries and keys, norm_eps if left out.
+        z_loss: coefficient of `add_z_loss` in models that compute a loss; 0 is none.
     """
 
-    reparam: str = "none"
-    gamma_init: str = "one"
-    qkv: str = "separate"
-    n_power_iterations: int = 1
-    stop_gradient: bool = False
+    initializer_range: float | None = None
+    norm_eps: float = 1e-5
+    qk_norm_eps: float | None = None
+    z_loss: float | int = 0.0
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
@@ -66,8 +80,9 @@ class ReparamConfig(PreTrainedConfig):
         """transformers', of a config.json: fields that only another version of transformers knows stay in it unread.
 
         One that is spelt almost as a setting is warned of, also among the keywords of `AutoConfig.from_pretrained`, which
-        drops those that it does not know.
+        drops those that it does not know. What a version of this library before wrote is read in today's words.
         """
+        config_dict = renamed(config_dict)
         foreign = {name: value for name, value in config_dict.items() if not cls.knows(name)}
         dropped = (
             () if kwargs.get("return_unused_kwargs") else kwargs
@@ -75,7 +90,13 @@ class ReparamConfig(PreTrainedConfig):
         for name in (*foreign, *dropped):
             if not cls.knows(name) and (meant := cls.meant_by(name, cutoff=0.75)):
                 warnings.warn(f"{cls.__name__} has no {name}, which changes nothing{meant}", stacklevel=2)
-        loaded = super().from_dict({name: config_dict[name] for name in config_dict.keys() - foreign}, **kwargs)
+        try:
+            loaded = super().from_dict({name: config_dict[name] for name in config_dict.keys() - foreign}, **kwargs)
+        except WrongOption as error:
+            if error.name not in SLOTS:
+                raise
+            hint = "import the module that registers another one before the model is loaded"
+            raise WrongOption(error.name, error.value, f"{error.allowed}; {hint}") from None
         for name, value in foreign.items():
             setattr(loaded[0] if isinstance(loaded, tuple) else loaded, name, value)
         return loaded
@@ -95,50 +116,6 @@ class ReparamConfig(PreTrainedConfig):
 
     def check_settings(self) -> None:
         """Raises ValueError for the first field with a wrong value."""
-        check(self, "reparam", ("none", "sigma", "spectral", "weight"))
-        self.sigma_reparam_config()
-
-    def sigma_reparam_config(self) -> SigmaReparamConfig | None:
-        """The settings for the core's `sigma_reparam`; raises ValueError for those that it refuses."""
-        fields = ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")
-        settings = {field: getattr(self, field) for field in fields}
-        if self.reparam == "none":
-            SigmaReparamConfig(**settings)
-            return None
-        return SigmaReparamConfig(kind=self.reparam, **settings)
-
-
-@strict
-class StableConfig(ReparamConfig):
-    r"""
-    Stable-Transformer's fields.
-
-    Attributes:
-        norm: "stable" (StableNorm), "layernorm", "rmsnorm", or "none", which is for σReparam.
-        alpha: of StableNorm, in the blocks and in StableAtten, from 0 to 1/2.
-        attention: "stable" (StableAtten), "dot", "qknorm", "l2" or "l2_tied".
-        tau_scale: multiple of StableAtten's tau.
-        init: of Linear and Conv layers, "stable" (StableInit), "normal" (N(0, initializer_range^2)) or "xavier".
-        initializer_range: standard deviation of embeddings, and of init = "normal". Left out it is 0.02, and in reparametrised
-            layers the paper's at its sizes and what has its spectral norm at others (`stable_core.init_std`).
-        norm_eps: of every norm.
-    """
-
-    norm: str = "stable"
-    alpha: float | int = 0.475
-    attention: str = "stable"
-    tau_scale: float | int = 1.0
-    init: str = "stable"
-    initializer_range: float | None = None
-    norm_eps: float = 1e-5
-
-    def check_settings(self) -> None:
-        super().check_settings()
-        check(self, "norm", ("stable", "layernorm", "rmsnorm", "none"))
-        check(self, "attention", ("stable", "dot", "qknorm", "l2", "l2_tied"))
-        check(self, "init", ("stable", "normal", "xavier"))
-        check_positive(
-            self, "tau_scale", "norm_eps", *(["initializer_range"] if self.initializer_range is not None else [])
-        )
-        if not 0 <= self.alpha <= 0.5:
-            raise ValueError(f"alpha = {self.alpha!r}: allowed are numbers from 0 to 0.5")
+        check_options(self)
+        check_positive(self, "norm_eps", "qk_norm_eps", "initializer_range")
+        check_coefficient(self.z_loss, "z_loss")

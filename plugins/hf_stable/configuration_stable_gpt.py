@@ -14,6 +14,9 @@ class StableGPTConfig(StableConfig):
         vocab_size: by default that of GPT-2's tokenizer.
         block_size: longest sequence, and N of StableAtten's tau.
         n_layer, n_head, n_embd: by default StableGPT-S.
+        norm, attention, init: and all else of `stable_core.options.Options`; init = "stock" is GPT-2's.
+        initializer_range: standard deviation of embeddings, and of init = "stock". Left out it is 0.02, and in reparametrised
+            layers what has the spectral norm that 0.02 has at GPT-2's widths (`stable_core.init_std`).
         n_inner: width of the MLPs, 4 n_embd if left out.
         activation_function: nanoGPT's "gelu"; OpenAI's GPT-2 has "gelu_new".
         dropout: of embeddings, attention and residual branches.
@@ -45,6 +48,9 @@ class StableGPTConfig(StableConfig):
     activation_function: str = "gelu"
     dropout: float | int = 0.0
     bias: bool = False
+    norm: str = "stable"
+    attention: str = "stable"
+    init: str = "stable"
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -23,8 +23,11 @@ class StableViTConfig(StableConfig):
         image_size: side of the images; with patch_size it gives N of StableAtten's tau.
         patch_size, num_channels: of the patch embedding.
         qkv_bias: biases of queries, keys and values.
-        patch_initializer_range: standard deviation of the patch embedding under init = "normal"; left out, initializer_range,
-            and what the paper has for it where that is left out too.
+        norm, attention, init, alpha: and all else of `stable_core.options.Options`; init = "stock" is timm's.
+        initializer_range: standard deviation under init = "stock". Left out it is 0.02, and in reparametrised layers the
+            paper's at its sizes and what has its spectral norm at others (`stable_core.init_std`).
+        patch_initializer_range: that of the patch embedding; left out, initializer_range, and what the paper has for it where
+            that is left out too.
     """
 
     model_type = "stable_vit"
@@ -34,7 +37,10 @@ class StableViTConfig(StableConfig):
         "AutoModelForImageClassification": "modeling_stable_vit.StableViTForImageClassification",
     }
 
+    norm: str = "stable"
     alpha: float | int = 0.25
+    attention: str = "stable"
+    init: str = "stable"
     image_size: int = 224
     patch_size: int = 16
     num_channels: int = 3
@@ -51,15 +57,13 @@ class StableViTConfig(StableConfig):
     def check_settings(self) -> None:
         super().check_settings()
         check_positive(self, "image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size")
-        check_positive(self, "num_hidden_layers", "num_attention_heads")
+        check_positive(self, "num_hidden_layers", "num_attention_heads", "patch_initializer_range")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads}: allowed are divisors of hidden_size = {self.hidden_size}"
             )
         if self.image_size < self.patch_size:
             raise ValueError(f"patch_size = {self.patch_size}: allowed are sizes up to image_size = {self.image_size}")
-        if self.patch_initializer_range is not None:
-            check_positive(self, "patch_initializer_range")
 
     @classmethod
     def preset(cls, size: str, **fields) -> "StableViTConfig":
@@ -83,7 +87,7 @@ class SigmaViTConfig(StableViTConfig):
 
     norm: str = "none"
     attention: str = "dot"
-    init: str = "normal"
+    init: str = "stock"
     norm_eps: float = 1e-6
     reparam: str = "sigma"
     gamma_init: str = "spectral"

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hf_stable.exporting import check_vacant
 from stable_core.checkpoint_file import what_is_wrong
+from stable_core.registry import import_methods
 
 SOURCES = {
     "fairseq": "a checkpoint of fairseq_sigma, or of fairseq's transformer, with its dictionaries",
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for source, what in SOURCES.items():
         command = commands.add_parser(source, help=what)
+        command.add_argument(
+            "--methods", default="", metavar="MODULE,...", help="import these, which register your methods"
+        )
         if source in given[:1]:  # fairseq and timm are not everybody's
             module = importlib.import_module(f"hf_stable.convert_{source}")
             module.add_arguments(command)
@@ -36,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         check_vacant(args.out)
+        import_methods(args.methods)
         out = module.run(args)
     except (OSError, RuntimeError, ValueError, ImportError, StrictDataclassError, pickle.UnpicklingError) as error:
         message = what_is_wrong(error) if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]

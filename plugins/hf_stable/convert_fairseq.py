@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from stable_core.checkpoint_file import read_checkpoint
+from stable_core.options import Options
 
 from .configuration_sigma_transformer import SigmaTransformerConfig
 from .conversion import check_equal, from_pretrained_whole
@@ -155,10 +156,12 @@ def convert_config(cfg, src_vocab_size: int, vocab_size: int) -> SigmaTransforme
     if cfg.activation_fn not in ACTIVATIONS:
         raise ValueError(f"activation_fn = {cfg.activation_fn!r}: allowed are {', '.join(map(repr, ACTIVATIONS))}")
     blocks = getattr(cfg, "blocks", None)  # of fairseq_sigma
-    reparam = {"reparam": "none"}
-    if blocks is not None and blocks.reparam is not None:
-        fields = ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")
-        reparam = {"reparam": blocks.reparam.kind, **{field: getattr(blocks.reparam, field) for field in fields}}
+    options = Options(residual="pre-ln" if before else "post-ln") if blocks is None else blocks.options
+    if options.attention == "stable" and cfg.max_target_positions != cfg.max_source_positions:
+        raise ValueError(
+            f"max_target_positions = {cfg.max_target_positions}: allowed with attention = 'stable', whose tau counts them, is "
+            f"max_source_positions = {cfg.max_source_positions}"
+        )
     return SigmaTransformerConfig(
         vocab_size=vocab_size,
         src_vocab_size=src_vocab_size,
@@ -166,7 +169,6 @@ def convert_config(cfg, src_vocab_size: int, vocab_size: int) -> SigmaTransforme
         **{f"{side}_layers": getattr(cfg, side).layers for side in ("encoder", "decoder")},
         **{f"{side}_attention_heads": getattr(cfg, side).attention_heads for side in ("encoder", "decoder")},
         **{f"{side}_ffn_dim": getattr(cfg, side).ffn_embed_dim for side in ("encoder", "decoder")},
-        residual=("pre-ln" if before else "post-ln") if blocks is None else blocks.residual,
         init_std=blocks and blocks.init_std,
         activation_function=ACTIVATIONS[cfg.activation_fn],
         dropout=cfg.dropout,
@@ -175,7 +177,7 @@ def convert_config(cfg, src_vocab_size: int, vocab_size: int) -> SigmaTransforme
         max_position_embeddings=max(cfg.max_source_positions, cfg.max_target_positions),
         tie_word_embeddings=cfg.share_decoder_input_output_embed,
         share_all_embeddings=cfg.share_all_embeddings,
-        **reparam,
+        **vars(options),
     )
 
 

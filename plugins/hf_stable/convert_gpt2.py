@@ -36,7 +36,7 @@ def from_gpt2(gpt2: GPT2LMHeadModel) -> StableGPTForCausalLM:
         norm="layernorm",
         norm_eps=theirs.layer_norm_epsilon,
         attention="dot",
-        init="normal",
+        init="stock",
         initializer_range=theirs.initializer_range,
         tie_word_embeddings=theirs.tie_word_embeddings,
     )

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
 from stable_core.checkpoint_file import read_checkpoint
+from stable_core.options import NAMES, Options, renamed
 
 from .configuration_stable_gpt import StableGPTConfig
 from .conversion import check_equal, load_whole, tokens_like
@@ -17,8 +18,7 @@ from .exporting import export
 from .modeling_stable_gpt import StableGPTForCausalLM
 
 UPSTREAM = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-STOCK = {"norm": "layernorm", "attention": "dot", "init": "gpt2"}  # what nanoGPT's own GPT is
-PATCHED = ("norm", "alpha", "attention", "tau_scale", "init", "reparam")  # of nanogpt_patch
+ALLOWED = (*UPSTREAM, *NAMES, "z_loss")  # those after the first are nanogpt_patch's
 
 
 def from_nanogpt(checkpoint: dict) -> StableGPTForCausalLM:
@@ -30,12 +30,10 @@ def from_nanogpt(checkpoint: dict) -> StableGPTForCausalLM:
     whole = isinstance(checkpoint, dict) and {"model", "model_args"} <= checkpoint.keys()
     if not whole or not all(isinstance(checkpoint[name], dict) for name in ("model", "model_args")):
         raise ValueError("no checkpoint of nanoGPT: it holds no 'model' and 'model_args'")
-    args = {**STOCK, **checkpoint["model_args"]}
+    args = {**vars(Options()), **renamed(checkpoint["model_args"])}  # nanoGPT's own GPT is what they are by default
     for name in args:
-        if name not in (*UPSTREAM, *PATCHED):
-            raise ValueError(f"model_args holds {name}: allowed are {', '.join((*UPSTREAM, *PATCHED))}")
-    if args["init"] == "gpt2":
-        args["init"] = "normal"
+        if name not in ALLOWED:
+            raise ValueError(f"model_args holds {name}: allowed are {', '.join(ALLOWED)}")
     try:
         config = StableGPTConfig(**args)
     except StrictDataclassError as error:
@@ -55,9 +53,10 @@ def check_against(model: StableGPTForCausalLM, checkpoint: dict, code: Path) -> 
         raise ValueError(f"{code}: no model.py of nanoGPT")
     upstream = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(upstream)
-    if strange := checkpoint["model_args"].keys() - inspect.signature(upstream.GPTConfig).parameters.keys():
+    args = renamed(checkpoint["model_args"])
+    if strange := args.keys() - inspect.signature(upstream.GPTConfig).parameters.keys():
         raise ValueError(f"{code}: its GPT has no {min(strange)}: for a checkpoint of nanogpt_patch give its model.py")
-    gpt = upstream.GPT(upstream.GPTConfig(**checkpoint["model_args"])).eval()
+    gpt = upstream.GPT(upstream.GPTConfig(**args)).eval()
     gpt.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()})
     tokens = tokens_like(model.config.vocab_size, min(64, model.config.block_size))
     theirs, _ = gpt(tokens, targets=tokens)  # without targets it gives the last token's logits alone

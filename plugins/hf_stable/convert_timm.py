@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-from dataclasses import asdict
 from pathlib import Path
 
 import timm
@@ -10,11 +9,13 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ParseKwargs
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import CLIPImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from stable_core import StableNorm
 from stable_core.attentions import stable_tau
+from stable_core.options import Options
+from stable_core.reparams import sigma_settings
 
 from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
 from .conversion import check_equal, load_whole
@@ -32,15 +33,11 @@ def from_timm(vit: VisionTransformer) -> StableViTForImageClassification:
     """
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"{type(vit).__name__}: allowed are timm's stablevit_*, sigma_vit_* and vit_*")
-    reparam = getattr(vit, "reparam", None)
-    fields = _fields(vit)
-    if reparam is None:
+    fields = {**_methods(vit), **_sizes(vit)}
+    if fields["reparam"] == "none":
         model = StableViTForImageClassification(StableViTConfig(**fields))
     else:
-        settings = asdict(reparam)
-        del settings["kernels"]  # the machine's affair, not the model's
-        settings["reparam"] = settings.pop("kind")
-        model = SigmaViTForImageClassification(SigmaViTConfig(**fields, **settings))
+        model = SigmaViTForImageClassification(SigmaViTConfig(**fields))
     state = {
         f"vit.{name}" if not name.startswith("head.") else name.replace("head", "classifier", 1): tensor
         for name, tensor in vit.state_dict().items()
@@ -53,42 +50,44 @@ def from_timm(vit: VisionTransformer) -> StableViTForImageClassification:
     return model
 
 
-def _fields(vit: VisionTransformer) -> dict:
-    """The configuration, read off the modules."""
+def _methods(vit: VisionTransformer) -> dict:
+    """The methods that timm_stable's model says it has, as far as they can still be seen; timm's own has none of them."""
+    attn, norm = vit.blocks[0].attn, vit.blocks[0].norm1
+    if (options := getattr(vit, "options", None)) is None:
+        plain = "none" if isinstance(norm, nn.Identity) else "layernorm"
+        options = Options(
+            norm=plain if isinstance(norm, nn.Identity | nn.LayerNorm) else "rmsnorm",
+            attention="dot" if isinstance(attn.q_norm, nn.Identity) else "qknorm",
+        )
+    methods = dict(vars(options))
+    if sigma_settings(options) is not None and not any(map(parametrize.is_parametrized, vit.modules())):  # folded
+        methods["reparam"] = "none"
+    if options.attention == "stable":  # tau is that of the image size that the model was built for
+        one = stable_tau(vit.patch_embed.num_patches + 1) * attn.head_dim ** (0.5 - 2 * options.alpha)
+        methods["tau_scale"] = attn.q_norm.scale / one
+    return methods
+
+
+def _sizes(vit: VisionTransformer) -> dict:
+    """The other fields of the configuration, read off the modules."""
     block, patches = vit.blocks[0], vit.patch_embed
-    attn, norm = block.attn, block.norm1
     if len({*patches.img_size, *patches.patch_size} - {patches.img_size[0], patches.patch_size[0]}):
         raise ValueError(f"img_size = {patches.img_size}, patch_size = {patches.patch_size}: allowed are squares")
     if vit.global_pool != "token":
         raise ValueError(f"global_pool = {vit.global_pool!r}: allowed is 'token'")
-    fields = {
+    return {
         "image_size": patches.img_size[0],
         "patch_size": patches.patch_size[0],
         "num_channels": patches.proj.in_channels,
         "hidden_size": vit.embed_dim,
         "num_hidden_layers": len(vit.blocks),
-        "num_attention_heads": attn.num_heads,
+        "num_attention_heads": block.attn.num_heads,
         "intermediate_size": block.mlp.fc1.out_features,
-        "qkv_bias": attn.qkv.bias is not None,
+        "qkv_bias": block.attn.qkv.bias is not None,
         "num_labels": vit.num_classes,
-        "norm": _name_of(norm, {StableNorm: "stable", nn.LayerNorm: "layernorm", nn.Identity: "none"}, "rmsnorm"),
-        "attention": _name_of(attn.q_norm, {StableNorm: "stable", nn.Identity: "dot"}, "qknorm"),
-        "init": {"stable": "stable", "xavier": "xavier"}.get(getattr(vit, "init", None), "normal"),
-        "norm_eps": getattr(norm, "eps", 1e-6),
+        "norm_eps": getattr(block.norm1, "eps", 1e-6),
+        "qk_norm_eps": getattr(block.attn.q_norm, "eps", None),
     }
-    if hasattr(attn, "tied"):
-        fields["attention"] = "l2_tied" if attn.tied else "l2"
-    for stable in (norm, attn.q_norm):
-        if isinstance(stable, StableNorm):
-            fields["alpha"] = stable.alpha
-    if fields["attention"] == "stable":
-        one = stable_tau(patches.num_patches + 1) * attn.head_dim ** (0.5 - 2 * attn.q_norm.alpha)
-        fields["tau_scale"] = attn.q_norm.scale / one
-    return fields
-
-
-def _name_of(module: nn.Module, names: dict[type, str], otherwise: str) -> str:
-    return next((name for cls, name in names.items() if isinstance(module, cls)), otherwise)
 
 
 def image_processor(vit: VisionTransformer) -> CLIPImageProcessor:

@@ -19,18 +19,18 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from stable_core.residuals import build_residuals
+
 from .configuration_sigma_transformer import SigmaTransformerConfig
 from .keywords import CACHE, check_cache, known_keywords
 from .modeling_sigma_transformer_layers import (
     SigmaTransformerAttention,
     SigmaTransformerDecoderLayer,
     SigmaTransformerEncoderLayer,
-    build_layer_norm,
-    build_scale,
     make_position_ids,
     sinusoidal_positions,
 )
-from .modeling_stable import StablePreTrainedModel, check_indices
+from .modeling_stable import StablePreTrainedModel, check_indices, norm_of
 
 
 class SigmaTransformerPreTrainedModel(StablePreTrainedModel):
@@ -40,23 +40,25 @@ class SigmaTransformerPreTrainedModel(StablePreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def draw_(self, module: nn.Module, weight: Tensor) -> None:
-        if not hasattr(module, "beta"):  # the output projection
+        if hasattr(module, "gain"):
+            super().draw_(module, weight)
+        else:  # the output projection
             nn.init.normal_(weight, std=self.config.initializer_range)
-            return
+
+    def draw_stock_(self, module: nn.Module, weight: Tensor) -> None:
         if self.config.init_std is not None:
             nn.init.trunc_normal_(weight, std=self.config.init_std)
         elif module.gain is not None:
             nn.init.xavier_uniform_(weight, module.gain)
         else:
             nn.init.kaiming_uniform_(weight, math.sqrt(5))
-        weight.mul_(module.beta)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         # fairseq leaves every bias but the attention's output's as torch draws it.
-        bias = getattr(module, "bias", None)
-        if hasattr(module, "beta") and module.gain != 1.0 and not getattr(bias, "_is_hf_initialized", False):
+        stock, bias = self.config.init == "stock", getattr(module, "bias", None)
+        if stock and getattr(module, "gain", 1.0) != 1.0 and not getattr(bias, "_is_hf_initialized", False):
             nn.init.uniform_(bias, -(module.in_features**-0.5), module.in_features**-0.5)
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, past: int | Tensor = 0) -> Tensor:
@@ -107,10 +109,13 @@ class SigmaTransformerEncoder(SigmaTransformerPreTrainedModel):
     def __init__(self, config: SigmaTransformerConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.source_vocab_size, config.d_model, config.pad_token_id)
-        scale = build_scale(config, "encoder")
-        self.layers = nn.ModuleList(SigmaTransformerEncoderLayer(config, scale) for _ in range(config.encoder_layers))
-        self.layer_norm = build_layer_norm(config) if config.residual == "pre-ln" else nn.Identity()
+        residual = build_residuals(config, config.encoder_layers, config.decoder_layers)[0]
+        self.layers = nn.ModuleList(
+            SigmaTransformerEncoderLayer(config, residual) for _ in range(config.encoder_layers)
+        )
+        self.layer_norm = norm_of(config) if residual.norm_first else nn.Identity()
         self.gradient_checkpointing = False
+        self.mark_branches(self.layers, residual)
         self.reparametrise(self.layers)
         self.post_init()
 
@@ -151,12 +156,13 @@ class SigmaTransformerDecoder(SigmaTransformerPreTrainedModel):
     def __init__(self, config: SigmaTransformerConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-        scale = build_scale(config, "decoder")
+        residual = build_residuals(config, config.encoder_layers, config.decoder_layers)[1]
         self.layers = nn.ModuleList(
-            SigmaTransformerDecoderLayer(config, scale, i) for i in range(config.decoder_layers)
+            SigmaTransformerDecoderLayer(config, residual, i) for i in range(config.decoder_layers)
         )
-        self.layer_norm = build_layer_norm(config) if config.residual == "pre-ln" else nn.Identity()
+        self.layer_norm = norm_of(config) if residual.norm_first else nn.Identity()
         self.gradient_checkpointing = False
+        self.mark_branches(self.layers, residual)
         self.reparametrise(self.layers)
         self.post_init()
 
@@ -277,6 +283,7 @@ class SigmaTransformerForConditionalGeneration(SigmaTransformerPreTrainedModel, 
     """The translation model: SigmaTransformerModel with its output projection."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    has_loss = True
 
     def __init__(self, config: SigmaTransformerConfig) -> None:
         super().__init__(config)

@@ -8,11 +8,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from stable_core.deepnorm import DeepNormScale, deepnorm_scales
+from stable_core.residuals import Residual
 
 from .configuration_sigma_transformer import SigmaTransformerConfig
 from .keywords import known_keywords
-from .modeling_stable import attend
+from .modeling_stable import attend, norm_of, query_key_of
 
 PADDING_INDEX = 1  # fairseq's, from which its positions count, whatever pad_token_id is
 
@@ -44,26 +44,28 @@ def make_position_ids(embeds: Tensor, attention_mask: Tensor | None, past: int |
     return (seen - 1).clamp(min=0)
 
 
-def build_linear(in_features: int, out_features: int, beta: float = 1.0, gain: float | None = None) -> nn.Linear:
-    """A layer of a block, which `draw_` initialises: fairseq's Xavier gain (None: torch's own), then DeepNorm's beta."""
+def build_linear(in_features: int, out_features: int, gain: float | None = None) -> nn.Linear:
+    """A layer of a block, which `draw_stock_` initialises with fairseq's Xavier gain, or as torch does (None)."""
     layer = nn.Linear(in_features, out_features)
-    layer.beta, layer.gain = beta, gain
+    layer.gain = gain
     return layer
 
 
 class SigmaTransformerAttention(nn.Module):
-    def __init__(
-        self, config: SigmaTransformerConfig, heads: int, beta: float, layer_idx: int = 0, is_causal: bool = False
-    ) -> None:
+    """Attention of a block to itself or to the encoder's output; what softmax sees is `config.attention`'s."""
+
+    def __init__(self, config: SigmaTransformerConfig, heads: int, layer_idx: int = 0, is_causal: bool = False) -> None:
         super().__init__()
         self.config, self.layer_idx, self.is_causal = config, layer_idx, is_causal
         self.head_dim = config.d_model // heads
         d, gain = config.d_model, 1 / math.sqrt(2)
         # In fairseq's order: the last of those that share a sigma keeps its state.
         self.k_proj = build_linear(d, d, gain=gain)
-        self.v_proj = build_linear(d, d, beta, gain)
+        self.v_proj = build_linear(d, d, gain=gain)
         self.q_proj = build_linear(d, d, gain=gain)
-        self.out_proj = build_linear(d, d, beta, gain=1.0)
+        self.out_proj = build_linear(d, d, gain=1.0)
+        made = query_key_of(config, heads, config.max_position_embeddings)
+        self.q_norm, self.k_norm, self.features, self.tied = made
 
     @known_keywords
     def forward(
@@ -75,14 +77,14 @@ class SigmaTransformerAttention(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """x (batch, tokens, d_model) attends to itself, or to the encoder's output `source` (batch, source tokens, d_model)."""
-        q = self.split(self.q_proj(x))
+        q = self.q_norm(self.split(self.q_proj(x)))
         if source is not None and kv_cache is not None and kv_cache.is_updated.get(self.layer_idx):
             cached = kv_cache.cross_attention_cache.layers[self.layer_idx]
             k, v = cached.keys, cached.values
         else:
-            k, v = (
-                self.split(projection(x if source is None else source)) for projection in (self.k_proj, self.v_proj)
-            )
+            keys = self.q_proj if self.tied else self.k_proj
+            k, v = (self.split(projection(x if source is None else source)) for projection in (keys, self.v_proj))
+            k = self.k_norm(k)
             if kv_cache is not None and source is None:
                 k, v = kv_cache.self_attention_cache.update(k, v, self.layer_idx)
             elif kv_cache is not None:
@@ -99,46 +101,42 @@ class SigmaTransformerAttention(nn.Module):
 class SigmaTransformerLayer(GradientCheckpointingLayer):
     """What the encoder's and the decoder's layers have in common: feed-forward layers, and residual branches."""
 
-    def __init__(self, config: SigmaTransformerConfig, ffn_dim: int, scale: DeepNormScale) -> None:
+    def __init__(self, config: SigmaTransformerConfig, ffn_dim: int, residual: Residual) -> None:
         super().__init__()
-        self.config, self.alpha = config, scale.alpha
+        self.residual = residual
         self.activation_fn = ACT2FN[config.activation_function]
         self.dropout, self.activation_dropout = nn.Dropout(config.dropout), nn.Dropout(config.activation_dropout)
-        self.fc1 = build_linear(config.d_model, ffn_dim, scale.beta)
-        self.fc2 = build_linear(ffn_dim, config.d_model, scale.beta)
-        self.final_layer_norm = build_layer_norm(config)
+        self.fc1, self.fc2 = build_linear(config.d_model, ffn_dim), build_linear(ffn_dim, config.d_model)
+        self.final_layer_norm = norm_of(config)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation_dropout(self.activation_fn(self.fc1(x))))
 
-    def residual(self, x: Tensor, norm: nn.Module, branch) -> Tensor:
-        """x + branch(norm(x)) for "pre-ln", norm(alpha x + branch(x)) otherwise."""
-        if self.config.residual == "pre-ln":
-            return x + self.dropout(branch(norm(x)))
-        return norm(self.dropout(branch(x)).add(x, alpha=self.alpha))
+    def connect(self, x: Tensor, norm: nn.Module, branch) -> Tensor:
+        return self.residual.connect(x, norm, lambda x: self.dropout(branch(x)))
 
 
 class SigmaTransformerEncoderLayer(SigmaTransformerLayer):
-    def __init__(self, config: SigmaTransformerConfig, scale: DeepNormScale) -> None:
-        super().__init__(config, config.encoder_ffn_dim, scale)
-        self.self_attn = SigmaTransformerAttention(config, config.encoder_attention_heads, scale.beta)
-        self.self_attn_layer_norm = build_layer_norm(config)
+    def __init__(self, config: SigmaTransformerConfig, residual: Residual) -> None:
+        super().__init__(config, config.encoder_ffn_dim, residual)
+        self.self_attn = SigmaTransformerAttention(config, config.encoder_attention_heads)
+        self.self_attn_layer_norm = norm_of(config)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        x = self.residual(
+        x = self.connect(
             x, self.self_attn_layer_norm, lambda x: self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
         )
-        return self.residual(x, self.final_layer_norm, self.feed_forward)
+        return self.connect(x, self.final_layer_norm, self.feed_forward)
 
 
 class SigmaTransformerDecoderLayer(SigmaTransformerLayer):
-    def __init__(self, config: SigmaTransformerConfig, scale: DeepNormScale, layer_idx: int) -> None:
-        super().__init__(config, config.decoder_ffn_dim, scale)
+    def __init__(self, config: SigmaTransformerConfig, residual: Residual, layer_idx: int) -> None:
+        super().__init__(config, config.decoder_ffn_dim, residual)
         heads = config.decoder_attention_heads
-        self.self_attn = SigmaTransformerAttention(config, heads, scale.beta, layer_idx, is_causal=True)
-        self.self_attn_layer_norm = build_layer_norm(config)
-        self.encoder_attn = SigmaTransformerAttention(config, heads, scale.beta, layer_idx)
-        self.encoder_attn_layer_norm = build_layer_norm(config)
+        self.self_attn = SigmaTransformerAttention(config, heads, layer_idx, is_causal=True)
+        self.self_attn_layer_norm = norm_of(config)
+        self.encoder_attn = SigmaTransformerAttention(config, heads, layer_idx)
+        self.encoder_attn_layer_norm = norm_of(config)
 
     def forward(
         self,
@@ -148,22 +146,12 @@ class SigmaTransformerDecoderLayer(SigmaTransformerLayer):
         encoder_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        x = self.residual(
+        x = self.connect(
             x, self.self_attn_layer_norm, lambda x: self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
         )
-        x = self.residual(
+        x = self.connect(
             x,
             self.encoder_attn_layer_norm,
             lambda x: self.encoder_attn(x, source, attention_mask=encoder_attention_mask, **kwargs)[0],
         )
-        return self.residual(x, self.final_layer_norm, self.feed_forward)
-
-
-def build_layer_norm(config: SigmaTransformerConfig) -> nn.Module:
-    return nn.Identity() if config.residual == "none" else nn.LayerNorm(config.d_model, config.norm_eps)
-
-
-def build_scale(config: SigmaTransformerConfig, side: str) -> DeepNormScale:
-    if config.residual != "deepnorm":
-        return DeepNormScale(1.0, 1.0)
-    return getattr(deepnorm_scales(config.encoder_layers, config.decoder_layers), side)
+        return self.connect(x, self.final_layer_norm, self.feed_forward)

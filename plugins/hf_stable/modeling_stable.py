@@ -1,4 +1,4 @@
-"""What the models of this plugin share: initialisation, σReparam, norms and attention, saving with their source."""
+"""What the models of this plugin share: first weights, σReparam, attention, saving with their source."""
 
 import copy
 import re
@@ -14,14 +14,18 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stable_core.attentions import l2_features, stable_qk_norms
+from stable_core.attentions import QueryKey, build_attention
+from stable_core.inits import init_
+from stable_core.norms import build_norm
+from stable_core.options import of
+from stable_core.reparams import reparametrise
+from stable_core.residuals import Residual, scale_rows_
 from stable_core.sigma_layers import is_sigma
-from stable_core.sigma_reparam import sigma_reparam
-from stable_core.stable_init import stable_init_
-from stable_core.stable_norm import StableNorm
+from stable_core.targets import layers, rows_beside_qk
 
 from .configuration_stable import NORMAL
-from .source import without_source, write_source
+from .source import methods_of, without_source, write_source
+from .z_loss import add_z_loss
 
 
 class StablePreTrainedModel(PreTrainedModel):
@@ -32,13 +36,14 @@ class StablePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    has_loss = False
     _keys_to_ignore_on_load_unexpected = [r"parametrizations\.\w+\.0\.v$"]  # of folders that kept v beside u
+    _keys_to_ignore_on_load_missing = [r"parametrizations\.\w+\.0\._extra_state$"]  # of those without layouts
 
     def __init__(self, config) -> None:
         config.check_settings()  # again: transformers sets what is given beside a folder's name afterwards
         refuse_quantization(config)
-        if getattr(config, "attention", "").startswith("l2"):
-            refuse_flash(config._attn_implementation)
+        refuse_flash(config)
         super().__init__(config)
         self.reparametrised_layers: list[str] = []  # those that `reparametrise` took
 
@@ -46,28 +51,40 @@ class StablePreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers looks for a text in the model's own file, where `attend` is not
 
-    def reparametrise(self, module: nn.Module, qkv: str | None = None) -> None:
-        """σReparam of every Linear and Conv layer of `module`, if the configuration asks for it; `qkv` in place of its own."""
-        config = self.config.sigma_reparam_config()
-        if config is not None:
-            sigma_reparam(module, replace(config, qkv=qkv or config.qkv))
-            inside = {id(layer) for layer in module.modules()}
-            self.reparametrised_layers += [
-                name for name in parametrized(self) if id(self.get_submodule(name)) in inside
-            ]
+    def post_init(self) -> None:
+        """transformers', and the z-loss of models that compute a loss."""
+        super().post_init()
+        if self.config.z_loss and self.has_loss:
+            add_z_loss(self, self.config.z_loss)
+
+    def mark_branches(self, blocks: nn.ModuleList, residual: Residual) -> None:
+        """Lets `draw_` know by how much DeepNorm scales the first weights of a block's layers."""
+        for block in blocks:
+            for target in layers(block):
+                target.module.branch = rows_beside_qk(block, target), residual.beta
+
+    def reparametrise(self, module: nn.Module, **changed) -> None:
+        """Reparametrises every Linear and Conv layer of `module` as the configuration says; `changed` are other options."""
+        reparametrise(module, replace(of(self.config), **changed))
+        inside = {id(layer) for layer in module.modules()}
+        self.reparametrised_layers += [name for name in parametrized(self) if id(self.get_submodule(name)) in inside]
 
     def draw_(self, module: nn.Module, weight: Tensor) -> None:
-        """Initialises the weight of a Linear or Conv layer in place, as `config.init` says."""
-        if self.config.init == "stable":
-            stable_init_(weight)
-        elif self.config.init == "xavier":
-            nn.init.xavier_normal_(weight.flatten(1))
+        """First values for the weight of a Linear or Conv layer, in place, as `config.init` says."""
+        if self.config.init == "stock":
+            self.draw_stock_(module, weight)
         else:
-            paper = self.papers_std() if parametrize.is_parametrized(module) else NORMAL
-            nn.init.normal_(weight, std=self.config.initializer_range or paper)
+            init_(weight, self.config)
+        if hasattr(module, "branch"):
+            scale_rows_(weight, *module.branch)
+
+    def draw_stock_(self, module: nn.Module, weight: Tensor) -> None:
+        """The same of init = "stock", before DeepNorm scales it."""
+        paper = self.papers_std() if parametrize.is_parametrized(module) else NORMAL
+        nn.init.normal_(weight, std=self.config.initializer_range or paper)
 
     def papers_std(self) -> float:
-        """The standard deviation of a reparametrised layer's weight where init = "normal" and no initializer_range is given."""
+        """The standard deviation of a reparametrised layer's weight where init = "stock" and no initializer_range is given."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -84,10 +101,13 @@ class StablePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range or NORMAL)
             if module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm | StableNorm):
-            for parameter, fill_ in ((module.weight, nn.init.ones_), (getattr(module, "bias", None), nn.init.zeros_)):
-                if parameter is not None and _is_fresh(parameter):
-                    fill_(parameter)
+        elif hasattr(module, "reset_parameters"):  # norms, those of a user's own among them
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if any(map(_is_fresh, own)):
+                loaded = [(tensor, tensor.clone()) for tensor in own if not _is_fresh(tensor)]
+                module.reset_parameters()
+                for tensor, value in loaded:
+                    tensor.copy_(value)
 
     def _init_reparametrised(self, module: nn.Module) -> None:
         chain = module.parametrizations.weight
@@ -129,13 +149,16 @@ class StablePreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, *args, **kwargs) -> None:
         """transformers'; and the source of the model, so that `trust_remote_code=True` loads it without this library.
 
+        Modules that registered methods of a user's own that it has are part of it.
+
         Raises:
-            ValueError: layers were put in place of reparametrised ones, of which the configuration cannot tell.
+            ValueError: layers were put in place of reparametrised ones, of which the configuration cannot tell; such a module
+                cannot go along; what `write_source` refuses.
         """
         check_reparam(self)
         if is_main_process and not Path(save_directory).is_file():
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **self.config.auto_classes}
-            write_source(save_directory, self.config.auto_classes.values())
+            write_source(save_directory, self.config.auto_classes.values(), methods_of(self.config))
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | Path) -> dict[str, float]:
@@ -205,22 +228,14 @@ def _plain_name(name: str) -> str:
     return re.sub(r"parametrizations\.(\w+)\..*", r"\1", name)
 
 
-def build_norm(config, dim: int, bias: bool = True) -> nn.Module:
-    """The norm that `config.norm` names."""
-    if config.norm == "stable":
-        return StableNorm(dim, config.alpha, config.norm_eps)
-    if config.norm == "layernorm":
-        return nn.LayerNorm(dim, config.norm_eps, bias=bias)
-    return nn.RMSNorm(dim, config.norm_eps) if config.norm == "rmsnorm" else nn.Identity()
+def norm_of(config) -> nn.Module:
+    """A block's norm, which under pre-LN is the last one, too."""
+    return build_norm(config.hidden_size, config, eps=config.norm_eps, bias=getattr(config, "bias", True))
 
 
-def build_qk_norms(config, head_dim: int, sequence_length: int) -> tuple[nn.Module, nn.Module]:
-    """What `config.attention` does to queries and keys before their dot product."""
-    if config.attention == "stable":
-        return stable_qk_norms(head_dim, sequence_length, config.alpha, config.tau_scale, config.norm_eps)
-    if config.attention == "qknorm":
-        return nn.RMSNorm(head_dim, config.norm_eps), nn.RMSNorm(head_dim, config.norm_eps)
-    return nn.Identity(), nn.Identity()
+def query_key_of(config, heads: int, tokens: int) -> QueryKey:
+    """What `config.attention` makes of the queries and keys of so many heads and at most so many tokens."""
+    return build_attention(config.hidden_size // heads, config, tokens, eps=config.qk_norm_eps or config.norm_eps)
 
 
 def attend(
@@ -230,33 +245,37 @@ def attend(
     v: Tensor,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
-    l2: bool = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(logits) v with the implementation that `module.config` names.
+    """softmax(q' k'^T / sqrt(head_dim)) v with the implementation that `module.config` names.
 
     Args:
-        module: an attention module with `config` and `is_causal`.
-        q, k, v: (batch, heads, tokens, head_dim).
+        module: an attention module with `config`, `is_causal`, and the `features` that make q' and k' of q and k, if any.
+        q, k, v: (batch, heads, tokens, head_dim), q and k after their norms.
         attention_mask: as transformers' `create_causal_mask` makes it.
-        l2: logits of L2 attention in place of the dot product's.
 
     Returns:
         (batch, tokens, heads, head_dim), and the attention matrix (batch, heads, queries, keys) from "eager".
     """
     scaling = q.shape[-1] ** -0.5
-    if l2:
-        refuse_flash(module.config._attn_implementation)
-        q, k = l2_features(q, k)
+    if module.features is not None:
+        refuse_flash(module.config)
+        q, k = module.features(q, k)
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
     dropout = dropout if module.training else 0.0
     return interface(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def refuse_flash(implementation: str | None) -> None:
-    """Raises ValueError where L2 attention, whose keys are longer than its values, does not run."""
-    if "flash" in (implementation or ""):
-        raise ValueError(f"attn_implementation = {implementation!r}: L2 attention runs on 'eager' and 'sdpa'")
+def refuse_flash(config) -> None:
+    """Raises ValueError where flash attention is asked for and keys are longer than values, with which it does not run."""
+    if "flash" in (config._attn_implementation or ""):
+        with torch.device("meta"):
+            made = query_key_of(config, config.num_attention_heads, 2)
+        if made.features is not None:
+            raise ValueError(
+                f"attn_implementation = {config._attn_implementation!r}: allowed with attention = {config.attention!r}, whose "
+                "keys are longer than its values, are 'eager' and 'sdpa'"
+            )
 
 
 def eager_attention(

@@ -17,10 +17,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from stable_core.init_std import gpt_init_std
+from stable_core.residuals import Residual, build_residuals
 
 from .configuration_stable_gpt import StableGPTConfig
 from .keywords import CACHE, check_cache, known_keywords
-from .modeling_stable import StablePreTrainedModel, attend, build_norm, build_qk_norms, check_indices
+from .modeling_stable import StablePreTrainedModel, attend, check_indices, norm_of, query_key_of
 
 
 class StableGPTAttention(nn.Module):
@@ -33,7 +34,7 @@ class StableGPTAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = build_qk_norms(config, config.n_embd // config.n_head, config.block_size)
+        self.q_norm, self.k_norm, self.features, self.tied = query_key_of(config, config.n_head, config.block_size)
 
     @known_keywords
     def forward(
@@ -44,14 +45,11 @@ class StableGPTAttention(nn.Module):
         position_ids: Tensor | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        kind = self.config.attention
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.config.n_head, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(q if kind == "l2_tied" else k)
+        q, k = self.q_norm(q), self.k_norm(q if self.tied else k)
         if kv_cache is not None:
             k, v = kv_cache.update(k, v, self.layer_idx)
-        kwargs.update(
-            position_ids=position_ids, l2=kind.startswith("l2")
-        )  # flash attention finds packed sequences by them
+        kwargs["position_ids"] = position_ids  # by which flash attention finds packed sequences
         y, weights = attend(self, q, k, v, attention_mask, self.config.dropout, **kwargs)
         return self.c_proj(y.flatten(2)), weights
 
@@ -68,17 +66,18 @@ class StableGPTMLP(nn.Module):
 
 
 class StableGPTBlock(GradientCheckpointingLayer):
-    def __init__(self, config: StableGPTConfig, layer_idx: int) -> None:
+    def __init__(self, config: StableGPTConfig, residual: Residual, layer_idx: int) -> None:
         super().__init__()
-        self.ln_1 = build_norm(config, config.n_embd, config.bias)
+        self.residual = residual
+        self.ln_1 = norm_of(config)
         self.attn = StableGPTAttention(config, layer_idx)
-        self.ln_2 = build_norm(config, config.n_embd, config.bias)
+        self.ln_2 = norm_of(config)
         self.mlp = StableGPTMLP(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), **kwargs)[0])
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = self.residual.connect(x, self.ln_1, lambda x: self.drop(self.attn(x, **kwargs)[0]))
+        return self.residual.connect(x, self.ln_2, lambda x: self.drop(self.mlp(x)))
 
 
 class StableGPTPreTrainedModel(StablePreTrainedModel):
@@ -89,9 +88,9 @@ class StableGPTPreTrainedModel(StablePreTrainedModel):
     _input_embed_layer = "wte"
     _can_record_outputs = {"hidden_states": StableGPTBlock, "attentions": StableGPTAttention}
 
-    def draw_(self, module: nn.Module, weight: Tensor) -> None:
-        super().draw_(module, weight)
-        if self.config.init == "normal" and getattr(module, "on_residual", False):
+    def draw_stock_(self, module: nn.Module, weight: Tensor) -> None:
+        super().draw_stock_(module, weight)
+        if getattr(module, "on_residual", False):
             weight.div_(math.sqrt(2 * self.config.n_layer))  # GPT-2's
 
     def papers_std(self) -> float:
@@ -106,11 +105,13 @@ class StableGPTModel(StableGPTPreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(StableGPTBlock(config, i) for i in range(config.n_layer))
-        self.ln_f = build_norm(config, config.n_embd, config.bias)
+        residual = build_residuals(config, 0, config.n_layer)[1]
+        self.h = nn.ModuleList(StableGPTBlock(config, residual, i) for i in range(config.n_layer))
+        self.ln_f = norm_of(config) if residual.norm_first else nn.Identity()
         self.gradient_checkpointing = False
         for block in self.h:
             block.attn.c_proj.on_residual = block.mlp.c_proj.on_residual = True
+        self.mark_branches(self.h, residual)
         self.reparametrise(self.h)
         self.post_init()
 
@@ -176,6 +177,7 @@ class StableGPTForCausalLM(StableGPTPreTrainedModel, GenerationMixin):
     """StableGPT with its language modelling head, tied to the token embedding unless `tie_word_embeddings=False`."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    has_loss = True
 
     def __init__(self, config: StableGPTConfig) -> None:
         super().__init__(config)

@@ -10,10 +10,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from stable_core.init_std import vit_init_std
+from stable_core.residuals import Residual, build_residuals
 
 from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
 from .keywords import known_keywords
-from .modeling_stable import StablePreTrainedModel, attend, build_norm, build_qk_norms
+from .modeling_stable import StablePreTrainedModel, attend, norm_of, query_key_of
 
 
 class StableViTPatchEmbed(nn.Module):
@@ -35,15 +36,15 @@ class StableViTAttention(nn.Module):
         super().__init__()
         self.config, dim = config, config.hidden_size
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.q_norm, self.k_norm = build_qk_norms(config, dim // config.num_attention_heads, tokens)
+        made = query_key_of(config, config.num_attention_heads, tokens)
+        self.q_norm, self.k_norm, self.features, self.tied = made
         self.proj = nn.Linear(dim, dim)
 
     @known_keywords
     def forward(self, x: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        kind, dropout = self.config.attention, self.config.attention_probs_dropout_prob
         q, k, v = self.qkv(x).unflatten(-1, (3, self.config.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(q if kind == "l2_tied" else k)
-        y, weights = attend(self, q, k, v, None, dropout, l2=kind.startswith("l2"), **kwargs)
+        q, k = self.q_norm(q), self.k_norm(q if self.tied else k)
+        y, weights = attend(self, q, k, v, None, self.config.attention_probs_dropout_prob, **kwargs)
         return self.proj(y.flatten(2)), weights
 
 
@@ -59,17 +60,18 @@ class StableViTMLP(nn.Module):
 
 
 class StableViTBlock(GradientCheckpointingLayer):
-    def __init__(self, config: StableViTConfig, tokens: int) -> None:
+    def __init__(self, config: StableViTConfig, residual: Residual, tokens: int) -> None:
         super().__init__()
-        self.norm1 = build_norm(config, config.hidden_size)
+        self.residual = residual
+        self.norm1 = norm_of(config)
         self.attn = StableViTAttention(config, tokens)
-        self.norm2 = build_norm(config, config.hidden_size)
+        self.norm2 = norm_of(config)
         self.mlp = StableViTMLP(config)
         self.drop = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x), **kwargs)[0])
-        return x + self.drop(self.mlp(self.norm2(x)))
+        x = self.residual.connect(x, self.norm1, lambda x: self.drop(self.attn(x, **kwargs)[0]))
+        return self.residual.connect(x, self.norm2, lambda x: self.drop(self.mlp(x)))
 
 
 class StableViTPreTrainedModel(StablePreTrainedModel):
@@ -81,9 +83,9 @@ class StableViTPreTrainedModel(StablePreTrainedModel):
     _input_embed_layer = "patch_embed"
     _can_record_outputs = {"hidden_states": StableViTBlock, "attentions": StableViTAttention}
 
-    def draw_(self, module: nn.Module, weight: Tensor) -> None:
-        super().draw_(module, weight)
-        if self.config.init == "normal" and isinstance(module, nn.Conv2d):
+    def draw_stock_(self, module: nn.Module, weight: Tensor) -> None:
+        super().draw_stock_(module, weight)
+        if isinstance(module, nn.Conv2d):
             patches = self.config.patch_initializer_range
             if patches is None and self.config.initializer_range is None and parametrize.is_parametrized(module):
                 weights, patches = self.papers_stds()
@@ -115,8 +117,10 @@ class StableViTModel(StableViTPreTrainedModel):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, config.hidden_size))
         self.drop = nn.Dropout(config.hidden_dropout_prob)
-        self.blocks = nn.ModuleList(StableViTBlock(config, tokens) for _ in range(config.num_hidden_layers))
-        self.norm = build_norm(config, config.hidden_size)
+        residual = build_residuals(config, config.num_hidden_layers, 0)[0]
+        self.blocks = nn.ModuleList(StableViTBlock(config, residual, tokens) for _ in range(config.num_hidden_layers))
+        self.norm = norm_of(config) if residual.norm_first else nn.Identity()
+        self.mark_branches(self.blocks, residual)
         self.reparametrise(self)
         self.post_init()
 
@@ -146,6 +150,7 @@ class StableViTForImageClassification(StableViTPreTrainedModel):
     """StableViT with a linear head on the class token, `config.num_labels` classes."""
 
     model_cls = StableViTModel
+    has_loss = True
 
     def __init__(self, config: StableViTConfig) -> None:
         super().__init__(config)

@@ -174,10 +174,9 @@ class SigmaReparamLoader(HfQuantizer):
         self.quantization_config.groups = {config: names for config, names in groups.items() if names}
         for config, names in self.quantization_config.groups.items():
             stable_core.sigma_reparam(model, config, lambda _, name, names=names: name in names)
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored.union(
-            StablePreTrainedModel._keys_to_ignore_on_load_unexpected
-        )
+        for ignored in ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"):
+            ours = set(getattr(StablePreTrainedModel, ignored))
+            setattr(model, ignored, ours.union(getattr(model, ignored) or ()))
         for name in self.quantization_config.layers:
             # else transformers computes W_hat, to draw random values into what is then thrown away
             model.get_submodule(name)._is_hf_initialized = True

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from hf_stable import SigmaTransformerTokenizer
 from hf_stable.note import METHOD, annotate
-from hf_stable.source import is_written, put, source_of
+from hf_stable.source import METHODS_HEADER, is_written, put, source_of
 
 
 def update(folder: str | Path) -> list[str]:
@@ -32,7 +32,11 @@ def update(folder: str | Path) -> list[str]:
     classes = [*_classes(config, "config"), *_classes(tokenizer, "tokenizer_config")]
     if not classes and (config.get("quantization_config") or {}).get("quant_method") != METHOD:
         raise ValueError(f"{folder}: no folder of this library's: its config.json names no model of hf_stable")
-    files = source_of(classes)
+    modules = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    methods = {
+        name: text.removeprefix(METHODS_HEADER) for name, text in modules.items() if text.startswith(METHODS_HEADER)
+    }
+    files = source_of(classes, methods)
     stale = [path for path in folder.glob("*.py") if classes and is_written(path) and path.name not in files]
     changed = {name: text for name, text in files.items() if not _holds(folder / name, text)}
     put(folder, changed)

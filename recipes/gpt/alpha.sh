@@ -3,9 +3,9 @@
 # replace the corresponding module" [ST, Section 2]: attention and initialisation stay GPT-2's, whatever the figure's legend says.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 for alpha in 0.0 0.125 0.25 0.375 0.5; do
-    train "alpha_gpt2-$alpha" train_gpt2_small --norm=stable --alpha=$alpha --warmup_iters=0
+    train "alpha_gpt2-$alpha" "train_gpt stock" --norm=stable --alpha=$alpha --warmup_iters=0
 done
 for norm in layernorm rmsnorm; do
-    train "alpha_gpt2-$norm" train_gpt2_small --norm=$norm --warmup_iters=0
+    train "alpha_gpt2-$norm" "train_gpt stock" --norm=$norm --warmup_iters=0
 done
 compare alpha

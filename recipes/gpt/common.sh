@@ -26,10 +26,11 @@ rate() {
     echo "--learning_rate=$1 --min_lr=$(python -c "print($1 / 10)")"
 }
 
-# train NAME CONFIG OPTION...: one run for each of SEEDS. Later options win: after these come those of SMALL=1, and the user's
+# train NAME "CONFIG ..." OPTION...: one run for each of SEEDS. Later configs and options win: after these come those of SMALL=1, and the user's
 # last. An interrupted run goes on, a finished one is left alone.
 train() {
-    local name=$1 config=$2 launch=(python) seed out resume
+    local name=$1 configs=() launch=(python) seed out resume
+    for config in $2; do configs+=("config/$config.py"); done
     shift 2
     [ "$SMALL$((${DRY_RUN:-0}))" != 00 ] || [ -f "$NANOGPT_DIR/data/openwebtext/train.bin" ] ||
         die "$NANOGPT_DIR/data/openwebtext/train.bin is missing: run data/openwebtext/prepare.py of the checkout (54 GB)"
@@ -37,7 +38,7 @@ train() {
     for seed in $SEEDS; do
         out=$RUNS/$name-$seed resume=()
         if [ -f "$out/ckpt.pt" ]; then resume=(--init_from=resume); fi
-        local command=("${launch[@]}" -m nanogpt_patch "$NANOGPT_DIR/train.py" "config/$config.py" "$@" "${SMALL_OPTIONS[@]}" "${USER_OPTIONS[@]}"
+        local command=("${launch[@]}" -m nanogpt_patch "$NANOGPT_DIR/train.py" "${configs[@]}" "$@" "${SMALL_OPTIONS[@]}" "${USER_OPTIONS[@]}"
             --extra_seed="$seed" --out_dir="$out" "${resume[@]}")
         if [ "${DRY_RUN:-0}" = 1 ]; then
             printf '%q ' "${command[@]}" && echo && continue

@@ -2,6 +2,6 @@
 # init.sh: GPT-2 small from Xavier's initialisation, from StableInit and from nanoGPT's, without warm-up [ST, Figure 2, App. H].
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 for init in xavier stable stock; do
-    train "init_gpt2-$init" train_gpt2_small --init=$init --warmup_iters=0
+    train "init_gpt2-$init" "train_gpt stock" --init=$init --warmup_iters=0
 done
 compare init

@@ -3,6 +3,6 @@
 # tied L2 notably worst. App. K's settings: 100,000 updates of the schedule of 600,000.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 for attention in stable l2 l2_tied qknorm; do
-    train "l2_stablegpt-$attention" train_stablegpt_large --attention=$attention --max_iters=100000
+    train "l2_stablegpt-$attention" "train_gpt large" --attention=$attention --max_iters=100000
 done
 compare l2

@@ -13,5 +13,8 @@ SIZE=${1:-} KIND=${2:-stable}
 case $SIZE in small | medium | large | 200) ;; *) die "SIZE = $SIZE: allowed are small, medium, large and 200" ;; esac
 case $KIND in stable) KIND=stablegpt ;; gpt2) ;; *) die "KIND = $KIND: allowed are stable and gpt2" ;; esac
 USER_OPTIONS=("${@:3}")
-train "table2_$SIZE-$KIND" "train_${KIND}_$SIZE"
+CONFIGS=train_gpt
+[ "$SIZE" = small ] || CONFIGS+=" $SIZE"
+[ "$KIND" = stablegpt ] || CONFIGS+=" stock"
+train "table2_$SIZE-$KIND" "$CONFIGS"
 compare table2

@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 BASE=$([ "$SMALL" = 1 ] && echo 1e-3 || echo 6e-4)
 for scale in ${SCALES:-1 2 4}; do
     for kind in gpt2 stablegpt; do
-        train "warmup_$kind-x$scale" "train_${kind}_small" $(rate "$(python -c "print($scale * $BASE)")") --warmup_iters=0
+        train "warmup_$kind-x$scale" "train_gpt$([ "$kind" = stablegpt ] || echo " stock")" $(rate "$(python -c "print($scale * $BASE)")") --warmup_iters=0
     done
 done
 compare warmup

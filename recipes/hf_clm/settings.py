@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from hf_stable import StableGPTConfig
+from stable_core.options import renamed
 
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128}
 MODEL_FIELDS = ("norm", "alpha", "attention", "tau_scale", "init", "reparam")  # StableGPTConfig's
@@ -29,7 +30,7 @@ class Settings:
     attention: Literal["stable", "dot", "qknorm", "l2", "l2_tied"] = "stable"
     tau_scale: float = 1.0
     """multiple of StableAtten's tau"""
-    init: Literal["stable", "normal", "xavier"] = "stable"
+    init: Literal["stable", "stock", "xavier"] = "stable"
     reparam: Literal["none", "sigma"] = "none"
     """sigma: σReparam on the blocks' layers"""
     lr: float
@@ -102,7 +103,7 @@ def claim(settings: Settings) -> None:
         settings.output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(given, indent=1) + "\n")
         return
-    before = json.loads(path.read_text())
+    before = renamed(json.loads(path.read_text()))
     changed = {name for name in given if name not in MAY_CHANGE and given[name] != before.get(name)}
     if changed:
         name = min(changed)

@@ -26,7 +26,7 @@ L) PEAK=2.5e-4 ;;
 esac
 case $KIND in
 stable) MODEL=() ;;
-gpt) MODEL=(--norm layernorm --attention dot --init normal) ;; # nanoGPT's
+gpt) MODEL=(--norm layernorm --attention dot --init stock) ;; # nanoGPT's
 *) die "KIND = $KIND: allowed are stable and gpt" ;;
 esac
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') ||

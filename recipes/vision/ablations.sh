@@ -18,7 +18,7 @@ shift $(($# > 3 ? 3 : $#))
 USER_OPTIONS=("$@")
 [ -n "$VALUE" ] || die "give WHAT {alpha,heads,init,norm,attention,tau_scale} and a VALUE"
 [ -z "${HEADS:-}" ] || [ "$WHAT" = attention ] || die "HEADS=$HEADS: allowed with attention only"
-KWARGS=() PLAIN="norm=layernorm attention=dot init=timm"
+KWARGS=() PLAIN="norm=layernorm attention=dot init=stock"
 if [ "$SMALL" = 1 ]; then KWARGS=("${SMALL_MODEL[@]}"); fi
 case $WHAT in # later values win
 alpha) KWARGS+=($PLAIN norm=stable "alpha=$VALUE") ;;

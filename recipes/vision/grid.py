@@ -34,7 +34,7 @@ MONITOR_EVERY = 20
 LR_BASE_SIZE = 128
 WIDTH = ("embed_dim=64", "num_heads=4")
 PATCH = {"cifar10": 8, "cifar100": 8, "digits": 2, "digits32": 8}  # 16 of an image
-PLAIN = ("norm=layernorm", "attention=dot", "init=timm")  # of which stablevit_small is timm's ViT; later values win
+PLAIN = ("norm=layernorm", "attention=dot", "init=stock")  # of which stablevit_small is timm's ViT; later values win
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ KWARGS=() WARMUP=0
 if [ "$SMALL" = 1 ]; then KWARGS=("${SMALL_MODEL[@]}"); fi
 case $KIND in
 stable) KWARGS+=(alpha=0.25) ;;                      # what the text names for g
-vit) KWARGS+=(norm=layernorm attention=dot init=timm) ;; # which is timm's ViT
-vit_warmup) KWARGS+=(norm=layernorm attention=dot init=timm) WARMUP=60 ;;
+vit) KWARGS+=(norm=layernorm attention=dot init=stock) ;; # which is timm's ViT
+vit_warmup) KWARGS+=(norm=layernorm attention=dot init=stock) WARMUP=60 ;;
 *) die "KIND = $KIND: allowed are stable, vit and vit_warmup" ;;
 esac
 SMALL_OPTIONS=(--lr 1e-3 --warmup-epochs "$(python -c "print($WARMUP / 150)")")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stable_core import converge, fold
+from stable_core.reference import Algorithm1
 from stable_core.targets import matrix
 from tests.engines.models import KINDS, REPARAMETRISED, batch, build, mean_loss, reparametrised
-from tests.reference import Algorithm1
 
 every_reparametrised = pytest.mark.parametrize("kind", REPARAMETRISED)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -318,7 +318,9 @@ def test_export_refuses_what_stock_fairseq_has_no_model_for(train, tmp_path, cap
 def test_the_cores_fold_names_the_command_for_this_checkpoint(train, tmp_path):
     train("ours", SIGMA, 1)
     path, out = str(tmp_path / "ours" / "checkpoint_last.pt"), tmp_path / "out.pt"
-    done = subprocess.run([sys.executable, "-m", "stable_core.fold", path, str(out)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "stable_core.fold_checkpoint", path, str(out)], capture_output=True, text=True
+    )
     assert done.returncode == 1 and not out.exists()
     assert done.stderr.startswith(f"fold: {path}: holds argparse.Namespace, allowed are tensors, numbers, strings")
     assert "python -m fairseq_sigma.export" in done.stderr

@@ -1,6 +1,7 @@
 """Converted models against the models they come from, and the command."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +27,11 @@ from hf_stable.convert import main
 from hf_stable.convert_gpt2 import from_gpt2
 from hf_stable.convert_nanogpt import check_against, from_nanogpt
 from hf_stable.convert_timm import from_timm, image_processor
-from stable_core import SigmaReparamConfig
+from nanogpt_patch import model as nanogpt
+from stable_core import SigmaReparamConfig, fold
+from tests.combinations import combined, label
 
-from .models import disturbed, stable_gpt, tokens
+from .models import GPT, disturbed, stable_gpt, tokens
 
 TINY = {"depth": 2, "img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 48, "num_heads": 3}
 
@@ -106,6 +109,43 @@ def test_nanogpt(tmp_path):
     assert torch.equal(loaded(ids).logits, ours(ids).logits)
 
 
+@pytest.mark.parametrize("settings", combined(), ids=label)
+@torch.no_grad()
+def test_nanogpt_patchs_models(settings):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64}
+    theirs = disturbed(nanogpt.GPT(nanogpt.GPTConfig(**sizes, **settings, tau_scale=1.5)).eval())
+    checkpoint = {"model": theirs.state_dict(), "model_args": vars(theirs.config)}
+    ours, ids = from_nanogpt(checkpoint), tokens(2, 20)
+    assert (ours(ids).logits - theirs(ids, targets=ids)[0]).abs().max() < 1e-4
+    assert {name: getattr(ours.config, name) for name in nanogpt.SETTINGS} == {
+        **nanogpt.SETTINGS,
+        **settings,
+        "tau_scale": 1.5,
+    }
+    assert check_against(ours, checkpoint, Path(nanogpt.__file__)) < 1e-4
+
+
+def test_a_nanogpt_checkpoint_in_the_words_of_before():
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(**{**GPT, **nanogpt.STOCK})).eval()
+    old = {"norm": "layernorm", "alpha": 0.475, "attention": "dot", "tau_scale": 1.0, "init": "gpt2", "reparam": "none"}
+    checkpoint = {"model": theirs.state_dict(), "model_args": {**GPT, **old, "bias": True}}
+    assert from_nanogpt(checkpoint).config.init == "stock"
+    assert check_against(from_nanogpt(checkpoint), checkpoint, Path(nanogpt.__file__)) < 1e-4
+
+
+@pytest.mark.parametrize("settings", combined(), ids=label)
+@torch.no_grad()
+def test_timm_stables_models(settings):
+    torch.manual_seed(0)
+    sizes = {**TINY, "depth": 1, "img_size": 16, "tau_scale": 1.5}
+    theirs = disturbed(timm.create_model("stablevit_small", **sizes, **settings).eval())
+    ours, images = from_timm(theirs), torch.randn(3, 3, 16, 16)
+    assert (ours(images).logits - theirs(images)).abs().max() < 1e-4
+    assert {name: getattr(ours.config, name) for name in settings} == settings
+    assert ours.config.tau_scale == pytest.approx(1.5)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -134,6 +174,7 @@ def test_timm(name, settings, tmp_path):
     torch.testing.assert_close(features.last_hidden_state, theirs.forward_features(images), rtol=1e-3, atol=1e-4)
     if "sigma" in name:
         assert (hf_stable.fold(again)(images).logits - theirs(images)).abs().max() < 1e-4
+        assert from_timm(fold(theirs)).config.reparam == "none"
 
 
 @pytest.mark.parametrize(

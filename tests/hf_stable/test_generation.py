@@ -37,7 +37,8 @@ FAMILIES = {
     "gpt, sigma": lambda: gpt(reparam="sigma", norm="none", attention="dot", qkv="joint"),
     "gpt, l2": lambda: gpt(attention="l2_tied"),
     "translator": translator,
-    "translator, pre-ln": lambda: translator(residual="pre-ln", reparam="none"),
+    "translator, l2": lambda: translator(residual="pre-ln", reparam="none", norm="stable", attention="l2_tied"),
+    "translator, stable": lambda: translator(attention="stable", init="stable", max_position_embeddings=64),
 }
 every_family = pytest.mark.parametrize("build", FAMILIES.values(), ids=list(FAMILIES))
 

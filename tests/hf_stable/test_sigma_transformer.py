@@ -32,6 +32,7 @@ from hf_stable import (
 )
 from hf_stable.convert import main
 from hf_stable.convert_fairseq import convert_config, convert_fairseq, convert_name, is_bookkeeping
+from tests.combinations import combined, label
 from tests.fairseq_sigma.conftest import TINY, USER_DIR, call
 
 SIZES = {"encoder_layers": 2, "decoder_layers": 3}
@@ -70,11 +71,10 @@ def tiny(**fields) -> SigmaTransformerForConditionalGeneration:
     return SigmaTransformerForConditionalGeneration(SigmaTransformerConfig(**{**sizes, **fields})).eval()
 
 
-@pytest.mark.parametrize("residual", ["deepnorm", "post-ln", "pre-ln", "none"])
-@pytest.mark.parametrize("reparam", ["none", "sigma"])
+@pytest.mark.parametrize("settings", [{}, {"reparam": "none"}, *combined()], ids=label)
 @torch.no_grad()
-def test_logits_are_fairseqs(residual, reparam):
-    theirs = fairseq_model(residual=residual, reparam=reparam)
+def test_logits_are_fairseqs(settings):
+    theirs = fairseq_model(**settings)
     model, real = ours(theirs), TARGET.ne(PAD)
     expected = theirs(SOURCE, SOURCE.ne(PAD).sum(1), TARGET)[0]
     mask, decoder_mask = SOURCE.ne(PAD).long(), real.long()
@@ -121,18 +121,23 @@ def test_deepnorm_has_the_papers_constants():
     model = tiny(encoder_layers=6, decoder_layers=6, d_model=64, reparam="none", init_std=0.1).model
     for side, (alpha, beta) in sides.items():
         for layer in getattr(model, side).layers:
-            assert layer.alpha == pytest.approx(alpha, rel=1e-5)
+            assert layer.residual.alpha == pytest.approx(alpha, rel=1e-5)
             for name, module in layer.named_modules():
                 if isinstance(module, nn.Linear):
                     scaled = name.endswith(("v_proj", "out_proj", "fc1", "fc2"))
                     assert module.weight.std().item() == pytest.approx(0.1 * (beta if scaled else 1), rel=0.06), name
 
 
-@pytest.mark.parametrize(("residual", "reparam"), [("deepnorm", "none"), ("pre-ln", "none"), ("none", "sigma")])
-def test_initialised_as_fairseqs(residual, reparam):
+@pytest.mark.parametrize("settings", [
+    {"residual": "deepnorm", "reparam": "none"},
+    {"residual": "pre-ln", "reparam": "none"},
+    {"residual": "pre-ln", "norm": "none", "reparam": "sigma"},
+    {"residual": "deepnorm", "init": "stable", "attention": "stable", "norm": "stable"},
+], ids=label)  # fmt: skip
+def test_initialised_as_fairseqs(settings):
     """Mean and standard deviation of every tensor, with 4,096 and more in each matrix; constants exactly."""
     options = {"encoder_embed_dim": 64, "encoder_ffn_embed_dim": 128}
-    theirs = fairseq_model(100, 100, residual=residual, reparam=reparam, **options)
+    theirs = fairseq_model(100, 100, **settings, **options)
     expected, config = theirs.state_dict(), convert_config(theirs.cfg, 100, 100)
     torch.manual_seed(1)
     model = SigmaTransformerForConditionalGeneration(config)
@@ -149,7 +154,7 @@ def test_initialised_as_fairseqs(residual, reparam):
             assert abs(mine.mean()) < 0.1 * mine.std(), name
             assert mine.std().item() == pytest.approx(tensor.std().item(), rel=0.07), name
     assert not state["model.encoder.embed_tokens.weight"][PAD].any()
-    if reparam == "sigma":
+    if settings.get("reparam", "sigma") == "sigma":
         for layer in (model.model.encoder.layers[1].fc1, model.model.decoder.layers[2].encoder_attn.v_proj):
             assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, rel=1e-4)
 
@@ -174,6 +179,20 @@ def test_saved_and_loaded_bitwise(fields, tmp_path):
     assert tied == bool({"tie_word_embeddings", "share_all_embeddings"} & fields.keys())
     shared = loaded.model.encoder.embed_tokens.weight is loaded.model.decoder.embed_tokens.weight
     assert shared == ("share_all_embeddings" in fields)
+
+
+@torch.no_grad()
+def test_a_folder_in_the_words_of_before_loads(tmp_path):
+    """residual = "none" was no LayerNorm; norm, attention and init were what they are by default."""
+    model = tiny(residual="pre-ln", norm="none")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("norm", "attention", "init", "alpha", "tau_scale"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "residual": "none"}))
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert (loaded.config.residual, loaded.config.norm) == ("pre-ln", "none")
+    assert torch.equal(loaded(SOURCE, decoder_input_ids=TARGET).logits, model(SOURCE, decoder_input_ids=TARGET).logits)
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -420,7 +439,7 @@ def test_codes_of_the_first_version_and_overwritten_symbols(tmp_path):
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"residual": "postln"}, "residual = 'postln': allowed are 'deepnorm', 'post-ln', 'pre-ln', 'none'"),
+    ({"residual": "postln"}, "residual = 'postln': allowed are 'pre-ln', 'post-ln', 'deepnorm'"),
     ({"reparam": "weights"}, "reparam = 'weights': allowed are"),
     ({"activation_function": "rely"}, "activation_function = 'rely': allowed are"),
     ({"decoder_layers": 0}, "decoder_layers = 0: allowed are positive numbers"),

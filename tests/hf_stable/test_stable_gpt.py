@@ -1,13 +1,15 @@
 """StableGPT against its equations written out, against GPT-2, and under everything that transformers does to a model."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from transformers import AutoConfig, Trainer, TrainingArguments, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 import hf_stable
 from hf_stable import StableGPTConfig, StableGPTForCausalLM
@@ -17,12 +19,13 @@ from .models import GPT, stable_gpt, tokens
 VARIANTS = {
     "stable": {},
     "stable, tau x 2": {"alpha": 0.25, "tau_scale": 2.0},
-    "sigma": {"reparam": "sigma", "norm": "none", "attention": "dot", "init": "normal"},
+    "sigma": {"reparam": "sigma", "norm": "none", "attention": "dot", "init": "stock"},
     "sigma, joint": {"reparam": "sigma", "qkv": "joint", "norm": "layernorm", "attention": "dot", "bias": True},
     "weight": {"reparam": "weight", "norm": "layernorm", "attention": "qknorm"},
     "qknorm": {"attention": "qknorm", "norm": "rmsnorm", "init": "xavier"},
     "l2": {"attention": "l2", "bias": True},
     "l2_tied": {"attention": "l2_tied", "tie_word_embeddings": False},
+    "deepnorm": {"residual": "deepnorm", "norm": "layernorm", "bias": True},
 }
 every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=list(VARIANTS))
 
@@ -84,9 +87,15 @@ def written_out(model: StableGPTForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][: ids.shape[1]]
     for i in range(c.n_layer):
         name = f"transformer.h.{i}"
-        x = x + attention(f"{name}.attn", norm(f"{name}.ln_1", x))
-        x = x + linear(f"{name}.mlp.c_proj", F.gelu(linear(f"{name}.mlp.c_fc", norm(f"{name}.ln_2", x))))
-    return norm("transformer.ln_f", x) @ w["lm_head.weight"].T
+        mlp = lambda x, name=name: linear(f"{name}.mlp.c_proj", F.gelu(linear(f"{name}.mlp.c_fc", x)))  # noqa: E731
+        if c.residual == "deepnorm":  # Wang et al., Figure 2: decoder-only
+            alpha = (2 * c.n_layer) ** 0.25
+            x = norm(f"{name}.ln_1", alpha * x + attention(f"{name}.attn", x))
+            x = norm(f"{name}.ln_2", alpha * x + mlp(x))
+        else:
+            x = x + attention(f"{name}.attn", norm(f"{name}.ln_1", x))
+            x = x + mlp(norm(f"{name}.ln_2", x))
+    return (x if c.residual == "deepnorm" else norm("transformer.ln_f", x)) @ w["lm_head.weight"].T
 
 
 @every_variant
@@ -163,7 +172,7 @@ def test_initialisation():
     root = math.sqrt
     expected = {  # c_attn (256 -> 768), mlp.c_proj (1024 -> 256)
         "stable": (1 / (root(256) + root(768)), 1 / (root(1024) + root(256))),
-        "normal": (0.02, 0.02 / root(6)),
+        "stock": (0.02, 0.02 / root(6)),
         "xavier": (root(2 / (256 + 768)), root(2 / (1024 + 256))),
     }
     for init, stds in expected.items():
@@ -176,7 +185,7 @@ def test_initialisation():
                 chain = layer.parametrizations.weight if parametrize.is_parametrized(layer) else layer
                 W = {"none": "weight", "sigma": "original", "weight": "weight"}[reparam]
                 W = layer.weight if W == "weight" else getattr(chain, W)
-                narrow = root(3) if init == "normal" and reparam != "none" else 1
+                narrow = root(3) if init == "stock" and reparam != "none" else 1
                 assert W.std().item() == pytest.approx(narrow * std, rel=0.02), (init, reparam)
                 assert not layer.bias.any()
                 if reparam == "sigma":  # u, v and gamma belong to the drawn weights
@@ -186,6 +195,29 @@ def test_initialisation():
     spectral = StableGPTForCausalLM(StableGPTConfig(**GPT, reparam="sigma", gamma_init="spectral")).transformer.h[0]
     chain = spectral.mlp.c_fc.parametrizations.weight
     torch.testing.assert_close(spectral.mlp.c_fc.weight, chain.original, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reparam", ["none", "sigma", "weight"])
+def test_deepnorm_scales_the_first_weights(reparam, tmp_path):
+    """(8 M)^(-1/4) of GPT-2's standard deviation, but for q and k [Wang et al., Figure 2]; also where transformers draws what a
+    checkpoint lacks."""
+    width, beta, narrow = 256, 24**-0.25, 1 if reparam == "none" else math.sqrt(3)
+    sizes = {**GPT, "n_embd": width, "n_layer": 3, "norm": "layernorm", "attention": "dot", "init": "stock"}
+    built = StableGPTForCausalLM(StableGPTConfig(**sizes, residual="deepnorm", reparam=reparam))
+    built.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    save_file({"transformer.wpe.weight": load_file(weights)["transformer.wpe.weight"]}, weights, {"format": "pt"})
+    for model in (built, StableGPTForCausalLM.from_pretrained(tmp_path)):
+        block = model.transformer.h[1]
+        layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        packed, out, up, down = (
+            layer.parametrizations.weight.original if reparam == "sigma" else layer.weight for layer in layers
+        )
+        q, k, v = packed.chunk(3)
+        last = 1 / math.sqrt(2 * 3)  # GPT-2's, of what a branch ends with
+        for W, scale in ((q, 1), (k, 1), (v, beta), (out, beta * last), (up, beta), (down, beta * last)):
+            assert W.std().item() == pytest.approx(0.02 * narrow * scale, rel=0.03)
+        assert isinstance(model.transformer.ln_f, torch.nn.Identity)
 
 
 @every_variant
@@ -283,9 +315,14 @@ def test_fold_gives_a_plain_model_with_the_same_outputs(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"norm": "batch"}, "norm = 'batch': allowed are 'stable', 'layernorm', 'rmsnorm', 'none'"),
-        ({"attention": "cosine"}, "attention = 'cosine': allowed are 'stable', 'dot', 'qknorm', 'l2', 'l2_tied'"),
-        ({"init": "he"}, "init = 'he': allowed are 'stable', 'normal', 'xavier'"),
+        ({"norm": "batch"}, "norm = 'batch': allowed are 'layernorm', 'rmsnorm', 'stable', 'none'"),
+        ({"attention": "cosine"}, "attention = 'cosine': allowed are 'dot', 'qknorm', 'stable', 'l2', 'l2_tied'"),
+        ({"init": "normal"}, "init = 'normal': allowed are 'stock', 'stable', 'xavier'"),
+        ({"residual": "none"}, "residual = 'none': allowed are 'pre-ln', 'post-ln', 'deepnorm'"),
+        (
+            {"norm": "none", "residual": "post-ln"},
+            "residual = 'post-ln': it says where the norm is, and norm is none: allowed is pre-ln",
+        ),
         ({"reparam": "spec"}, "reparam = 'spec': allowed are 'none', 'sigma', 'spectral', 'weight'"),
         ({"reparam": "sigma", "gamma_init": "two"}, "gamma_init = 'two': allowed are 'one', 'spectral'"),
         ({"alpha": 0.7}, "alpha = 0.7: allowed are numbers from 0 to 0.5"),
@@ -303,10 +340,24 @@ def test_wrong_settings(settings, error):
 
 def test_settings_given_beside_a_folder_are_checked_and_go_together(tmp_path):
     stable_gpt().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="norm = 'bogus': allowed are 'stable'"):
+    with pytest.raises(ValueError, match="norm = 'bogus': allowed are 'layernorm'"):
         StableGPTForCausalLM.from_pretrained(tmp_path, norm="bogus")
     config = AutoConfig.from_pretrained(tmp_path, n_embd=64)  # and the width of the MLPs with it
     assert StableGPTForCausalLM(config).transformer.h[0].mlp.c_fc.out_features == 256
+
+
+def test_a_folder_in_the_words_of_before_loads(tmp_path):
+    model, ids = stable_gpt(init="stock", reparam="sigma"), tokens(2, 8)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("residual") == "pre-ln"  # there was none
+    (tmp_path / "config.json").write_text(json.dumps({**config, "init": "normal"}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.init == "stock" and torch.equal(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(
+        ValueError, match="init = 'normal': allowed are 'stock', 'stable', 'xavier'"
+    ):  # by hand it is not
+        StableGPTForCausalLM.from_pretrained(tmp_path, init="normal")
 
 
 def test_wrong_inputs(tmp_path):
@@ -323,7 +374,7 @@ def test_wrong_inputs(tmp_path):
     ):
         with pytest.raises(ValueError, match=error):
             call()
-    with pytest.raises(ValueError, match="L2 attention runs on 'eager' and 'sdpa'"):
+    with pytest.raises(ValueError, match=r"allowed with attention = 'l2', whose keys .* are 'eager' and 'sdpa'"):
         StableGPTForCausalLM(StableGPTConfig(**GPT, attention="l2", attn_implementation="flash_attention_2"))
     for saved, loaded in (("none", "sigma"), ("sigma", "none")):
         stable_gpt(reparam=saved).save_pretrained(tmp_path / saved)

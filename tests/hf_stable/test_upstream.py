@@ -35,7 +35,14 @@ CASES = {
     "SigmaTransformer": ("SigmaTransformer", MT),
     "PostLNTransformer": (
         "SigmaTransformer",
-        {**MT, "residual": "post-ln", "reparam": "none", "tie_word_embeddings": True},
+        {
+            **MT,
+            "residual": "post-ln",
+            "reparam": "none",
+            "norm": "stable",
+            "attention": "stable",
+            "tie_word_embeddings": True,
+        },
     ),
 }
 HEADS = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanogpt_patch.launch import main
-from nanogpt_patch.model import STOCK
+from nanogpt_patch.model import GPT, STOCK, GPTConfig
 from stable_monitor.records import load, read
 
 CHECKOUT = os.environ.get("NANOGPT_DIR")
@@ -176,7 +176,14 @@ def losses(done: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_trains_resumes_and_samples(checkout):
-    settings = ["--alpha=0.25", "--reparam=sigma", "--norm=rmsnorm", "--out_dir=a", "--monitor_every=2"]
+    settings = [
+        "--alpha=0.25",
+        "--reparam=sigma",
+        "--norm=rmsnorm",
+        "--out_dir=a",
+        "--monitor_every=2",
+        "--z_loss=1e-4",
+    ]
     first = launch(checkout, "train.py", *TINY, *settings)
     assert len(losses(first)) == 7 and float(losses(first)[-1]) < 5
     checkpoint = torch.load(checkout / "a" / "ckpt.pt", weights_only=False)
@@ -187,6 +194,7 @@ def test_trains_resumes_and_samples(checkout):
         "attention": "stable",
         "init": "stable",
         "tau_scale": 1.0,
+        "z_loss": 1e-4,
     }
     assert {name: checkpoint["model_args"][name] for name in chosen} == chosen
     assert checkpoint["config"]["alpha"] == 0.25  # what upstream logs to wandb
@@ -250,7 +258,7 @@ def test_config_files_are_found_here_in_the_checkout_and_in_the_package(checkout
         "out_dir = 'b'\nlearning_rate = 2 * 1e-3\ngrad_clip: float = 1\ntau_scale = 0.5\n"
     )
     (checkout.parent / "mine.py").write_text("alpha = 0.125\n")
-    run = ["config/train_gpt2_small.py", "config/theirs.py", "mine.py", *TINY]
+    run = ["config/train_gpt.py", "config/stock.py", "config/theirs.py", "mine.py", *TINY]
     assert losses(launch(checkout, "train.py", *run))
     args = torch.load(checkout / "b" / "ckpt.pt", weights_only=False)["model_args"]
     assert {k: args[k] for k in ("norm", "tau_scale", "alpha")} == {
@@ -274,7 +282,7 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
         ),
         (["train.py", "typo.py"], "typo.py: alhpa is no setting; there are alpha,"),
         (["train.py", "--alpha=0"], "--alpha = 0 is of type int: allowed is float, as in 0.475"),
-        (["train.py", "--norm=batch"], "norm = 'batch': allowed are 'stable', 'layernorm', 'rmsnorm', 'none'"),
+        (["train.py", "--norm=batch"], "norm = 'batch': allowed are 'layernorm', 'rmsnorm', 'stable', 'none'"),
         (["train.py", "value.py"], "norm = 'batch': allowed are"),
         (["train.py", "syntax.py"], "syntax.py: line 1: invalid syntax"),
         (["train.py", "annotated.py"], "annotated.py: leraning_rate is no setting"),
@@ -286,8 +294,9 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
         (["train.py", "--alpha"], "--alpha: settings are --name=value"),
         (
             ["train.py", "config/train_gpt5.py"],
-            "is no config file, here or in the checkout; this package has config/train_gpt2_200.py",
+            "is no config file, here or in the checkout; this package has config/200.py",
         ),
+        (["train.py", "--methods=none_such"], "methods = 'none_such': allowed are modules that Python finds"),
         (["train.py", "--monitor_every=-1"], "monitor_every = -1: allowed are whole numbers from 0, which is for none"),
         (["gone.py"], "gone.py is not there: give a script of a nanoGPT checkout"),
         (["."], "nanoGPT is a folder: give a script of a nanoGPT checkout"),
@@ -299,3 +308,16 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
         assert error in told and told.startswith("nanogpt_patch: ") and told.count("\n") == 1
     done = subprocess.run([sys.executable, "-m", "nanogpt_patch", *given], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == told
+
+
+def test_qk_clip_keeps_logits_under_its_threshold(checkout):
+    """Of GPT-2's first weights they are about 0.01."""
+    stock = ["--norm=layernorm", "--attention=dot", "--init=stock", "--z_loss=1e-4", "--learning_rate=1e-6"]
+    assert losses(launch(checkout, "train.py", *TINY, *stock, "--out_dir=clipped", "--qk_clip=1e-4"))
+    saved = torch.load(checkout / "clipped" / "ckpt.pt", weights_only=False)
+    model = GPT(GPTConfig(**saved["model_args"])).eval()
+    model.load_state_dict(saved["model"])
+    block = model.transformer.h[0]
+    x = block.ln_1(model.transformer.wte(torch.arange(saved["model_args"]["vocab_size"])))
+    q, k, _ = block.attn.c_attn(x).unflatten(-1, (3, model.config.n_head, -1)).permute(1, 2, 0, 3)
+    assert 1e-5 < (q @ k.mT * q.shape[-1] ** -0.5).max() < 1e-3

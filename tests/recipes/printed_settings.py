@@ -318,9 +318,10 @@ def _scored_by_fairseq(words: list[str]) -> dict:
 
 
 def _nanogpt(words: list[str]) -> dict:
-    _, (config, *chosen) = check(words)
-    given = NANOGPT | _assigned(Path(config).read_text())
-    given |= {name: _value(value) for name, _, value in (option[2:].partition("=") for option in chosen)}
+    given = dict(NANOGPT)
+    for word in check(words)[1]:
+        name, _, value = word.removeprefix("--").partition("=")
+        given |= {name: _value(value)} if word.startswith("--") else _assigned(Path(word).read_text())
     model = GPTConfig(**{field.name: given[field.name] for field in fields(GPTConfig) if field.name in given})
     return {
         **_gpt(model),

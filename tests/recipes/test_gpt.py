@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nanogpt_patch.launch import _assigned, check
-from nanogpt_patch.model import GPT, GPTConfig
-from recipes.gpt import compare, prepare
+from nanogpt_patch.model import GPT, STOCK, GPTConfig
+from recipes.gpt import compare, muon, prepare
 from tests.nanogpt_patch.test_launch import write_scripts
 
 RECIPES = Path(prepare.__file__).parent
@@ -110,6 +110,38 @@ def test_small_from_data_to_comparison(checkout, tmp_path):
     assert (runs / "warmup_gpt2-x1-1" / "train.log").read_text() == before
     assert "From the checkpoint" not in (runs / "warmup_stablegpt-x1-1" / "train.log").read_text()
     assert (runs / "warmup_stablegpt-x1-1" / "train.log").read_text().count("iter 4: loss") == 2
+
+
+def test_muon_beside_adamw(tmp_path, capsys):
+    """AdamW's losses are those of a plain loop; Muon's start from the same weights; a second call runs nothing again."""
+    (tmp_path / "text.txt").write_text("A plague on both your houses! " * 200)
+    prepare.main(["--output", str(tmp_path / "data"), "--text", str(tmp_path / "text.txt")])
+    command = ["--data", tmp_path / "data", "--output", tmp_path / "muon.jsonl", "--updates", 3, "--batch-size", 2]
+    muon.main([*map(str, command), "--reparams", "none"])
+    rows = [json.loads(line) for line in (tmp_path / "muon.jsonl").read_text().splitlines()]
+    assert [row["optimizer"] for row in rows] == ["adamw", "muon"] and len(rows[1]["loss"]) == 3
+    assert rows[0]["loss"][0] == rows[1]["loss"][0] and rows[0]["loss"][1:] != rows[1]["loss"][1:]
+
+    torch.manual_seed(1)
+    vocab_size = pickle.loads((tmp_path / "data" / "meta.pkl").read_bytes())["vocab_size"]
+    sizes = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "vocab_size": vocab_size}
+    model, losses = GPT(GPTConfig(**sizes, **STOCK)), []
+    adamw = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1)
+    text = torch.from_numpy(np.fromfile(tmp_path / "data" / "train.bin", np.uint16).astype(np.int64))
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        some = torch.stack([text[i : i + 129] for i in torch.randint(len(text) - 128, (2, 1), generator=draw)[:, 0]])
+        loss = model(some[:, :-1], some[:, 1:].contiguous())[1]
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        losses.append(loss.item())
+    assert rows[0]["loss"] == pytest.approx(losses, abs=2e-4)
+
+    muon.main([*map(str, command), "--reparams", "none", "sigma"])
+    again = [json.loads(line) for line in (tmp_path / "muon.jsonl").read_text().splitlines()]
+    assert again[:2] == rows and [row["reparam"] for row in again[2:]] == ["sigma", "sigma"]
 
 
 def test_what_a_resumed_run_did_again_is_what_counts():

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "hf_clm"
 TINY = "--size small --lr 3e-3 --warmup 4 --steps 12 --batch-tokens 512 --device-batch 4 --eval-every 6 --save-every 5"
 TINY = [*TINY.split(), "--monitor-every", "1"]
-GPT = "--norm layernorm --attention dot --init normal".split()
+GPT = "--norm layernorm --attention dot --init stock".split()
 
 
 @pytest.fixture(autouse=True, scope="module")

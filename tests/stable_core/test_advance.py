@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from stable_core import SigmaReparamConfig, converge, sigma_reparam
-from tests.reference import Algorithm1
+from stable_core.reference import Algorithm1
 from tests.stable_core.models import count_advances, equal, mlp, reparametrised, state, train
 
 

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 from stable_core import attention_entropy, attention_statistics
-from tests.reference import attention_probabilities, entropy, entropy_bound
+from stable_core.reference import attention_probabilities, entropy, entropy_bound
 
 SCALE = 0.25
 

@@ -103,7 +103,13 @@ def test_an_average_of_state_dicts_folds_to_what_the_model_makes_of_it():
 
 def test_the_command_line_folds_a_checkpoint(trained, tmp_path):
     torch.save({"model": trained.state_dict(), "step": 3}, tmp_path / "checkpoint.pt")
-    command = [sys.executable, "-m", "stable_core.fold", str(tmp_path / "checkpoint.pt"), str(tmp_path / "plain.pt")]
+    command = [
+        sys.executable,
+        "-m",
+        "stable_core.fold_checkpoint",
+        str(tmp_path / "checkpoint.pt"),
+        str(tmp_path / "plain.pt"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     out = torch.load(tmp_path / "plain.pt")
@@ -124,7 +130,13 @@ def test_the_command_line_folds_a_checkpoint(trained, tmp_path):
 def test_the_command_line_refuses_in_one_line(content, message, tmp_path):
     if content is not None:
         torch.save(content, tmp_path / "checkpoint.pt")
-    command = [sys.executable, "-m", "stable_core.fold", str(tmp_path / "checkpoint.pt"), str(tmp_path / "plain.pt")]
+    command = [
+        sys.executable,
+        "-m",
+        "stable_core.fold_checkpoint",
+        str(tmp_path / "checkpoint.pt"),
+        str(tmp_path / "plain.pt"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stable_core import attention_statistics
-from tests.reference import attention_probabilities, entropy
+from stable_core.reference import attention_probabilities, entropy
 from tests.stable_core.interpreter import DEVICE, here
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)

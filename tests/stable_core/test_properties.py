@@ -23,8 +23,8 @@ from stable_core import (
     sigma_reparam,
 )
 from stable_core.attention_entropy import attention_statistics
+from stable_core.reference import Algorithm1, attention_probabilities, entropy
 from stable_monitor import AlarmConfig
-from tests.reference import Algorithm1, attention_probabilities, entropy
 from tests.stable_core.models import reparametrised
 
 drawn = settings(max_examples=25, deadline=None, derandomize=True, database=None)

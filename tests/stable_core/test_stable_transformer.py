@@ -8,12 +8,32 @@ import transformers
 from torch import nn
 
 from stable_core import StableAttention, StableNorm, stable_attention_logit_bound, stable_init_
-from stable_core.attention import L2Kernel, NormalisedKernel, stable_tau
-from tests.reference import ListedStableAttention
+from stable_core.attentions import build_attention, stable_tau
+from stable_core.options import Options
+from stable_core.reference import (
+    ListedStableAttention,
+    attention,
+    dot_logits,
+    l2_logits,
+    qk_norm_logits,
+    stable_init_std,
+    stable_logits,
+    stable_norm,
+    xavier_std,
+)
 
 
 def normal(*shape, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attend(made, q, k, v, **settings):
+    """As stacks do, on torch's kernel."""
+    scale = q.shape[-1] ** -0.5
+    q, k = made.q_norm(q), made.k_norm(q if made.tied else k)
+    if made.features is not None:
+        q, k = made.features(q, k)
+    return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, **settings)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (512, 64), (64, 512), (384, 1536), (1152, 384)])
@@ -48,7 +68,7 @@ def test_every_layer_of_a_module_and_nothing_else():
         (model["attention"].in_proj_weight, 96, 288),
         (mlp.weight, 96, 384),  # kept as (in, out)
     ):
-        assert weight.std().item() == pytest.approx(1 / (math.sqrt(n_in) + math.sqrt(n_out)), rel=0.03)
+        assert weight.std().item() == pytest.approx(stable_init_std(n_in, n_out), rel=0.03)
     for bias in (model["linear"].bias, model["conv"].bias, model["attention"].in_proj_bias, mlp.bias):
         assert not bias.any()
     assert torch.equal(model["gpt"].wte.weight, embedding) and model["norm"].weight.eq(1).all()
@@ -64,6 +84,19 @@ def test_norm_is_torchs_at_one_half_and_has_unit_length_at_zero(d):
     torch.testing.assert_close(half(x), rms(x))
     torch.testing.assert_close(zero(100 * x).norm(dim=-1), torch.ones(4, 7))
     torch.testing.assert_close(StableNorm(d, 0.25)(100 * x).norm(dim=-1), torch.full((4, 7), d**0.25))
+
+
+def test_the_standard_deviations_are_the_papers_numbers():
+    """[ST, App. H] for a layer from 768 to 768."""
+    assert xavier_std(768, 768) == pytest.approx(0.036, abs=5e-4)
+    assert stable_init_std(768, 768) == pytest.approx(0.018, abs=5e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5])
+def test_norm_is_the_papers_equation(alpha):
+    x, norm = 1e-2 * normal(4, 7, 12), StableNorm(12, alpha)  # so small that eps counts
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    torch.testing.assert_close(norm(x), stable_norm(x, norm.weight, alpha))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.475])
@@ -118,22 +151,32 @@ def test_the_gain_at_d_1024_is_84_percent_of_rms_norms():
 def test_attention_is_the_papers_listing(alpha):
     torch.manual_seed(0)
     fast = StableAttention(48, 3, sequence_length=196, alpha=alpha, qkv_bias=True)
-    for norm in (fast.kernel.q_norm, fast.kernel.k_norm):
+    for norm in (fast.q_norm, fast.k_norm):
         nn.init.uniform_(norm.weight, 0.5, 1.5)
-    listed = ListedStableAttention(
-        fast.qkv, fast.proj, fast.kernel.q_norm.weight, fast.kernel.k_norm.weight, 3, 196, alpha
-    )
+    listed = ListedStableAttention(fast.qkv, fast.proj, fast.q_norm.weight, fast.k_norm.weight, 3, 196, alpha)
     x = normal(2, 17, 48)
     torch.testing.assert_close(fast(x), listed(x), rtol=1e-4, atol=1e-5)  # which has eps elsewhere
-    weights = [fast.qkv.weight, fast.kernel.q_norm.weight]
+    weights = [fast.qkv.weight, fast.q_norm.weight]
     for a, b in zip(*(torch.autograd.grad(f(x).square().sum(), weights) for f in (fast, listed)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_is_the_papers_equation(alpha, is_causal):
+    torch.manual_seed(0)
+    kernel = build_attention(16, Options(attention="stable", alpha=alpha), 196)
+    for norm in (kernel.q_norm, kernel.k_norm):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    q, k, v = 1e-2 * normal(3, 2, 3, 9, 16)
+    logits = stable_logits(q, k, kernel.q_norm.weight, kernel.k_norm.weight, 196, alpha)
+    torch.testing.assert_close(attend(kernel, q, k, v, is_causal=is_causal), attention(logits, v, is_causal))
 
 
 def test_the_logits_stay_within_their_bound_at_any_width():
     assert stable_tau(512) == pytest.approx(14.562)  # the paper's number
     for dim in (32, 512):
-        kernel = StableAttention(dim, 1, sequence_length=512, alpha=0.25).kernel
+        kernel = build_attention(dim, Options(attention="stable", alpha=0.25), 512)
         x, y = 100 * normal(2, 300, dim)
         logits = [kernel.q_norm(x) @ kernel.k_norm(z).T / math.sqrt(dim) for z in (x, y)]
         assert logits[0].max().item() == pytest.approx(stable_attention_logit_bound(14.562), rel=1e-4)
@@ -148,23 +191,21 @@ def test_the_length_of_the_moment_changes_nothing():
         torch.testing.assert_close(attention(x[:, :n], is_causal=True), whole[:, :n])
 
 
-def test_baseline_kernels_against_their_formulas():
+def test_baseline_kernels_are_their_equations():
     q, k, v = normal(3, 2, 4, 9, 16)
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
-
-    def softmax(logits):
-        return logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v
-
-    squared = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
-    torch.testing.assert_close(L2Kernel()(q, k, v, is_causal=True), softmax(-squared / 4))
-    torch.testing.assert_close(L2Kernel()(q, q, v, attn_mask=mask), softmax(-torch.cdist(q, q).square() / 4))
-    rms = [x / x.square().mean(-1, keepdim=True).sqrt() for x in (q, k)]
-    torch.testing.assert_close(
-        NormalisedKernel(nn.RMSNorm(16), nn.RMSNorm(16))(q, k, v, is_causal=True),
-        softmax(rms[0] @ rms[1].mT / 4),
-        rtol=1e-4,
-        atol=1e-4,
+    l2, tied, kernel = (
+        build_attention(16, Options(attention=name), 9, eps=1e-5 / 16) for name in ("l2", "l2_tied", "qknorm")
     )
+    torch.testing.assert_close(attend(l2, q, k, v, is_causal=True), attention(l2_logits(q, k), v, is_causal=True))
+    torch.testing.assert_close(attend(tied, q, k, v, attn_mask=mask), attention(l2_logits(q, q), v, is_causal=True))
+    for norm in (kernel.q_norm, kernel.k_norm):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    logits = qk_norm_logits(q, k, kernel.q_norm.weight, kernel.k_norm.weight)
+    torch.testing.assert_close(attend(kernel, q, k, v, is_causal=True), attention(logits, v, is_causal=True))
+    for is_causal in (False, True):
+        fused = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        torch.testing.assert_close(attention(dot_logits(q, k), v, is_causal), fused)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from stable_core import (
     qk_norm_logit_bound,
     stable_attention_logit_bound,
 )
-from stable_core.attention import NormalisedKernel
+from stable_core.attentions import QueryKey
 
 
 @pytest.mark.parametrize("T", [2, 5, 64])
@@ -111,7 +111,7 @@ def test_the_derivatives_of_qk_norm_are_the_papers():
     d, d1, eps = 10, 6, 1e-5
     W_q, W_k = torch.randn(2, d1, d, generator=generator, dtype=torch.float64)
     x_i, x_j = torch.randn(2, d, generator=generator, dtype=torch.float64)
-    kernel = NormalisedKernel(nn.RMSNorm(d1, eps / d1), nn.RMSNorm(d1, eps / d1)).double()  # torch's eps is of a mean
+    kernel = QueryKey(*(nn.RMSNorm(d1, eps / d1).double() for _ in range(2)))  # torch's eps is of a mean
     for norm in (kernel.q_norm, kernel.k_norm):
         norm.weight.data = torch.randn(d1, generator=generator, dtype=torch.float64)
     gammas = torch.diag(kernel.q_norm.weight.data * kernel.k_norm.weight.data)

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from stable_core.power_iteration import top_singular_vectors
+from stable_core.reference import attention_probabilities, entropy
 from stable_monitor import Monitor, attention_temperature
 from stable_monitor.records import read
-from tests.reference import attention_probabilities, entropy
 from tests.stable_monitor.models import batch, gpt, train
 
 

@@ -13,10 +13,10 @@ import transformers
 from torch import nn
 
 from stable_core import SigmaReparamConfig, sigma_layers, sigma_reparam
+from stable_core.reference import attention_probabilities, entropy
 from stable_core.sigma_reparam import SigmaReparam
 from stable_monitor import Monitor
 from stable_monitor.summary import gradient_norms
-from tests.reference import attention_probabilities, entropy
 from tests.stable_monitor.models import batch, gpt, train
 
 
@@ -149,7 +149,7 @@ def test_what_sigma_reparam_did_not_make_has_no_lag():
 def test_sigma_reparam_of_a_models_own_source_is_known():
     """As transformers loads it with trust_remote_code: other classes of the same code."""
     own = {}
-    for name in ("packing", "targets", "sigma_reparam"):
+    for name in ("layers", "targets", "sigma_reparam"):
         spec = importlib.util.find_spec(f"stable_core.{name}")
         own[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(own[name])

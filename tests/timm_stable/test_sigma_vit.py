@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
 import timm_stable  # noqa: F401  registers the models
@@ -78,21 +79,21 @@ def test_an_own_checkpoint_is_fine_tuned_with_a_new_head(num_classes, tmp_path):
         ({"depth": 4}, "Missing key.*blocks.3.attn.qkv"),
         ({"depth": 2}, "Unexpected key.*blocks.2.attn.qkv"),
         ({"embed_dim": 192, "num_heads": 3}, "size mismatch for blocks.0.attn.qkv.weight"),
-        ({"layer_norm": False}, "Unexpected key.*blocks.0.norm1.weight"),
+        ({"norm": "none"}, "Unexpected key.*blocks.0.norm1.weight"),
     ],
 )
 def test_checkpoints_of_other_models_are_refused(settings, message, tmp_path):
     stock = timm.create_model("vit_small_patch16_224", **SMALL)
-    own = small(layer_norm=True)
+    own = small(norm="layernorm")
     for other in (stock, own):
         given = overlay(other, tmp_path / "other.safetensors")
         with pytest.raises(RuntimeError, match=f"(?s){message}"):
-            small(**{"layer_norm": True, **settings}, pretrained=True, pretrained_cfg_overlay=given)
+            small(**{"norm": "layernorm", **settings}, pretrained=True, pretrained_cfg_overlay=given)
 
 
 @pytest.mark.parametrize("reparam", ["sigma", "spectral", "weight"])
 def test_from_the_meta_device_to_the_same_weights(reparam):
-    settings = {"reparam": reparam, "layer_norm": True}
+    settings = {"reparam": reparam, "norm": "layernorm"}
     model = small(**settings, device="meta").to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(torch.nan)
@@ -107,9 +108,14 @@ def test_from_the_meta_device_to_the_same_weights(reparam):
 
 
 def test_bad_settings():
-    for wrong in ("sgima", "none"):
-        with pytest.raises(ValueError, match=f"^reparam = '{wrong}': allowed are 'sigma', 'spectral', 'weight'$"):
-            small(reparam=wrong)
+    with pytest.raises(ValueError, match=r"^reparam = 'sgima': allowed are 'none', 'sigma'"):
+        small(reparam="sgima")
+    with pytest.raises(ValueError, match=r"weight_std = 0.1: reparam = 'none' and init"):
+        small(reparam="none", weight_std=0.1)
+    with pytest.raises(ValueError, match="residual = 'deepnorm': it says where the norm is"):
+        small(residual="deepnorm")
+    with pytest.raises(ValueError, match="attention = 'l2': a ParallelScalingBlock cannot do it"):
+        small(attention="l2", block_fn=ParallelScalingBlock)
     for field in ("weight_std", "patch_std"):
         with pytest.raises(ValueError, match=f"{field} = 0.0: allowed are positive numbers"):
             small(**{field: 0.0})

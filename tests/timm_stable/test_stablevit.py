@@ -29,13 +29,13 @@ def test_parameter_counts_are_the_papers(name, millions):
 
 def test_with_stock_settings_it_is_timms_vit():
     stock = timm.create_model("vit_small_patch16_224", **SMALL).eval()
-    ours = small(norm="layernorm", attention="dot", init="timm").eval()
+    ours = small(norm="layernorm", attention="dot", init="stock").eval()
     ours.load_state_dict(stock.state_dict())
     assert torch.equal(ours(IMAGES), stock(IMAGES))
     torch.manual_seed(0)
     stock = timm.create_model("vit_small_patch16_224", **SMALL)
     for a, b in zip(
-        small(norm="layernorm", attention="dot", init="timm").parameters(), stock.parameters(), strict=True
+        small(norm="layernorm", attention="dot", init="stock").parameters(), stock.parameters(), strict=True
     ):
         assert torch.equal(a, b)
 
@@ -92,7 +92,7 @@ def test_from_the_meta_device_to_the_same_weights():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attention": "stabel"}, "attention = 'stabel': allowed are 'stable', 'dot', 'qknorm', 'l2', 'l2_tied'"),
+        ({"attention": "stabel"}, "attention = 'stabel': allowed are 'dot', 'qknorm', 'stable', 'l2', 'l2_tied'"),
         ({"alpha": 0.7}, "alpha = 0.7: allowed are numbers from 0 to 0.5"),
     ],
 )

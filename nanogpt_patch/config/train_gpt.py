@@ -1,9 +1,10 @@
-# StableGPT-S, 124M parameters [ST, Table 2 and 3a]: nanoGPT's own settings for GPT-2, on 8 A100s of 40 GB.
-# torchrun --standalone --nproc_per_node=8 -m nanogpt_patch PATH/TO/nanoGPT/train.py config/train_stablegpt_small.py
+# StableGPT-S, 124M parameters [ST, Table 2 and 3a], on nanoGPT's own settings for GPT-2 and 8 A100s of 40 GB.
+# torchrun --standalone --nproc_per_node=8 -m nanogpt_patch PATH/TO/nanoGPT/train.py config/train_gpt.py
 # The paper: a validation loss of 2.827, and 2.819 with --learning_rate=1.2e-3 --min_lr=1.2e-4 (GPT-2: 2.848).
+# What follows it changes it: config/stock.py makes it GPT-2, config/medium.py, large.py and 200.py another size.
 
-out_dir = "out-stablegpt-small"
-wandb_run_name = "stablegpt-small"
+out_dir = "out-gpt"
+wandb_run_name = "gpt"
 
 norm = "stable"
 attention = "stable"

@@ -1,0 +1,246 @@
+"""QK-clip of a model in training: an update's largest attention logits are watched, and heads above the threshold clipped.
+
+The arithmetic is in stable_core/qk_clip.py; here is what sees the logits, and when.
+"""
+
+import logging
+import math
+from contextlib import ExitStack
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stable_core.layers import find_added_biases, find_projections
+from stable_core.qk_clip import check_attention, check_heads, clip_heads, weights_to_clip
+from stable_core.targets import FilterFn
+
+from .calls import AttentionCall, SoftmaxCall, padding
+from .compiled import is_compiled, probe_before_forward, unwrap
+from .interception import UNSEEN, Interception, without_wrappers
+from .optimizers import Optimizers, listed, short
+
+log = logging.getLogger("stable_monitor")
+VAIN = 2  # clips in a row after which a logit that stays far above the threshold is reported
+
+
+class QKClip:
+    """After an update, shrinks W_q and W_k of each head whose largest attention logit in it exceeded a threshold [Kimi K2].
+
+        clip = QKClip(model, threshold=100.0, optimizer=optimizer)  # that is all; or, without an optimizer:
+
+        loss.backward()
+        optimizer.step()
+        clip.step()
+
+    W_q is multiplied by (t / S)^alpha and W_k by (t / S)^(1 - alpha). S is the largest q.k, scaled and without what a
+    mask adds, over the forward passes in training mode since the last update: of all accumulated batches, and of all processes,
+    each of which must hold the same model and have a QKClip. (Where softmax is written out, learned tables of position, as
+    Swin's, count; ALiBi and T5's are refused there.) stable_core/qk_clip.py says how shared keys, latent attention, biases of
+    layers and σReparam are treated.
+
+    The model itself must be called, not a part of it. Nothing but the clipped weights changes, and there is nothing to save.
+    Logits are formed, in chunks, only in heads where lengths of queries and keys allow one above the threshold. A compiled
+    model cannot be looked into: it runs forward once more for each batch, eagerly and without gradient; set every to 10 there.
+    Where the optimizer steps copies of the weights (fp32 masters), what is clipped is overwritten; it is not for those.
+
+    Args:
+        model: what the training loop calls: plain, compiled, or wrapped for distribution.
+        threshold: t, in logits; 100 in Kimi K2.
+        alpha: the queries' part.
+        every: only the batches of every n-th update are watched, and clipped after it.
+        optimizer: after whose steps it clips by itself; of several (Muon and AdamW), in a list, after all of them stepped.
+        filter_fn: filter_fn(module, name) -> bool, which attention modules; by default all.
+
+    Raises:
+        ValueError: a setting that is not allowed; an attention that cannot be clipped, by name (QK-norm, unknown projections);
+            an optimizer that does not step a weight that would be clipped. In the first forward pass: an attention whose
+            logits are not q.k of its weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        threshold: float = 100.0,
+        alpha: float = 0.5,
+        every: int = 1,
+        *,
+        optimizer: Optimizers | None = None,
+        filter_fn: FilterFn = lambda module, name: True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model = {short(model)}: allowed are torch modules")
+        given: tuple[Any, Any] = threshold, alpha  # numpy has real numbers that are no floats
+        if not isinstance(given[0], Real) or not 0 < threshold < math.inf:
+            raise ValueError(f"threshold = {threshold!r}: allowed are positive numbers")
+        if not isinstance(given[1], Real) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha = {alpha!r}: allowed are numbers from 0 to 1")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every = {every!r}: allowed are whole numbers from 1")
+        if not callable(filter_fn):
+            raise ValueError(f"filter_fn = {filter_fn!r}: allowed are functions filter_fn(module, name) -> bool")
+        self.threshold, self.alpha, self.every, self.updates = float(threshold), float(alpha), every, 0
+        self._called, self._model, self._filter = model, unwrap(model), filter_fn
+        self._sites = {
+            name: module
+            for path, module in self._model.named_modules()
+            if find_projections(module) and filter_fn(module, name := without_wrappers(path))
+        }
+        for name, module in self._sites.items():
+            check_attention(name, module)
+        self._interception = Interception(self._model, self._see, order=1)
+        self._armed = ExitStack()
+        self._handles: list[RemovableHandle] = []
+        self._warned: set[str] = set()
+        self._vain: dict[str, tuple[float, int]] = {}  # by layer, its largest logit and how often it had not fallen
+        self._closed = False
+        self._watched_by: Any = None  # hooks, or a probe
+        self._fit: set[str] = set()  # layers whose logits are known to be q.k of their weights
+        if optimizer is not None:
+            self._follow(listed(optimizer))
+        self._prepare()
+
+    def step(self) -> dict[str, list[float]]:
+        """Counts one update and clips. Returns, by layer, the largest logit of each head where one exceeded the threshold;
+        heads that were not looked at have -inf."""
+        clipped: dict[str, list[float]] = {}
+        if self._watched_by is not None:
+            for name, S in self._over_ranks(self._largest).items():
+                if any(self.threshold < s < math.inf for s in S.tolist()):
+                    clip_heads(self._sites[name], S, self.threshold, self.alpha)
+                    clipped[name] = S.tolist()
+            if not self._seen:
+                self._warn(f"{UNSEEN}. QKClip must be given what the loop calls, in training mode")
+            self._look_for_vain(clipped)
+        self.updates += 1
+        self._prepare()
+        return clipped
+
+    def close(self) -> None:
+        """Ends it: takes the hooks out of the model and the optimizer."""
+        self._closed = True
+        self._prepare()
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> "QKClip":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _prepare(self) -> None:
+        """Makes ready for the next update."""
+        self._largest: dict[str, Tensor] = {}  # by layer, of each head
+        self._seen, before, self._watched_by = False, self._watched_by, None
+        if not self._closed and (self.updates + 1) % self.every == 0:
+            self._watched_by = "probe" if is_compiled(self._called) else "hooks"
+        if self._watched_by == before:
+            return
+        self._armed.close()
+        if self._watched_by == "probe":
+            probe = probe_before_forward(self._called, self._model, self._interception, self._failed, every_call=True)
+            self._armed.enter_context(probe)
+        elif self._watched_by == "hooks":
+            self._interception.start_with_training()
+            self._armed.callback(self._interception.stop)
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, ValueError):
+            raise error
+        self._warn(f"the compiled model was not seen: {type(error).__name__}: {error}")
+
+    @torch.no_grad()
+    def _see(self, call: AttentionCall) -> AttentionCall:
+        name, module = call.site.name, call.site.module
+        # Activation checkpointing computes again in the backward pass what was seen before.
+        if not self._model.training or torch._C._current_graph_task_id() != -1:
+            return call
+        self._seen = True
+        if self._sites.get(name) is not module:
+            if self._filter(module, name):
+                check_attention(name, module)
+                raise ValueError(
+                    f"{name}: its weights were not there when QKClip was made; make it after the model is complete, and shard "
+                    "with fully_shard, as FSDP1 keeps them flat"
+                )
+            return call
+        if not weights_to_clip(module):
+            return call
+        rows = call.largest_logits(above=self.threshold)
+        largest = rows.amax((0, 2))
+        if name not in self._fit:
+            check_heads(name, module, len(largest), call.head_dim)
+            added = find_added_biases(module, call.site.arguments()) if isinstance(call, SoftmaxCall) else []
+            if added:
+                raise ValueError(
+                    f"{name}: it adds a bias ({', '.join(added)}) to its logits, which is not told from q.k where softmax is "
+                    "written out; use scaled_dot_product_attention (attn_implementation='sdpa'), or leave it out with filter_fn"
+                )
+            self._fit.add(name)
+        if (largest > self.threshold).any() and (unseen := padding(call, call.hidden())) is not None:
+            largest = rows.masked_fill(unseen, -math.inf).amax((0, 2))
+        largest = largest.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        self._largest[name] = torch.maximum(self._largest.get(name, largest), largest)
+        return call
+
+    def _over_ranks(self, largest: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The maxima over all processes, some of which may not have used a layer."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return largest
+        device = next(self._model.parameters()).device
+        heads = torch.tensor([len(largest.get(name, ())) for name in self._sites], device=device)
+        dist.all_reduce(heads, op=dist.ReduceOp.MAX)
+        sizes = heads.tolist()
+        nothing = [torch.full((size,), -math.inf, device=device) for size in sizes]
+        every = torch.cat([largest.get(name, none) for name, none in zip(self._sites, nothing, strict=True)])
+        dist.all_reduce(every, op=dist.ReduceOp.MAX)
+        return {name: S for name, S in zip(self._sites, every.split(sizes), strict=True) if len(S)}
+
+    def _follow(self, optimizers: list[Any]) -> None:
+        """Has every step of all of these be one of its own."""
+        stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name, module in self._sites.items():
+            if any(id(W) not in stepped for W in weights_to_clip(module)):
+                raise ValueError(
+                    f"optimizer = {short(optimizers)}: it does not step {name}'s queries and keys themselves; give all "
+                    "optimizers in a list, and build them after sigma_reparam and fully_shard"
+                )
+        waiting: set[int] = set()
+
+        def after(optimizer: Any, args: Any, kwargs: Any) -> None:
+            waiting.discard(id(optimizer))
+            if not waiting:
+                self.step()
+                waiting.update(map(id, optimizers))
+
+        waiting.update(map(id, optimizers))
+        for optimizer in optimizers:
+            try:
+                self._handles.append(optimizer.register_step_post_hook(after))
+            except AttributeError as error:
+                raise ValueError(
+                    f"optimizer = {short(optimizer)}: it takes no hook ({error}); give the one inside it, or call step yourself"
+                ) from None
+
+    def _look_for_vain(self, clipped: dict[str, list[float]]) -> None:
+        """Warns where logits far above the threshold do not fall though they were clipped."""
+        now = {name: max(S) for name, S in clipped.items() if max(S) > 1.5 * self.threshold}
+        before, self._vain = self._vain, {}
+        for name, S in now.items():
+            last, times = before.get(name, (0.0, 0))
+            self._vain[name] = S, times + 1 if S > 0.9 * last > 0 else 0
+            if self._vain[name][1] == VAIN:
+                self._warn(
+                    f"{name}: its largest logit does not fall though it is clipped: something between the "
+                    "projections and softmax undoes it (a norm, a bias, another scale); leave it out with filter_fn"
+                )
+
+    def _warn(self, message: str) -> None:
+        """Once for each message."""
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning("%s", message)
