@@ -174,7 +174,7 @@ class SigmaReparam(HasLayout):
 
     def scaled_weights(self, originals: list[Tensor]) -> list[Tensor]:
         """W_hat of every weight, shaped as its layer has it."""
-        # Under autocast W_hat is rounded here: the layer, which else does it, takes longer and keeps W_hat in fp32 for backward.
+        # Under autocast W_hat is rounded here: the layer, which else does it, takes longer, and keeps fp32 for backward.
         dtype = originals[0].dtype
         if dtype == torch.float32:
             dtype = autocast_dtype(originals[0]) or dtype
