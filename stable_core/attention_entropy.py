@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .theory import entropy_lower_bound
 
-MASKED = -1e4  # and below: how additive masks write "never" (-inf, finfo.min, fairseq's and BERT's -10000)
-# Logits held at a time: 4 MiB, which fits a CPU's cache and is as fast there as the fused kernel; elsewhere 256 MiB.
+# From here down, a value of an additive mask means that the key takes no part: models write -inf, finfo.min or -10000.
+MASKED = -1e4
+# How many logits are formed at a time. On a CPU they take 4 MiB, which fits its cache and is as fast as the fused kernel;
+# elsewhere 256 MiB.
 CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 26
 # The identity subtracts numbers as large as the logits: beyond this its fp32 rounding comes near 1e-3 nats.
 LARGEST_LOGIT = 500.0
@@ -44,7 +46,7 @@ class AttentionStatistics(NamedTuple):
 
 
 def _in_full_precision(function: Callable[Given, Found]) -> Callable[Given, Found]:
-    """Without gradient, and in the precision it says, whatever autocast says."""
+    """Makes a function run without gradients and without autocast, which would lower its precision."""
 
     @functools.wraps(function)
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Found:
@@ -144,7 +146,7 @@ def logit_statistics(logits: Tensor) -> AttentionStatistics:
 
 
 def _in_chunks(chunks: Iterator[tuple[Index, Tensor]], shape: torch.Size, device: torch.device) -> AttentionStatistics:
-    # Into one tensor from the start: results left lying between freed chunks would break up the heap.
+    # All results go into one tensor that is there from the start: left lying between freed chunks they would break up the heap.
     whole = AttentionStatistics(*torch.empty(4, *shape, device=device))
     for index, logits in chunks:
         for to, part in zip(whole, _row_statistics(logits), strict=True):

@@ -61,7 +61,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _W_hats(found: list[tuple[str, Any, str]]) -> list[Tensor]:
-    """In the layers' own precision, whatever autocast says, and as in evaluation, where an average has its own sigma."""
+    """Each W_hat, in its layer's precision whatever autocast says, and as in evaluation, where an average has its own sigma."""
     keepers = [module.parametrizations[tensor][0] for _, module, tensor in found]
     keepers = [keeper.leader() if hasattr(keeper, "leader") else keeper for keeper in keepers]
     modes = [keeper.training for keeper in keepers]

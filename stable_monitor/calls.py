@@ -119,8 +119,10 @@ class SoftmaxCall:
         return self.logits.shape[-2], self.logits.shape[-1]
 
     def at_temperature(self, tau: float) -> "SoftmaxCall":
-        """The call with its logits divided by tau; a mask that wrote finfo.min must not become -inf, which is NaN in a
-        row of nothing else."""
+        """The call with its logits divided by tau.
+
+        Where a mask wrote finfo.min they must not become -inf, of which a row of nothing else would be NaN.
+        """
         return replace(self, logits=(self.logits / tau).clamp(min=torch.finfo(self.logits.dtype).min))
 
     def statistics(self) -> AttentionStatistics:
@@ -144,16 +146,17 @@ class SoftmaxCall:
         return with_heads(logits, heads, head_dims(heads, logits))
 
     def _never(self, logits: Tensor) -> Tensor:
-        """What only a mask makes so low, also in rows that have nothing else; masks are at times scaled with the logits."""
+        """Where a logit is so low that a mask must have made it, be it half of finfo.min: some models scale masks, too."""
         return logits <= max(torch.finfo(logits.dtype).min / 2, -1e8)
 
 
 def head_dims(heads: int | None, x: Tensor, *others: Tensor) -> tuple[int, ...]:
-    """Which dimensions of q or of logits (..., m, n) are the heads', where their number is known; () if they are in the batch.
+    """Which dimensions of x, that is q or logits (..., m, n), are the heads'; () if heads are folded into the batch.
 
-    The second of four, as is usual; else one of that size, or two side by side that make it together (key heads, and the
-    queries of each). Where several are of that size, as windows may be, it is the one whose steps through memory are shortest,
-    in x or in others of that layout: heads lie within a token, and tokens, windows and batches around that.
+    Usually it is the second of four. Else it is one as large as the number of heads, if that is known, or two side by side
+    whose product is (key heads, and the queries of each). Where several are as large, as windows of an image may be, it is the
+    one with the shortest stride in x, or in others of its layout: heads lie within a token, and tokens, windows and batches
+    around that.
     """
     before = x.shape[:-2]
     last = len(before) - 1
@@ -231,5 +234,5 @@ def has_other_source(module: nn.Module, args: tuple, kwargs: dict) -> bool:
         )
     if not isinstance(query, Tensor) or not isinstance(key, Tensor) or key.ndim != query.ndim:
         return False
-    # Not by identity alone: a wrapper may have cast each by itself.
+    # Not by identity alone: where they are one tensor, a wrapper may have cast each by itself, into two.
     return key is not query and (key.shape != query.shape or not torch.equal(key, query))

@@ -73,7 +73,7 @@ class Interception:
             self._enter(model, args, kwargs)  # its own new hook comes too late for this call
 
     def _undo(self, error: BaseException) -> None:
-        """As it was before the forward pass that ended so, also where torch called no hook."""
+        """Puts things back as they were before a forward pass that ended in an error, even one at which torch calls no hook."""
         _thread.remove(self)
         if self._waits:
             self.stop()
@@ -104,10 +104,10 @@ class Interception:
         _thread.remove(self)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # Compiled code does without, as it could not be seen anyway.
+        # Compiled code is left as it is: attention could not be seen in it anyway.
         if not torch.compiler.is_compiling() and module in self._names:
             if module is self._model:
-                _thread.remove(self)  # what a forward pass of a part left that was broken off, as in a backward pass
+                _thread.remove(self)  # what an interrupted forward pass of a part of it left
             _thread.push(self, module, args, kwargs)
 
     def site(self, stack: list[tuple[nn.Module, tuple, dict]], depth: int) -> Site:
@@ -124,16 +124,19 @@ class Interception:
 
 
 class _Thread(threading.local):
-    """Which modules are being run, by interception. Backward passes that recompute activations have threads of their own."""
+    """For each interception, the modules that are running in this thread, outermost first.
+
+    Backward passes, which recompute activations, run in threads of their own.
+    """
 
     def __init__(self) -> None:
         self.running: dict[Interception, list[tuple[nn.Module, tuple, dict]]] = {}
         self.mode: _Mode | None = None
-        self.handling = False  # a call, without the mode, which is on again afterwards
+        self.handling = False  # a call, during which torch has taken the mode off
 
     def push(self, interception: Interception, *entry: Any) -> None:
         if self.mode is not None and not self.handling and self.mode not in _get_current_function_mode_stack():
-            self.running.clear()  # a backward pass was broken off, at which torch puts modes back as they were before
+            self.running.clear()  # a backward pass was interrupted, and torch has put modes back as they were before
             self.mode = None
         self.running.setdefault(interception, []).append(entry)
         if self.mode is None:
@@ -141,7 +144,7 @@ class _Thread(threading.local):
             self.mode.__enter__()
 
     def pop(self, interception: Interception, module: nn.Module) -> None:
-        """With what it called and what was broken off; a module that another's hook kept from running is not there."""
+        """Takes a module off, with what it called and left by an error; one that another's hook kept from running is not on."""
         stack = self.running.get(interception, [])
         depth = next((i for i in reversed(range(len(stack))) if stack[i][0] is module), None)
         if depth is not None:
@@ -182,7 +185,7 @@ class _Mode(TorchFunctionMode):
 
 @functools.cache
 def _open_multi_head_attention() -> Callable:
-    """`F.multi_head_attention_forward` that does not ask for modes, which would show it whole, but whose calls are seen."""
+    """A copy of `F.multi_head_attention_forward` that does not hand itself to the mode, which then sees the calls inside it."""
     whole = F.multi_head_attention_forward
     names = {**whole.__globals__, "has_torch_function": lambda tensors: False}
     return types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)

@@ -108,7 +108,7 @@ class Monitor:
         self._on_alarm, self._writers = on_alarm, writers
         self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(self._all_here), False
         self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-        # After what changes the call.
+        # Its order is late, so that it sees calls as other interceptions changed them.
         self._interception = Interception(
             self._model, self._see, order=1, finished=self._end_of_forward, failed=self._forget
         )
@@ -203,12 +203,12 @@ class Monitor:
 
     def _all_here(self) -> bool:
         """Whether all processes may be asked to take part in something."""
-        if self._processes > 1 and self._ranks is None:  # cut up since
+        if self._processes > 1 and self._ranks is None:  # it was sharded since the monitor was made
             self._ranks = Ranks()
         return self._ranks is None or self._ranks.all_here()
 
     def _may_run_alone(self) -> bool:
-        """Whether a forward pass of the model on those processes that have a monitor hangs none of them."""
+        """Whether those processes that have a monitor can run the model forward, without waiting for the others for ever."""
         together = self._is_cut_up() or any(isinstance(m, nn.SyncBatchNorm) for m in self._model.modules())
         if self._processes == 1 or not together or self._all_here():
             return True
@@ -224,7 +224,9 @@ class Monitor:
     def _see(self, call: Call) -> Call:
         site = call.site
         if self._model.training and site.name not in self._seen:
-            with self._warning(site.name):  # sigma first: all processes that take part in it do, whatever happens then
+            with self._warning(
+                site.name
+            ):  # sigma first: it may need all processes, and what comes then may fail on one
                 norms = self._sigma.measure(site.name, site.module, site.parent)
                 self._seen[site.name] = *by_head(call), norms
                 self._modules[site.name] = site.module
