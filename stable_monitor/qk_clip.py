@@ -228,9 +228,11 @@ class QKClip:
 
     def _look_for_vain(self, clipped: dict[str, list[float]]) -> None:
         """Warns where logits far above the threshold do not fall though they were clipped."""
-        now = {name: max(S) for name, S in clipped.items() if max(S) > 1.5 * self.threshold}
+        now = {name: max(s for s in S if s < math.inf) for name, S in clipped.items()}
         before, self._vain = self._vain, {}
         for name, S in now.items():
+            if S <= 1.5 * self.threshold:
+                continue
             last, times = before.get(name, (0.0, 0))
             self._vain[name] = S, times + 1 if S > 0.9 * last > 0 else 0
             if self._vain[name][1] == VAIN:
