@@ -11,6 +11,7 @@ import runpy
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 
 from stable_core.options import renamed
 from stable_core.registry import import_methods
-from stable_monitor import Monitor
+from stable_monitor import Monitor, QKClip
 
 from .model import GPT, SETTINGS, STOCK, GPTConfig
 
@@ -27,6 +28,7 @@ CONFIGS = Path(__file__).parent / "config"
 LAUNCHER = {  # settings of the launcher itself
     "monitor_every": 0,  # updates from one record of the attention entropy to the next, in out_dir; 0 for none
     "extra_seed": 0,  # added to every seed that the script sets: train.py's is always 1337
+    "qk_clip": 0.0,  # threshold of QK-clip, after every update but the first; 0 for none
     "methods": "",  # modules to import first, which register methods of their own (stable_core.registry)
 }
 USAGE = "usage: python -m nanogpt_patch PATH/TO/nanoGPT/{train,sample,bench}.py [CONFIG] [--name=value ...]"
@@ -90,6 +92,9 @@ def check(argv: list[str]) -> tuple[Path, list[str]]:
     every = chosen.get("monitor_every", 0)
     if every is not UNKNOWN and every < 0:
         raise ValueError(f"monitor_every = {every!r}: allowed are whole numbers from 0, which is for none")
+    clip = chosen.get("qk_clip", 0.0)
+    if clip is not UNKNOWN and not clip >= 0:
+        raise ValueError(f"qk_clip = {clip!r}: allowed are positive numbers, and 0, which is for none")
     if str(chosen.get("init_from")).startswith("gpt2"):
         for name, stock in STOCK.items():
             if ours.get(name, stock) != stock:
@@ -142,8 +147,11 @@ class _MonitoredGPT(GPT):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:
-        model = super().from_pretrained(*args, **kwargs)
-        _variables().setdefault("model_args", {}).update(STOCK)
+        model, variables = super().from_pretrained(*args, **kwargs), _variables()
+        model.config = replace(
+            model.config, z_loss=variables["z_loss"]
+        )  # the only one of ours that OpenAI's weights may have
+        variables.setdefault("model_args", {}).update(STOCK, z_loss=variables["z_loss"])
         return model
 
     def crop_block_size(self, block_size: int) -> None:
@@ -153,6 +161,8 @@ class _MonitoredGPT(GPT):
     def configure_optimizers(self, *args, **kwargs) -> Optimizer:
         optimizer, variables = super().configure_optimizers(*args, **kwargs), _variables()
         every, watching, validated = variables["monitor_every"], [], [None]
+        if variables["qk_clip"]:
+            _clip_from_the_second_update(optimizer, variables)
         if every:
 
             def before(*_) -> None:
@@ -180,6 +190,16 @@ class _MonitoredGPT(GPT):
             optimizer.register_step_pre_hook(before)
             optimizer.register_step_post_hook(after)
         return optimizer
+
+
+def _clip_from_the_second_update(optimizer: Optimizer, variables: dict) -> None:
+    """Only after the first one is the variable `model` what the loop calls, compiled and wrapped for DDP."""
+
+    def begin(*_) -> None:
+        handle.remove()
+        QKClip(variables["model"], variables["qk_clip"], optimizer=optimizer)
+
+    handle = optimizer.register_step_post_hook(begin)
 
 
 UNKNOWN = object()  # a value that is computed

@@ -19,6 +19,7 @@ from stable_core.norms import build_norm
 from stable_core.options import NAMES, Options
 from stable_core.reparams import reparametrise
 from stable_core.residuals import build_residuals, scale_branches_
+from stable_core.z_loss import check_coefficient, z_loss
 
 STOCK = {"norm": "layernorm", "attention": "dot", "init": "stock", "residual": "pre-ln", "reparam": "none"}
 
@@ -32,6 +33,7 @@ class GPTConfig(Options):
         init: "stock" is GPT-2's, N(0, 0.02^2), smaller into the residual stream; with a `reparam`, at other widths than
             GPT-2's, what has the spectral norm that 0.02 has there (`stable_core.init_std`).
         reparam: of every Linear layer of the blocks.
+        z_loss: coefficient of log(Z)^2 of the output softmax in the loss that is trained on (`stable_core.z_loss`); 0 is none.
     """
 
     block_size: int = 1024
@@ -44,6 +46,7 @@ class GPTConfig(Options):
     norm: str = field(default="stable", kw_only=True)
     attention: str = field(default="stable", kw_only=True)
     init: str = field(default="stable", kw_only=True)
+    z_loss: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,12 +55,13 @@ class GPTConfig(Options):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: allowed are whole numbers from 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head = {self.n_head}: allowed are divisors of n_embd = {self.n_embd}")
+        check_coefficient(self.z_loss, "z_loss")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout!r}: allowed are numbers from 0 to below 1")
 
 
 SETTINGS = {
-    option.name: option.default for option in fields(GPTConfig) if option.name in NAMES
+    option.name: option.default for option in fields(GPTConfig) if option.name in (*NAMES, "z_loss")
 }  # upstream has none of them
 
 
@@ -160,6 +164,8 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The logits and, with targets (-1 is left out), their mean loss in nats; without, the last position's logits only.
 
+        The loss has z-loss in it while training.
+
         Raises:
             ValueError: a sequence longer than block_size.
         """
@@ -174,7 +180,10 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
         logits = self.lm_head(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        if self.training and self.config.z_loss:
+            loss = loss + z_loss(logits, self.config.z_loss, targets != -1)
+        return logits, loss
 
     def crop_block_size(self, block_size: int) -> None:
         """Keeps the first `block_size` positions. tau stays what it was: tau_scale grows by what log2(block_size) loses.

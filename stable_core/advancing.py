@@ -1,7 +1,9 @@
-"""u of σReparam advances after each step (Algorithm 1): by hooks of every torch optimizer, and by hand.
+"""When u of σReparam advances: one power iteration after each step of an optimizer [σ, Algorithm 1].
 
-At least once for each change of a weight. Of optimizers inside of one another (SAM, Lookahead, ZeRO's), and of a step that
-calls `super().step()`, the outermost advances it, on all ranks alike. What no step announces, watching.py finds.
+Hooks on every torch optimizer do it for the weights that a step may have changed, so that u advances at least once for each
+change of a weight; `advance` does it by hand. Where one step is made inside of another (SAM, Lookahead, ZeRO's optimizers, a
+step that calls `super().step()`), only the end of the outermost counts, so that all ranks do the same. A weight that changes
+without a step is noticed in the forward pass (watching.py).
 """
 
 import functools
@@ -45,8 +47,8 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: 
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    # Neither gradients nor version counters tell what changed: some optimizers clear the ones, others (fairseq's Adam) write to
-    # `.data`, which the others do not see.
+    # All of an optimizer's weights count as changed, because nothing tells which ones did: some optimizers clear gradients, and
+    # others (fairseq's Adam) write to `.data`, which version counters do not see.
     changed: dict[SigmaReparam, None] = {}
     around: set[int] = set()
     for outer in _steps_around():
@@ -59,11 +61,11 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
 
 
 def _steps_around() -> Iterator[torch.optim.Optimizer]:
-    """The optimizers whose steps the one that ends now is inside of.
+    """The optimizers in whose steps the step that ends now was made.
 
-    They are on the call stack, where a step that raised is no more. A list of what has begun would have to guess that.
+    They are read off the call stack. A list of the steps that have begun would also hold those that ended in an error.
     """
-    frame: FrameType | None = sys._getframe(2)  # behind this function's and the hook's, that of the step itself
+    frame: FrameType | None = sys._getframe(2)  # the step's own frame, after this function's and the hook's
     while frame and (frame := frame.f_back):
         if frame.f_code is _STEP:
             yield frame.f_locals["self"]
@@ -82,11 +84,12 @@ def _followed(weights: Iterable[Tensor]) -> "Iterator[SigmaReparam]":
                 yield parametrization
 
 
-def _rests(group: dict) -> bool:
-    """Whether its learning rate is 0.
+def _rests(group: dict[str, Any]) -> bool:
+    """Whether the group's learning rate is 0, so that its step may have changed nothing.
 
-    So it is in a schedule, in a wrapper whose inner optimizer has the true one, and where torch fills a new optimizer's
-    state to load or save it, after the model may have been loaded: there u must stay as it was loaded.
+    That is so at points of a schedule; in a wrapper whose inner optimizer has the true rate; and in the step that torch makes
+    to fill a new optimizer's state before it loads or saves it. The model may have been loaded by then, and u must stay as
+    it was loaded.
     """
     lr = group.get("lr")
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
@@ -96,7 +99,7 @@ def _rests(group: dict) -> bool:
 
 @torch.no_grad()
 def _images(parametrization: "SigmaReparam") -> list[Tensor]:
-    """W^T u on this process, which differs where W does."""
+    """W^T u of each block, from the parts of W on this process. It tells whether W changed."""
     return [iterate.Wt_u() for iterate in parametrization.iterates()[0]]
 
 
@@ -125,7 +128,7 @@ def advance(parameters: Iterable[Tensor]) -> None:
 
 def _advance(parametrizations: "Iterable[SigmaReparam]") -> None:
     fused, together = defaultdict(list), defaultdict(list)
-    # In the order of the parameters, which is the same on every rank: sharded weights need collectives.
+    # In the order of the parameters, which is the same on every rank, as sharded weights are summed over the ranks.
     for parametrization in parametrizations:
         parametrization.together.drop()
         n, W = parametrization.config.n_power_iterations, parametrization.lone_weight()

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .theory import entropy_lower_bound
 
-MASKED = -1e4  # and below: how additive masks write "never" (-inf, finfo.min, fairseq's and BERT's -10000)
-# Logits held at a time: 4 MiB, which fits a CPU's cache and is as fast there as the fused kernel; elsewhere 256 MiB.
+# From here down, a value of an additive mask means that the key takes no part: models write -inf, finfo.min or -10000.
+MASKED = -1e4
+# How many logits are formed at a time. On a CPU they take 4 MiB, which fits its cache and is as fast as the fused kernel;
+# elsewhere 256 MiB.
 CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 26
 # The identity subtracts numbers as large as the logits: beyond this its fp32 rounding comes near 1e-3 nats.
 LARGEST_LOGIT = 500.0
@@ -44,7 +46,7 @@ class AttentionStatistics(NamedTuple):
 
 
 def _in_full_precision(function: Callable[Given, Found]) -> Callable[Given, Found]:
-    """Without gradient, and in the precision it says, whatever autocast says."""
+    """Makes a function run without gradients and without autocast, which would lower its precision."""
 
     @functools.wraps(function)
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Found:
@@ -112,13 +114,14 @@ def largest_logits(
     """max_j a_ij of every query, (batch, heads, queries), exact, and -inf for a query without a key.
 
     Heads in which no logit can exceed `above`, as |q| |k| does not, are not looked at: they are -inf as a whole. The others'
-    logits are formed and forgotten in chunks. (A fused kernel's logsumexp exceeds the maximum by up to log(keys): a closer
-    bound, but on a CPU the kernel takes longer than the exact maximum does, benchmarks/qk_clip.py.)
+    logits are formed and forgotten in chunks. (The logsumexp that torch's fused CPU kernel returns is a closer bound, at most
+    log(keys) above the maximum, but it takes most of the time that the exact maximum takes, and the lengths next to none:
+    benchmarks/qk_clip.py.)
 
     Arguments as for `attention_entropy`.
     """
     mask = _check(q, k, attn_mask)
-    lengths = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax((0, 2)) for x in (q, k)]
+    lengths = [torch.linalg.vector_norm(x.float(), dim=-1).amax((0, 2)) for x in (q, k)]
     group = q.shape[1] // k.shape[1]
     bound = abs(scale) * lengths[0] * lengths[1].repeat_interleave(group)
     if mask is not None:
@@ -144,7 +147,7 @@ def logit_statistics(logits: Tensor) -> AttentionStatistics:
 
 
 def _in_chunks(chunks: Iterator[tuple[Index, Tensor]], shape: torch.Size, device: torch.device) -> AttentionStatistics:
-    # Into one tensor from the start: results left lying between freed chunks would break up the heap.
+    # All results go into one tensor that is there from the start: left lying between freed chunks they would break up the heap.
     whole = AttentionStatistics(*torch.empty(4, *shape, device=device))
     for index, logits in chunks:
         for to, part in zip(whole, _row_statistics(logits), strict=True):

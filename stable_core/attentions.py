@@ -5,7 +5,7 @@ Source: "Stable-Transformer: Towards a Stable Transformer Training" (ICLR 2025 s
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,13 @@ class QueryKey(NamedTuple):
 
 
 def build_attention(
-    head_dim: int, options, sequence_length: int, *, eps: float = 1e-5, device=None, dtype=None
+    head_dim: int,
+    options: Any,
+    sequence_length: int,
+    *,
+    eps: float = 1e-5,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> QueryKey:
     """What options.attention names, for heads of width head_dim.
 
@@ -49,27 +55,27 @@ def build_attention(
 
 
 @register_attention("dot", "q . k / sqrt(d1)")
-def _dot(head_dim, options, **_):
+def _dot(head_dim: int, options: Any, **_: Any) -> QueryKey:
     return QueryKey(nn.Identity(), nn.Identity())
 
 
 @register_attention("qknorm", "RMSNorm of q and k: |logit| <= sqrt(d1) while gamma = 1 [ST, Theorem 3]")
-def _qknorm(head_dim, options, *, sequence_length, eps, device, dtype):
-    return QueryKey(*(nn.RMSNorm(head_dim, eps, device=device, dtype=dtype) for _ in range(2)))
+def _qknorm(head_dim: int, options: Any, *, sequence_length: int, eps: float, **made: Any) -> QueryKey:
+    return QueryKey(nn.RMSNorm(head_dim, eps, **made), nn.RMSNorm(head_dim, eps, **made))
 
 
 @register_attention("stable", "StableAtten, tau SN(q) . SN(k) / d1^(2 alpha) [ST, eq. 3]")
-def _stable(head_dim, options, *, sequence_length, eps, device, dtype):
-    return QueryKey(*stable_qk_norms(head_dim, sequence_length, options.alpha, options.tau_scale, eps, device, dtype))
+def _stable(head_dim: int, options: Any, *, sequence_length: int, eps: float, **made: Any) -> QueryKey:
+    return QueryKey(*stable_qk_norms(head_dim, sequence_length, options.alpha, options.tau_scale, eps, **made))
 
 
 @register_attention("l2", "-|q - k|^2 / sqrt(d1) [ST, App. N; Kim et al., 2021]")
-def _l2(head_dim, options, **_):
+def _l2(head_dim: int, options: Any, **_: Any) -> QueryKey:
     return QueryKey(nn.Identity(), nn.Identity(), l2_features)
 
 
 @register_attention("l2_tied", "the same with Wk = Wq, Lipschitz continuous; the weights of k are there and unused")
-def _l2_tied(head_dim, options, **_):
+def _l2_tied(head_dim: int, options: Any, **_: Any) -> QueryKey:
     return QueryKey(nn.Identity(), nn.Identity(), l2_features, tied=True)
 
 
@@ -90,8 +96,8 @@ def stable_qk_norms(
     alpha: float,
     tau_scale: float = 1.0,
     eps: float = 1e-5,
-    device=None,
-    dtype=None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[StableNorm, StableNorm]:
     """The norms of q and k that make dot-product attention StableAtten: softmax(tau * SN(q) SN(k)^T / d1^(2 alpha)) v,
     tau = 1.618 log2(N) [ST, eq. 3].
@@ -107,7 +113,7 @@ def stable_qk_norms(
     if not tau_scale > 0:
         raise ValueError(f"tau_scale = {tau_scale!r}: allowed are positive numbers")
     scale = tau_scale * stable_tau(sequence_length) * head_dim ** (0.5 - 2 * alpha)
-    made = {"device": device, "dtype": dtype}
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
     return StableNorm(head_dim, alpha, eps, scale, **made), StableNorm(head_dim, alpha, eps, **made)
 
 

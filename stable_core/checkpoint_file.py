@@ -27,7 +27,7 @@ def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def what_is_wrong(error: Exception) -> str:
-    """In half a line, where the advice that comes with an error of `torch.load` fills ten."""
+    """An error of `torch.load` in half a line; its own text has ten lines of advice."""
     name = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and name:
         return f"holds {name[1]}, allowed are tensors, numbers, strings and collections of them"

@@ -30,7 +30,7 @@ def fold_checkpoint(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[st
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `read_checkpoint` does; where it refuses a class, with what to do instead."""
+    """Like `read_checkpoint`; where that refuses the class of an object, the error also says what to do instead."""
     try:
         return read_checkpoint(path)
     except ValueError as error:

@@ -1,5 +1,7 @@
 """The first weights of Linear and Conv layers, by name."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from .targets import layers
 
 
 @torch.no_grad()
-def init_(module_or_weight: nn.Module | Tensor, options) -> None:
+def init_(module_or_weight: nn.Module | Tensor, options: Any) -> None:
     """Draws the weights of a module's layers, or one weight (out, in, ...), in place, as options.init says.
 
     "stock" leaves them as the stack drew them. A convolution's kernel counts as inputs. The biases of a module's layers
@@ -30,15 +32,15 @@ def init_(module_or_weight: nn.Module | Tensor, options) -> None:
 
 
 @register_init("stock", "the stack's own")
-def _stock(weight):
+def _stock(weight: Tensor) -> None:
     pass
 
 
 @register_init("stable", "StableInit, N(0, (1 / (sqrt(in) + sqrt(out)))^2) [ST, eq. 1]")
-def _stable(weight):
+def _stable(weight: Tensor) -> None:
     stable_init_(weight)
 
 
 @register_init("xavier", "N(0, 2 / (in + out)) [Glorot and Bengio, 2010]")
-def _xavier(weight):
+def _xavier(weight: Tensor) -> None:
     nn.init.xavier_normal_(weight)

@@ -1,6 +1,6 @@
-"""What is to be undone where a forward pass ends in an error of any kind.
+"""Undoes what was begun for a forward pass, where that ends in an error of any kind.
 
-torch calls no hook at Ctrl-C and the like, which are no `Exception`, not even one with always_call.
+A forward hook with always_call=True is not enough: torch does not call it for Ctrl-C and the like, which are no `Exception`.
 """
 
 import sys
@@ -14,8 +14,10 @@ Undo = Callable[[BaseException], None]
 
 
 class _Guarded:
-    """What torch calls in place of a module's `_call_impl`. It is kept where `model.compile()` keeps the compiled one, and so
-    in no copy of the module and no pickle."""
+    """What torch calls for a model in place of its `_call_impl`.
+
+    It is put where `model.compile()` puts the compiled call, an attribute that torch leaves out of copies and pickles.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.compiled = model, model._compiled_call_impl
@@ -24,7 +26,7 @@ class _Guarded:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.model._call_impl(*args, **kwargs)
-        # A replica of nn.DataParallel has this object too; its caller is `_wrapped_call_impl(self, ...)`.
+        # Replicas of nn.DataParallel share this object; which module is called stands in its caller, `_wrapped_call_impl`.
         module = sys._getframe(1).f_locals.get("self", self.model)
         if module is not self.model:
             return module._call_impl(*args, **kwargs)

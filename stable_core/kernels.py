@@ -24,7 +24,13 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """What a program reads at a time, how many warps it has, and how many strips one below the other make a matrix at most."""
+    """How a program of a kernel reads a matrix.
+
+    Attributes:
+        rows, columns: of the tile that it reads at a time.
+        warps: how many it has.
+        down: a matrix is cut into at most so many strips of tiles, one below the other.
+    """
 
     rows: int = 16
     columns: int = 256
@@ -59,7 +65,10 @@ class Plan(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """Where a block of rows (out, in), its u and gamma are, in elements; `ld` from one contiguous row (column) to the next."""
+    """A block of rows (out, in) of a weight.
+
+    `weight`, `u` and `gamma` are where each starts, in elements; `ld` is from one contiguous row (column) to the next.
+    """
 
     weight: int
     shape: tuple[int, int]
@@ -97,7 +106,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
 
 @cache
 def _kernels() -> ModuleType:
-    # Not by an import statement: transformers demands Triton of whoever loads a model with a copy of this source beside it.
+    # Not by an import statement: transformers reads those in the source that a saved model ships, and would demand Triton of
+    # everybody who loads it.
     return import_module(".kernels_sigma", __package__)
 
 
@@ -147,7 +157,10 @@ def power_iteration_(weights: Sequence[Tensor], us: Sequence[Tensor], n: int) ->
 
 
 def advance(plan: Plan, dtype: torch.dtype, n: int) -> Tensor:
-    """The same of all weights of a plan; returns |W v| of the last iteration (blocks of all weights,), v of length 1."""
+    """`power_iteration_` of all weights of a plan.
+
+    Returns |W v| of the last iteration, with v of length 1: (blocks of all weights,).
+    """
     k, like = _kernels(), _on(plan)
     partials, z, y = (torch.empty(size, **like) for size in (plan.partials, plan.n_in, plan.n_out))
     z_norms, y_norms = (torch.empty(2 * chunks.numel(), **like) for chunks in (plan.ins, plan.outs))
@@ -162,7 +175,7 @@ def advance(plan: Plan, dtype: torch.dtype, n: int) -> Tensor:
 
 
 def measure_all(plan: Plan, dtype: torch.dtype) -> list[Measured]:
-    """Of all weights of a plan, in three launches; each bitwise what `measure` finds."""
+    """`measure` of all weights of a plan, in three launches, with the same bits."""
     found, sizes = _measure(plan, 0, 0, 0, dtype), (plan.ins_of, plan.outs_of, plan.blocks, plan.blocks)
     return [
         Measured(z.view(blocks, -1), w, s, factor)
@@ -173,7 +186,7 @@ def measure_all(plan: Plan, dtype: torch.dtype) -> list[Measured]:
 
 
 def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...]) -> Measured:
-    """Of one weight, dense; u and gamma in fp32."""
+    """z, w, s and gamma/s of one dense weight; u and gamma in fp32."""
     plan = keep_if_captured(_plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W), W.device, TILE))
     z, *rest = _measure(plan, W.data_ptr(), u.data_ptr(), gamma.data_ptr(), W.dtype)
     return Measured(z.view(len(rows), -1), *rest)
@@ -240,7 +253,7 @@ def _tile() -> dict[str, int]:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """A context that makes this the current device, on which Triton launches."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -264,7 +277,7 @@ def _layout(shape: tuple[int, int], stride: tuple[int, int]) -> tuple[bool, int]
 
 
 def plan(places: tuple[Place, ...], device: torch.device, dtype: torch.dtype) -> Plan:
-    """Of many weights of one device and type.
+    """The plan of many weights of one device and type.
 
     Raises:
         ValueError: a type or a layout that the kernels do not know.
@@ -273,7 +286,7 @@ def plan(places: tuple[Place, ...], device: torch.device, dtype: torch.dtype) ->
 
 
 def keep_if_captured(plan: Plan) -> Plan:
-    """The plan, for good where a CUDA graph is captured, which reads it whenever it is replayed."""
+    """Returns the plan, and keeps it for good if a CUDA graph is being captured, which reads it at each replay."""
     if plan.table.is_cuda and torch.cuda.is_current_stream_capturing():
         _captured[id(plan)] = plan
     return plan

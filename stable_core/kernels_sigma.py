@@ -100,7 +100,7 @@ def _floats(base, offset):
 def _load_tile(address, rows, columns, m, n, ld, aligned, DTYPE: tl.constexpr):
     """A tile of M in fp32, zero beyond its edges.
 
-    To load 16 bytes at a time the compiler must know that it may: hence what looks as if it did nothing.
+    Multiples of 16 are written out, though they change no number, to tell the compiler that it may load 16 bytes at a time.
     """
     if aligned:
         start = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)

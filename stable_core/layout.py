@@ -10,6 +10,7 @@ integers overflow or refuse. It costs nothing between saving and loading.
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,14 +74,24 @@ class Layout:
 class HasLayout(nn.Module):
     """A parametrization that writes its layout into the state dict, and compares on loading.
 
-    A subclass has `name`, `layout()`, and `leader()`, the parametrization that keeps the state.
+    A subclass has a `name`, for its errors.
     """
+
+    name: str
+
+    def layout(self) -> Layout:
+        """What its sigma is of."""
+        raise NotImplementedError
+
+    def leader(self) -> Any:
+        """The parametrization that keeps the state."""
+        raise NotImplementedError
 
     def get_extra_state(self) -> Tensor:
         # torch's distributed checkpoints want all of a state dict on one device.
         return self.layout().write(self.leader().u.device)
 
-    def set_extra_state(self, state) -> None:
+    def set_extra_state(self, state: Any) -> None:
         """Raises ValueError where the state dict's is another."""
         # Of a model on the meta device; or torch's distributed checkpoints found none, and left a mark of their own.
         if not isinstance(state, Tensor) or state.is_meta:
@@ -93,7 +104,15 @@ class HasLayout(nn.Module):
                 f"{self.name}: the state dict has {theirs}, the model {ours}; build the model as it was when it was saved"
             )
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
         if f"{prefix}{KEY}" in missing_keys:  # of a checkpoint from before there were layouts
             missing_keys.remove(f"{prefix}{KEY}")

@@ -1,12 +1,23 @@
 """The norms of a block, by name: (..., dim) to the same."""
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from .registry import method, register_norm
 from .stable_norm import StableNorm
 
 
-def build_norm(dim: int, options, *, eps: float = 1e-5, bias: bool = True, device=None, dtype=None) -> nn.Module:
+def build_norm(
+    dim: int,
+    options: Any,
+    *,
+    eps: float = 1e-5,
+    bias: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """The norm that options.norm names; `bias` is LayerNorm's.
 
     Raises:
@@ -16,20 +27,20 @@ def build_norm(dim: int, options, *, eps: float = 1e-5, bias: bool = True, devic
 
 
 @register_norm("layernorm", "gamma (x - mean) / std + beta")
-def _layernorm(dim, options, *, eps, bias, device, dtype):
-    return nn.LayerNorm(dim, eps, bias=bias, device=device, dtype=dtype)
+def _layernorm(dim: int, options: Any, *, eps: float, bias: bool, **made: Any) -> nn.Module:
+    return nn.LayerNorm(dim, eps, bias=bias, **made)
 
 
 @register_norm("rmsnorm", "gamma x / rms(x)")
-def _rmsnorm(dim, options, *, eps, bias, device, dtype):
-    return nn.RMSNorm(dim, eps, device=device, dtype=dtype)
+def _rmsnorm(dim: int, options: Any, *, eps: float, bias: bool, **made: Any) -> nn.Module:
+    return nn.RMSNorm(dim, eps, **made)
 
 
 @register_norm("stable", "StableNorm, gamma d^alpha x / |x| [ST, eq. 2]")
-def _stable(dim, options, *, eps, bias, device, dtype):
-    return StableNorm(dim, options.alpha, eps, device=device, dtype=dtype)
+def _stable(dim: int, options: Any, *, eps: float, bias: bool, **made: Any) -> nn.Module:
+    return StableNorm(dim, options.alpha, eps, **made)
 
 
 @register_norm("none", "no norm, for σReparam [σ, Section 4]")
-def _none(dim, options, **_):
+def _none(dim: int, options: Any, **_: Any) -> nn.Module:
     return nn.Identity()

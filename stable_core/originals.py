@@ -1,8 +1,8 @@
 """Where a reparametrised weight W lives, and how W tells which parametrization it belongs to.
 
-An optimizer knows parameters and nothing else. So that its step finds what follows a weight in constant time, however many
-models are alive, the weight itself says so: in an attribute, which whoever puts another parameter in its place (FSDP2, `to`,
-`load_state_dict(assign=True)`, a deep copy) gets set anew.
+After an optimizer's step, which knows parameters and nothing else, the u of each weight must advance. So the parameter has an
+attribute that leads to its parametrization; a search would take longer the more models there are. Where another parameter
+takes its place (FSDP2, `to`, `load_state_dict(assign=True)`, a deep copy), that one gets the attribute.
 """
 
 import weakref
@@ -44,7 +44,7 @@ def owner_of(weight: Tensor) -> Owner | None:
 
 
 class Originals(ParametrizationList):
-    """torch's list of the parametrizations of one weight, whose parameters know it."""
+    """torch's list of the parametrizations of one weight; its parameters lead back to it."""
 
     @classmethod
     def take_over(cls, originals: ParametrizationList) -> "Originals":
@@ -69,7 +69,7 @@ class Originals(ParametrizationList):
             self._settle()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # FSDP2 passes by `register_parameter` where a module has no method of its own here.
+        # It does nothing of its own. But without it FSDP2 would write parameters past `register_parameter`.
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Originals":
@@ -82,7 +82,7 @@ class Originals(ParametrizationList):
         self._settle()
 
     def _settle(self) -> None:
-        """Its parameters are its own, and its parametrization knows where they are."""
+        """Has its parameters lead to it, and tells its parametrization where they are."""
         for name, parameter in self._parameters.items():
             if name.startswith("original"):
                 setattr(parameter, _ATTRIBUTE, Owner(self))

@@ -10,7 +10,9 @@ from .sharding import Piece
 
 EXACT_UP_TO = 64  # an exact SVD of a matrix with a side this short takes about a millisecond
 STEPS, MAX_RESTARTS = 64, 40
-COARSE_STEPS, FINE_STEPS, WARM_STEPS = 32, 2, 16  # and an eighth more until enough
+# Steps before the first look at the residual: in bfloat16, in fp32 after that, and in fp32 alone. Each further look comes
+# after an eighth more of them.
+COARSE_STEPS, FINE_STEPS, WARM_STEPS = 32, 2, 16
 TOLERANCE = 1e-3
 
 
@@ -48,9 +50,9 @@ def power_iteration(iterates: list[Iterate], n: int, group: "dist.ProcessGroup |
     Returns, of the last iteration, |W^T u| and |W v| / |v|, v = W^T u: two estimates of each norm for u of length 1, the second
     no less than the first, and no more than what the new u gives.
 
-    Lengths are divided out at the end, for all at once: one by one, small vectors take longer to ask for than to divide. W^T u
-    and W v of one matrix follow each other, as it is in the cache then; but where it is cut up over the processes of `group`,
-    those of all do, so that all take two messages and not two each.
+    All lengths are divided out at the end in one call, as a call for each small vector takes longer than its arithmetic. W v of
+    a matrix comes right after its W^T u, while the matrix is in the cache. Where matrices are cut up over the processes of
+    `group`, all W^T u come first and then all W v, so that each takes one message for all matrices.
     """
     us = [iterate.u for iterate in iterates]
     for _ in range(n):
@@ -69,19 +71,19 @@ def power_iteration(iterates: list[Iterate], n: int, group: "dist.ProcessGroup |
 
 
 def _sum(vectors: list[Tensor], group: "dist.ProcessGroup") -> list[Tensor]:
-    """Of all processes, in one message."""
+    """The vectors' sums over all processes, in one message."""
     together = torch.cat(vectors)
     dist.all_reduce(together, group=group)
     return list(together.split([len(x) for x in vectors]))
 
 
 def _lengths(vectors: list[Tensor]) -> Tensor:
-    """In fp64: W W^T u of weights of 1e-15, or 1e12, has squares out of the range of fp32."""
+    """Their lengths, in fp64: W W^T u of weights of 1e-15, or 1e12, has squares out of the range of fp32."""
     return torch.stack(torch._foreach_norm(vectors, 2, torch.float64))
 
 
 def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """u (out,) and v (in,) of the largest singular value of W (out, in), so that u^T W v is it within 1e-3.
+    """u (out,) and v (in,) of the largest singular value of W (out, in), so that u^T W v is that within 1e-3.
 
     v, if given, is that of a matrix nearby, such as W some updates before.
 
@@ -98,10 +100,11 @@ def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Te
     steps = WARM_STEPS
     if v is None:
         _, v, _, taken = _bidiagonalise(W.bfloat16(), start, COARSE_STEPS)
-        if taken >= COARSE_STEPS:  # else they are few, or too close for bfloat16 to tell them apart
+        # With fewer, W has few singular values, or bfloat16 cannot tell them apart: fp32 has more to do.
+        if taken >= COARSE_STEPS:
             steps = FINE_STEPS
     else:
-        v = v + start / start.norm()  # a pair that is no longer the top one must not hold it
+        v = v + start / start.norm()  # else the search could not leave a pair that is no longer the top one
     for _ in range(MAX_RESTARTS):
         u, v, residual, _ = _bidiagonalise(W, v, steps)
         if not residual > TOLERANCE:  # it is NaN where W is zero
@@ -146,5 +149,5 @@ def _bidiagonalise(W: Tensor, v: Tensor, enough: int) -> tuple[Tensor, Tensor, f
 
 
 def _norm(x: Tensor) -> float:
-    """In fp64, as the squares of 1e-20 or 1e20 are out of the range of fp32; not every accelerator has it."""
+    """|x| in fp64, as squares of 1e-20 or 1e20 are out of the range of fp32; on the CPU, as not every accelerator has it."""
     return torch.linalg.vector_norm(x.cpu(), dtype=torch.float64).item()

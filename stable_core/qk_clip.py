@@ -17,15 +17,16 @@ No head's logits then exceed t, and no weight grows; heads that asked for less t
 the same, which alpha = 1 avoids: there the queries take it all.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .advancing import advance
-from .layers import Place, find_projections, find_qk_norms, is_transposed, matrix_shape, own_biases, rows_of
+from .layers import Place, chain_of, find_projections, find_qk_norms, is_transposed, matrix_shape, own_biases, rows_of
 from .sharding import beside
 
-LEAVE_OUT = "or leave the layer out with filter_fn"
+LEAVE_OUT = "leave the layer out with filter_fn"
 
 
 def clip_factors(largest: Tensor, key_heads: int, threshold: float, alpha: float) -> tuple[Tensor, Tensor]:
@@ -52,18 +53,19 @@ def clip_heads(attention: nn.Module, largest: Tensor, threshold: float, alpha: f
     the sigma. Under torch's weight norm, rows of g shrink. Where W_q or W_k does not learn, the other takes it all.
     """
     places = _query_and_key_places(attention)
-    rows = _rows(attention, places)
+    rows = _rows(attention, places) or {}
     alpha = {(True, False): 1.0, (False, True): 0.0}.get(_learn(places), alpha)
-    factors = dict(zip("qk", clip_factors(largest, _key_heads(rows, len(largest)), threshold, alpha), strict=True))
+    key_heads = rows["k"].numel() * len(largest) // rows["q"].numel()
+    queries, keys = clip_factors(largest, key_heads, threshold, alpha)
+    factors = {"q": queries, "k": keys, "q_shared": queries * keys.repeat_interleave(len(queries) // key_heads)}
     for held, place in places.items():
-        if held == {0: "q", 1: "k"}.get(alpha):
-            continue  # it stays as it is
-        out, _ = matrix_shape(*place)
-        factor = torch.ones(out, device=largest.device)
-        for role in factors.keys() & set(held):
-            factor[rows[role].view(len(factors[role]), -1)] = factors[role][:, None]
-        _scale_rows(place, factor)
-        _scale_bias(place, held, factor)
+        factor = torch.ones(matrix_shape(*place)[0], device=largest.device)
+        for role, own in (rows_of(attention, held, matrix_shape(*place)) or {}).items():
+            if role in factors:
+                factor[own.reshape(len(factors[role]), -1)] = factors[role][:, None]
+        if _parameter(*place).requires_grad and (factor != 1).any():
+            _scale_rows(place, factor)
+            _scale_bias(place, held, factor)
     for role, bias in own_biases(attention):
         _multiply(bias, factors[role].repeat_interleave(bias.shape[-1] // len(factors[role])), dim=-1)
 
@@ -78,29 +80,27 @@ def check_attention(name: str, attention: nn.Module) -> None:
     places = _query_and_key_places(attention)
     if not places:
         raise ValueError(
-            f"{name}: its query and key projections have no known names (stable_core/layers.py); {LEAVE_OUT[3:]}"
+            f"{name}: its query and key projections have no known names (stable_core/layers.py); {LEAVE_OUT}"
         )
     if norms := find_qk_norms(attention):
         raise ValueError(
             f"{name}: QK-norm ({', '.join(norms)}): its logits do not grow with W_q and W_k, so that QK-clip would change "
-            f"nothing; lower the gain of the norm, {LEAVE_OUT}"
+            f"nothing; lower the gain of the norm, or {LEAVE_OUT}"
         )
     if _rows(attention, places) is None:
-        raise ValueError(
-            f"{name}: it is not known which rows of its packed weight are queries and keys; {LEAVE_OUT[3:]}"
-        )
+        raise ValueError(f"{name}: it is not known which rows of its packed weight are queries and keys; {LEAVE_OUT}")
     for layer, tensor in places.values():
-        chain = _chain(layer, tensor)
+        chain = chain_of(layer, tensor)
         if chain is None or _weight_norm(chain):
             continue
         if len(chain) > 1 or not hasattr(chain[0], "leader"):
-            raise ValueError(f"{name}: {type(chain[0]).__name__} makes its weight anew from another; {LEAVE_OUT[3:]}")
+            raise ValueError(f"{name}: {type(chain[0]).__name__} makes its weight anew from another; {LEAVE_OUT}")
         if chain[0].leader().config.kind == "spectral":
-            raise ValueError(f"{name}: kind = 'spectral' fixes the norm of its weight; use kind = 'sigma', {LEAVE_OUT}")
+            raise ValueError(
+                f"{name}: kind = 'spectral' fixes the norm of its weight; use kind = 'sigma', or {LEAVE_OUT}"
+            )
     if len({id(_parameter(*place)) for place in places.values()}) < len(places):
-        raise ValueError(
-            f"{name}: its queries and keys have one weight, which cannot be clipped apart; {LEAVE_OUT[3:]}"
-        )
+        raise ValueError(f"{name}: its queries and keys have one weight, which cannot be clipped apart; {LEAVE_OUT}")
 
 
 def check_heads(name: str, attention: nn.Module, heads: int, head_dim: int | None) -> None:
@@ -109,14 +109,16 @@ def check_heads(name: str, attention: nn.Module, heads: int, head_dim: int | Non
     Raises:
         ValueError: they are not.
     """
-    rows = _rows(attention, _query_and_key_places(attention))
+    rows = _rows(attention, _query_and_key_places(attention)) or {}
     queries, keys = (rows[role].numel() for role in "qk")
     fits = queries % heads == 0 and keys % (queries // heads) == 0 and heads % (keys * heads // queries) == 0
+    if "q_shared" in rows:
+        queries += rows["q_shared"].numel()
     if not fits or (head_dim is not None and heads > 1 and head_dim * heads != queries):
         features = "" if head_dim is None else f" of {head_dim} features"
         raise ValueError(
             f"{name}: attention with {heads} heads{features}, and {queries} rows of W_q and {keys} of W_k: it is not q.k of "
-            f"whole weights, as under L2 attention and tensor parallelism; {LEAVE_OUT[3:]}"
+            f"whole weights, as under L2 attention and tensor parallelism; {LEAVE_OUT}"
         )
 
 
@@ -131,7 +133,7 @@ def _query_and_key_places(attention: nn.Module) -> dict[str, Place]:
 
 def _rows(attention: nn.Module, places: dict[str, Place]) -> dict[str, Tensor] | None:
     """The rows of queries and keys in their weights; None where they are not known."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for held, place in places.items():
         rows = rows_of(attention, held, matrix_shape(*place))
         if rows is None:
@@ -140,29 +142,21 @@ def _rows(attention: nn.Module, places: dict[str, Place]) -> dict[str, Tensor] |
     return found
 
 
-def _key_heads(rows: dict[str, Tensor], heads: int) -> int:
-    return rows["k"].numel() * heads // rows["q"].numel()
-
-
 def _learn(places: dict[str, Place]) -> tuple[bool, bool]:
     """Whether W_q and W_k learn."""
     found = [_parameter(*place).requires_grad for place in places.values()]
     return found[0], found[-1]
 
 
-def _chain(layer: nn.Module, tensor: str) -> nn.Module | None:
-    return layer.parametrizations[tensor] if parametrize.is_parametrized(layer, tensor) else None
-
-
 def _parameter(layer: nn.Module, tensor: str) -> Tensor:
     """What an optimizer steps."""
-    chain = _chain(layer, tensor)
+    chain = chain_of(layer, tensor)
     if chain is None:
         return getattr(layer, tensor)
     return chain.original0 if _weight_norm(chain) else chain.original
 
 
-def _weight_norm(chain: nn.Module) -> bool:
+def _weight_norm(chain: Any) -> bool:
     """torch's W = g v / |v|, with one g for each row."""
     return len(chain) == 1 and type(chain[0]).__name__ == "_WeightNorm"
 
@@ -170,7 +164,7 @@ def _weight_norm(chain: nn.Module) -> bool:
 def _scale_rows(place: Place, factor: Tensor) -> None:
     """Multiplies the rows of an effective weight by factor (out,)."""
     layer, tensor = place
-    chain, dim = _chain(layer, tensor), 1 if is_transposed(layer) else 0
+    chain, dim = chain_of(layer, tensor), 1 if is_transposed(layer) else 0
     if chain is None or _weight_norm(chain):
         _multiply(_parameter(layer, tensor), factor, dim)
         return

@@ -1,7 +1,8 @@
 """No copy of the weights in training: W_hat is made again for the backward pass instead of being kept for it.
 
-A layer keeps its weight for the backward pass. A plain one is a parameter, which is there anyway (and which FSDP2 takes away
-in between); W_hat is a copy, one of every weight on every process. Activation checkpointing does away with it too.
+Autograd keeps a layer's weight for the backward pass. A plain weight is a parameter, which is there anyway (and which FSDP2
+frees in between), but W_hat is one more tensor of its size, for every weight and on every process. (Activation checkpointing
+does not keep it either.)
 """
 
 import functools
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .targets import Model
+
 # Of every forward pass under way, innermost last: where a W_hat lies -> (its storage, how to make it).
 _made: list[dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]]] = []
 
 
-def recompute(model: nn.Module) -> nn.Module:
+def recompute(model: Model) -> Model:
     """From now on the forward passes of `model` keep no W_hat for their backward passes, and it returns the model.
 
     The gradients are bit for bit the same. It costs one more scaling of every weight a step, and saves a copy of them: the
@@ -25,7 +28,7 @@ def recompute(model: nn.Module) -> nn.Module:
     A compiled model decides for itself what it keeps.
 
     Raises:
-        ValueError: `model` is one already.
+        ValueError: it was called on `model` before.
     """
     if hasattr(model, "_recomputed"):
         raise ValueError(f"{type(model).__name__}: its W_hat is recomputed already")
@@ -38,7 +41,7 @@ def recompute(model: nn.Module) -> nn.Module:
         with _recomputing():
             return cls.forward(self, *args, **kwargs)
 
-    # A class of its own, as FSDP2 does it: hooks around the forward pass would not be left when Ctrl-C ends it.
+    # The model gets a class of its own, as FSDP2 does it. A hook after the forward pass would not be called if Ctrl-C ends it.
     model.__class__ = type(cls.__name__, (cls,), {"forward": forward, "_recomputed": cls, "__module__": cls.__module__})
     return model
 
@@ -76,7 +79,7 @@ def _recomputing() -> Iterator[None]:
 
 
 def remember(W_hat: Tensor, make: Callable[[], Tensor]) -> None:
-    """That `make()` gives this W_hat again."""
+    """Notes that `make()` makes this W_hat again."""
     if _made and not torch.compiler.is_compiling():
         storage = W_hat.untyped_storage()
         _made[-1][storage.data_ptr()] = StorageWeakRef(storage), make

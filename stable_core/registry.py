@@ -13,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 SLOTS = ("norm", "attention", "residual", "init", "reparam")
 
@@ -24,7 +25,7 @@ class WrongOption(ValueError):
         super().__init__(f"{name} = {value!r}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self.value, self.allowed)  # else it could not leave the process that raised it
 
     def as_flag(self) -> str:
@@ -36,7 +37,7 @@ class WrongOption(ValueError):
 class Method:
     """What is registered under a name: what builds it, a line about it, and the module it comes from."""
 
-    build: Callable
+    build: Callable[..., Any]
     summary: str
     module: str
 
@@ -44,8 +45,11 @@ class Method:
 _METHODS: dict[str, dict[str, Method]] = {slot: {} for slot in SLOTS}
 
 
-def _register(slot: str, name: str, summary: str) -> Callable[[Callable], Callable]:
-    def add(build: Callable) -> Callable:
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _register(slot: str, name: str, summary: str) -> Decorator:
+    def add(build: Callable[..., Any]) -> Callable[..., Any]:
         there = _METHODS[slot].get(name)
         if there is not None and there.module != build.__module__:
             raise ValueError(f"{slot} {name!r}: {there.module} has registered one; take another name")
@@ -55,7 +59,7 @@ def _register(slot: str, name: str, summary: str) -> Callable[[Callable], Callab
     return add
 
 
-def register_norm(name: str, summary: str = ""):
+def register_norm(name: str, summary: str = "") -> Decorator:
     """Decorates `build(dim, options, *, eps, bias, device, dtype) -> Module`, of (..., dim) to the same.
 
     A module with parameters needs a `reset_parameters()`, by which models on the meta device get their first values.
@@ -63,22 +67,22 @@ def register_norm(name: str, summary: str = ""):
     return _register("norm", name, summary)
 
 
-def register_attention(name: str, summary: str = ""):
+def register_attention(name: str, summary: str = "") -> Decorator:
     """Decorates `build(head_dim, options, *, sequence_length, eps, device, dtype) -> stable_core.attentions.QueryKey`."""
     return _register("attention", name, summary)
 
 
-def register_residual(name: str, summary: str = ""):
+def register_residual(name: str, summary: str = "") -> Decorator:
     """Decorates `build(encoder_layers, decoder_layers) -> (Residual, Residual)`, the encoder's and the decoder's."""
     return _register("residual", name, summary)
 
 
-def register_init(name: str, summary: str = ""):
+def register_init(name: str, summary: str = "") -> Decorator:
     """Decorates `draw_(weight)`, which fills the weight (out, in) of a layer in place."""
     return _register("init", name, summary)
 
 
-def register_reparam(name: str, summary: str = ""):
+def register_reparam(name: str, summary: str = "") -> Decorator:
     """Decorates `apply(model, options, filter_fn) -> None`, which changes the layers of `model` that filter_fn picks."""
     return _register("reparam", name, summary)
 

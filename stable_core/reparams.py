@@ -1,15 +1,17 @@
 """The reparametrisations of linear layers, by name."""
 
+from typing import Any
+
 from torch import nn
 
 from .registry import method, register_reparam
 from .sigma_reparam import SigmaReparamConfig, sigma_reparam
-from .targets import FilterFn
+from .targets import FilterFn, Model
 
 KINDS = ("sigma", "spectral", "weight")
 
 
-def reparametrise(model: nn.Module, options, filter_fn: FilterFn | None = None) -> nn.Module:
+def reparametrise(model: Model, options: Any, filter_fn: FilterFn | None = None) -> Model:
     """Reparametrises the layers of `model` that filter_fn picks, in place, as options.reparam says; returns the model.
 
     Raises:
@@ -20,7 +22,7 @@ def reparametrise(model: nn.Module, options, filter_fn: FilterFn | None = None) 
     return model
 
 
-def sigma_settings(options) -> SigmaReparamConfig | None:
+def sigma_settings(options: Any) -> SigmaReparamConfig | None:
     """The settings of `sigma_reparam` in options; None where it is not what reparametrises.
 
     Raises:
@@ -34,11 +36,11 @@ def sigma_settings(options) -> SigmaReparamConfig | None:
 
 
 @register_reparam("none", "plain weights")
-def _none(model, options, filter_fn):
+def _none(model: nn.Module, options: Any, filter_fn: FilterFn | None) -> None:
     pass
 
 
-def _sigma(model, options, filter_fn):
+def _sigma(model: nn.Module, options: Any, filter_fn: FilterFn | None) -> None:
     sigma_reparam(model, sigma_settings(options), filter_fn)
 
 

@@ -1,7 +1,7 @@
 """Where a block's norm is and how its branch is added, by name."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Residual(NamedTuple):
         return x + branch(norm(x)) if self.norm_first else norm(branch(x).add(x, alpha=self.alpha))
 
 
-def build_residuals(options, encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
+def build_residuals(options: Any, encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
     """What options.residual names, of the encoder and of the decoder, either of which may have no layers.
 
     Raises:
@@ -34,18 +34,19 @@ def build_residuals(options, encoder_layers: int, decoder_layers: int) -> tuple[
 
 
 @register_residual("pre-ln", "x + f(norm(x))")
-def _pre_ln(encoder_layers, decoder_layers):
+def _pre_ln(encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
     return Residual(True), Residual(True)
 
 
 @register_residual("post-ln", "norm(x + f(x)), and no norm after the last block")
-def _post_ln(encoder_layers, decoder_layers):
+def _post_ln(encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
     return Residual(False), Residual(False)
 
 
 @register_residual("deepnorm", "norm(alpha x + f(x)), first weights of f times beta [Wang et al., 2022]")
-def _deepnorm(encoder_layers, decoder_layers):
-    return tuple(Residual(False, *scale) for scale in deepnorm_scales(encoder_layers, decoder_layers))
+def _deepnorm(encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
+    encoder, decoder = deepnorm_scales(encoder_layers, decoder_layers)
+    return Residual(False, *encoder), Residual(False, *decoder)
 
 
 def scale_branches_(block: nn.Module, beta: float) -> None:

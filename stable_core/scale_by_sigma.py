@@ -18,7 +18,7 @@ from .watching import is_transformed
 
 
 def full_precision(W: Tensor) -> AbstractContextManager[Any]:
-    """No autocast. Where there is none to switch off, doing it anyway would take as long as a small matrix."""
+    """A context without autocast; an empty one where none is on, as switching it off takes as long as a small matrix."""
     return torch.autocast(W.device.type, enabled=False) if autocast_dtype(W) else nullcontext()
 
 
@@ -50,7 +50,10 @@ def scale_plainly(
 
 
 def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], unit: bool) -> Measured:
-    """As of `kernels.measure`, by torch; `unit`: each |u| is 1. With one block z is (in,), and s a number in fp64."""
+    """What `kernels.measure` finds, by torch's operators. `unit` says that each |u| is 1.
+
+    With one block, z is (in,), and s a number in fp64.
+    """
     W, many = wide(W), len(rows) > 1
     u, gamma = u.to(W.dtype), gamma.to(W.dtype)
     if not many:
@@ -94,7 +97,7 @@ class ScaleBySigma(torch.autograd.Function):
         ctx.settings = rows, transposed, stop_gradient, fused
         if fused is None:
             ctx.save_for_backward(W, gamma, *found)
-        else:  # nobody else knows them, and asking autograd for each takes longer than anything here
+        else:  # kept without autograd, which takes longer for each than all the rest; nobody else holds them
             ctx.save_for_backward(W, gamma)
             ctx.found = found
         return scaled(W, found.factor, rows, transposed, dtype)
@@ -126,7 +129,7 @@ class ScaleBySigma(torch.autograd.Function):
 def gradients_of(
     G: Tensor, W: Tensor, found: Measured, rows: tuple[int, ...], stop_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """dL/dW and dL/dgamma, as of `kernels.scale_backward`, by torch, in at least fp32."""
+    """dL/dW and dL/dgamma: what `kernels.scale_backward` finds, by torch's operators, in at least fp32."""
     (z, w, s, factor), W, G, many = found, wide(W), wide(G), len(rows) > 1
     products = [_inner_product(g, block) for g, block in zip(cut(G, rows), cut(W, rows), strict=True)]
     d_gamma = (torch.stack(products) if many else products[0].view(1)) / s
@@ -144,7 +147,7 @@ def gradients_of(
 
 
 def scaled(W: Tensor, factor: Tensor, rows: tuple[int, ...], transposed: bool, dtype: torch.dtype) -> Tensor:
-    """factor (blocks,) times W, as W lies; in one pass, and rounded once."""
+    """Each block of W times its entry of factor (blocks,), shaped and laid out as W; in one pass, and rounded once."""
     same = dtype == W.dtype == factor.dtype
     if torch.compiler.is_compiling() and not same:  # which fuses the two
         return scaled(wide(W), factor, rows, transposed, factor.dtype).to(dtype)
@@ -197,7 +200,7 @@ def _inner_product(A: Tensor, B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The top left singular vector of each block, (out,); of the two, the one near u: an average goes on with it."""
+    """The top left singular vector x of each block, (out,); of x and -x the one nearer to u, which averages of u need."""
     found = []
     for W, x in zip(cut(stacked, rows), cut(u, rows), strict=True):
         with full_precision(W):
@@ -207,7 +210,7 @@ def top_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 
 def sound_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """u, or where it is an average of several, as averages of checkpoints have it, the u of the weights at hand."""
+    """u; where it is an average of several, as in an average of checkpoints, the top singular vector of the weights at hand."""
     return u if is_unit(u, rows) else top_u(stacked, u, rows)
 
 

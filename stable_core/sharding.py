@@ -42,7 +42,7 @@ def _part(x: Tensor, start: int, size: int) -> Tensor:
 
 
 def pieces(weights: list[Tensor], transposed: bool) -> "tuple[list[Piece], dist.ProcessGroup | None]":
-    """The parts on this process of W, the weights as matrices stacked along `out`, and the processes that share the rest.
+    """The parts of W that lie on this process, and the processes that have the rest; W is the weights, stacked along `out`.
 
     A weight sharded over several dimensions of its mesh, or along a convolution's kernel, is gathered.
     """
@@ -66,7 +66,7 @@ def gathered(W: Tensor) -> Tensor:
 
 
 def beside(W: Tensor, x: Tensor) -> Tensor:
-    """x, which every process has all of, as what W can be multiplied by."""
+    """x, of which every process has all, in a form by which W can be multiplied."""
     if not is_sharded(W):
         return x
     return DTensor.from_local(x, W.device_mesh, [Replicate()] * W.device_mesh.ndim, run_check=False)

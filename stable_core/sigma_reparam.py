@@ -40,7 +40,7 @@ from .scale_by_sigma import (
 )
 from .sharding import Piece, gathered, is_sharded, pieces
 from .sigma_layers import sigma_layers
-from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
+from .targets import FilterFn, Group, Model, check_values, cut, find_groups, join, matrix
 from .together import Together
 from .watching import LAG, Notice, Watch, can_look, is_real, is_transformed, versions
 
@@ -115,7 +115,7 @@ class SigmaReparam(HasLayout):
         self.index = group.leader  # which of the weights it is registered on
         self._members = [None] * len(group.members)  # weak links to their Originals: to own them would be a cycle
         self.watch, self.before_rest, self._unit = Watch(), None, None
-        self._taken, self._placed = None, (None, None)  # known of its weight: a look again takes longer
+        self._taken, self._placed = None, (None, None)  # what is known of its weight: to look again takes longer
         self._notice, self.together = shared or (Notice(), Together())
         # (versions, u, sigma) of weights that u does not belong to, while evaluated.
         self._evaluated: tuple[Any, ...] | None = None
@@ -174,7 +174,7 @@ class SigmaReparam(HasLayout):
 
     def scaled_weights(self, originals: list[Tensor]) -> list[Tensor]:
         """W_hat of every weight, shaped as its layer has it."""
-        # Rounded here where the layer would do it: autocast's own copy takes longer, and keeps W_hat in fp32 for backward.
+        # Under autocast W_hat is rounded here: the layer, which else does it, takes longer, and keeps fp32 for backward.
         dtype = originals[0].dtype
         if dtype == torch.float32:
             dtype = autocast_dtype(originals[0]) or dtype
@@ -202,7 +202,10 @@ class SigmaReparam(HasLayout):
         return W_hat
 
     def _find(self, originals: list[Tensor], W: Tensor, transposed: bool, fused: bool, looks: bool) -> Measured:
-        """What is measured with the u that belongs to the weights, which is looked for where `looks`."""
+        """What is measured of the weights, with the u that belongs to them.
+
+        With `looks` it is checked whether u does; if not, u is put right, and the weights are measured again.
+        """
         u, batch, index = self._u_of(originals), None, 0
         if fused and W is originals[0] and u is self.u:
             batch, index = self.together.take(self, W)
@@ -216,7 +219,7 @@ class SigmaReparam(HasLayout):
         return found
 
     def _u_of(self, originals: list[Tensor]) -> Tensor:
-        """u, or in evaluation that of weights which u does not belong to."""
+        """u; in evaluation of weights to which u does not belong, such as an average, the one that was found for those."""
         kept = self._evaluated
         return kept[1] if kept is not None and kept[0] == versions(originals) else self.u
 
@@ -263,13 +266,13 @@ class SigmaReparam(HasLayout):
         self.watch.expect(weights, at_least, slack=LAG)
 
     def lone_weight(self) -> Tensor | None:
-        """Its weight, if it is one."""
+        """Its weight, if it has no more than one."""
         link = self._members[0]
         member = None if link is None else link()
         return member.original if member is not None and len(self._members) == 1 else None
 
     def place(self, W: Tensor) -> tuple[Place, int, int, int]:
-        """Where its lone weight, contiguous, lies, and its state; and how often torch saw W, u and gamma written to."""
+        """Where its lone weight, which is contiguous, and its state lie; and how often torch saw W, u and gamma written to."""
         u, gamma = self.u, self.gamma
         key = W.data_ptr(), W.shape, u.data_ptr(), gamma.data_ptr()
         if self._placed[0] != key:
@@ -341,7 +344,7 @@ class SigmaReparam(HasLayout):
         if is_sharded(originals[0]):
             raise ValueError(f"{self.name}: its weight is sharded; assign to it before fully_shard")
         ratio = self.gamma.to(self.u.dtype) / self.sigma()
-        # Of a joint sigma all are scaled by one ratio, which stays; a weight that has its sigmas to itself is taken as it is.
+        # Weights that share a sigma have one ratio of W_hat to W, which stays. A weight with sigmas of its own becomes W_hat.
         W = W_hat.clone() if len(originals) == 1 else (W_hat / ratio).to(W_hat.dtype)
         stacked = join([matrix(W if i == index else other, self.transposed) for i, other in enumerate(originals)])
         u = top_u(stacked, self.u, self.rows)
@@ -359,7 +362,7 @@ class SigmaReparam(HasLayout):
 
     @torch.no_grad()
     def _is_right(self, originals: list[Tensor], stacked: Tensor, u: Tensor, sigma: list[float]) -> bool:
-        """Whether a forward pass took the right u, which took `u` and found `sigma`; where not, the next one does."""
+        """Whether `u`, with which a forward pass found `sigma`, belongs to the weights; where not, u is put right."""
         if u is not self.u and (kept := self._evaluated) is not None:
             right = kept[2] in (None, sigma)
             self._evaluated = (*kept[:2], sigma) if right else None
@@ -369,8 +372,8 @@ class SigmaReparam(HasLayout):
         agrees = watch.agrees(sigma, changed, stacked.dtype)
         if (agrees and not averaged) or not all(0 < x < math.inf for x in sigma):
             watch.expect(originals, sigma)
-            return True  # or NaN, inf, zeros, which have no u: the loss shows them
-        if not self.training:  # an average, or swapped in for one; training goes on with u as it is
+            return True  # also of NaN, inf and zeros, which have no u: the loss shows them
+        if not self.training:  # an average, or other weights for a while: u stays as it is for training
             self._evaluated = versions(originals), top_u(stacked, u, self.rows), None
             return False
         if not changed:
@@ -393,7 +396,7 @@ class SigmaReparam(HasLayout):
         return self
 
     def _settle(self) -> None:
-        """Evaluation may see other weights for a while: sigma is made known exactly, by which these are known again."""
+        """Before evaluation, which may swap in other weights: the exact sigma, by which these are known when they are back."""
         if None in self._members or self.u.is_meta or is_sharded(self.originals()[0]) or torch.compiler.is_compiling():
             return
         originals = self.originals()
@@ -463,9 +466,7 @@ class JointMember(HasLayout):
         return self.leader().take(W_hat, self._index)
 
 
-def sigma_reparam(
-    model: nn.Module, config: SigmaReparamConfig | None = None, filter_fn: FilterFn | None = None
-) -> nn.Module:
+def sigma_reparam(model: Model, config: SigmaReparamConfig | None = None, filter_fn: FilterFn | None = None) -> Model:
     """Reparametrises weights of `model` in place and returns it: W_hat = gamma / sigma(W) * W.
 
     It takes Linear, Conv1d and Conv2d layers, transformers' Conv1D, and the projections of nn.MultiheadAttention. Weights
@@ -535,7 +536,7 @@ def refuse_plain_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: st
             )
 
 
-def converge(model: nn.Module) -> nn.Module:
+def converge(model: Model) -> Model:
     """Finds u of every σReparam layer afresh, for weights that no optimizer made, and returns the model.
 
     Call it on an exponential moving average before it goes on training: averaging u, or W alone, leaves it no singular vector

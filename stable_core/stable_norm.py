@@ -27,7 +27,15 @@ class StableNorm(nn.Module):
         ValueError: dim, alpha or eps out of range.
     """
 
-    def __init__(self, dim: int, alpha: float, eps: float = 1e-5, scale: float = 1.0, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        alpha: float,
+        eps: float = 1e-5,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(dim, int) or dim < 1:
             raise ValueError(f"dim = {dim!r}: allowed are whole numbers from 1")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor
 
 FilterFn = Callable[[nn.Module, str], bool]
+Model = TypeVar("Model", bound=nn.Module)  # what changes a model gives it back
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def join(parts: list[Tensor], dim: int = 0) -> Tensor:
 
 
 def cut(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """`whole.split(sizes)`, whose backward copies and whose parts refuse to be written to, without that for the only part."""
+    """`whole.split(sizes)` in slices: the backward pass of split copies, and its parts refuse to be written to."""
     return [whole] if len(sizes) == 1 else [whole.narrow(0, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
@@ -154,7 +156,7 @@ def _attention(model: nn.Module, target: Target) -> nn.Module:
 def check_values(group: Group, every_row: bool = False) -> None:
     """Raises ValueError where the norm is not finite and positive: NaN or inf in a weight, or nothing but zeros.
 
-    Weight norm divides by the norm of `every_row`.
+    With `every_row` each row must have a norm, as weight norm divides by it.
     """
     for target in group.members:
         if not target.weight.is_meta and not _is_finite(target.weight):

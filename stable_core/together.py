@@ -1,8 +1,9 @@
-"""sigma of all weights of a model in three launches, when the first layer of a forward pass asks for its own.
+"""On a GPU, sigma of all weights of a model in three launches, where each layer by itself would take three.
 
-Each layer asks in its forward pass, as a weight may have changed just before, with nobody saying so. What is found for all is
-used once, by the layer's next pass, and dropped with the next backward pass or change of u: so it is never older than the
-forward pass that it is used in. It is bitwise what the layer would have found by itself (kernels.py).
+Each layer asks for its sigma in its forward pass, as its weight may have changed just before without notice. When the first
+layer asks, sigma is computed for all. Each layer uses its own once, in its next forward pass, and what is left is dropped with
+the next backward pass or change of u. So no sigma is older than the forward pass that uses it, and its bits are those that the
+layer would have found by itself (kernels.py).
 """
 
 import weakref
@@ -37,31 +38,31 @@ class Together:
     """The layers of one `sigma_reparam` call that ask in training, in the order in which they first did."""
 
     def __init__(self) -> None:
-        self._first: int | None = None  # whose question makes a batch
+        self._first: int | None = None  # the layer whose question makes a batch
         self._layers: dict[int, weakref.ref[SigmaReparam]] = {}
         self._ready: dict[
             int, tuple[tuple[Any, ...], Batch, int]
         ] = {}  # layer -> (what it is true of, batch, its index there)
         self._plan: tuple[tuple[Place, ...], Plan] | tuple[None, None] = (None, None)
-        self._misses = 0  # since the first layer asked last
+        self._misses = 0  # questions without an answer since the first layer asked
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Together, ()  # a copied model's layers ask again
+        return Together, ()  # in a copy of the model it starts empty
 
     def drop(self) -> None:
-        """What was not used by now is not used any more."""
+        """Forgets what was computed and not used."""
         self._ready.clear()
 
     def take(self, layer: "SigmaReparam", W: Tensor) -> tuple[Batch | None, int]:
         """The batch that a layer whose weight is W is in, and where in it; without one it has to measure by itself."""
-        # In a backward pass it is made again, for activation checkpointing: there layers come in another order.
+        # In a backward pass, activation checkpointing runs layers again, in another order.
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return None, 0
         mine = id(layer)
         if mine == self._first and _is_plain(layer, W):
             self._measure(W)
         state, batch, index = self._ready.pop(mine, (None, None, 0))
-        # On another stream it might not be there yet.
+        # What another stream computes may not be there yet.
         if batch is not None and state == layer.place(W) and batch.stream == _stream(W):
             return batch, index
         if _is_plain(layer, W):
@@ -87,7 +88,7 @@ class Together:
             if layer is None or W is None:
                 del self._layers[key]
             elif is_sharded(W):
-                return  # each is whole in its own pass alone
+                return  # a sharded weight is whole in its own layer's pass alone
             elif W.dtype == like.dtype and W.device == like.device and _is_plain(layer, W) and layer.takes_kernels(W):
                 layers.append(key)
                 states.append(layer.place(W))
@@ -96,7 +97,7 @@ class Together:
         places = tuple([state[0] for state in states])
         if self._plan[0] != places:
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
-                return  # a graph must not wait for a new plan
+                return  # to make a plan is to wait for the device, which must not be while a graph is captured
             self._plan = places, plan(places, like.device, like.dtype)
         keep_if_captured(self._plan[1])
         batch = Batch(measure_all(self._plan[1], like.dtype), _stream(like))
@@ -104,7 +105,7 @@ class Together:
 
 
 def _is_plain(layer: "SigmaReparam", W: Tensor) -> bool:
-    """Whether W is a parameter that learns, and lies as a plan says."""
+    """Whether W is a contiguous parameter that learns, in a layer that is in training."""
     return (
         layer.training
         and type(W) is nn.Parameter

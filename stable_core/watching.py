@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 EXACT = 3e-6  # what another order of summation may change
-LAG = 3.0  # after a step sigma may be so much more than its lower bound, which is far more than it ever was
+LAG = 3.0  # after a step sigma may be 1 + LAG times its known lower bound, which is far more than was ever seen
 EVERY = 64
 
 
@@ -23,7 +23,7 @@ class Watch:
         self.forget()
 
     def forget(self) -> None:
-        """Nothing is known: the next pass is believed, unless somebody writes to a weight before it."""
+        """Nothing is known: the next pass's sigma is taken as right, unless a weight is written to before."""
         self.expect([], None)
         self.look_soon()
 
@@ -36,7 +36,7 @@ class Watch:
         self._low, self._slack, self._seen, self.announced = sigma, slack, versions(weights), False
 
     def look_soon(self) -> None:
-        """The next pass is the first again."""
+        """The next pass counts as the first again, at which a GPU compares."""
         self._passes = 0
 
     def announce(self) -> None:
@@ -68,9 +68,10 @@ class Watch:
         return scheduled or self.announced or now != seen
 
     def agrees(self, sigma: list[float], strictly: bool, dtype: torch.dtype = torch.float32) -> bool:
-        """Whether sigma is as it was expected; `strictly`: bitwise that of weights which were swapped and are back.
+        """Whether sigma is as it was expected.
 
-        In mixed precision FSDP2 hands over weights that are rounded to `dtype`.
+        With `strictly` it must be so to the bit, as it is of weights that were swapped for others and are back. Else it may
+        differ by the rounding of `dtype`, to which FSDP2 rounds weights in mixed precision.
         """
         rounding = max(EXACT, torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0)
         if isinstance(self._low, Tensor):

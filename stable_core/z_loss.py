@@ -72,8 +72,8 @@ class WithZLoss(nn.Module):
         check_coefficient(coefficient)
         if type(loss).__name__.startswith(("BCE", "Binary")):
             raise ValueError(f"loss = {loss!r}: it has a sigmoid for each class, and no softmax whose Z could be held")
-        if getattr(loss, "reduction", "mean") != "mean":
-            raise ValueError(f"loss = {loss!r}: reduction = {loss.reduction!r}: allowed is 'mean'")
+        if (reduction := getattr(loss, "reduction", "mean")) != "mean":
+            raise ValueError(f"loss = {loss!r}: reduction = {reduction!r}: allowed is 'mean'")
         self.loss, self.coefficient = loss, coefficient
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

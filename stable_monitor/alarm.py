@@ -15,15 +15,19 @@ from .optimizers import Optimizers, listed, short
 
 @dataclass(frozen=True)
 class AlarmConfig:
-    """When a layer's entropy counts as collapsing: that of its median head, so that half of the heads are enough.
+    """When a layer's attention entropy counts as collapsed.
 
-    The threshold is bound + fraction * (reference - bound), and at most half the reference: reference is the highest that
-    the median of the layer's earlier records has been, less those under the threshold; bound the least entropy that logits
-    of the present size allow [σ, Theorem 3.1]. (The highest, because the median goes down with a collapse that takes several
-    records. Half, because small logits have a bound close to uniform attention, and that is no collapse.)
-    Entropy that is not a number counts too, also where it never was one. A layer raises one alarm each time it falls
-    through, and has recovered once it is back above twice the threshold, or half-way to the reference if that is less: one
-    that hovers rings once.
+    The entropy of a layer is that of its median head, so that half of the heads are enough. It has collapsed where it is below
+
+        threshold = min(bound + fraction * (reference - bound), reference / 2)
+
+    bound is the least entropy that logits of the present size allow [σ, Theorem 3.1]. reference is the highest that the median
+    of the layer's earlier records has been, those below their threshold left out: the highest, because the median itself goes
+    down in a collapse that takes several records. The threshold is at most half of it, because the bound of small logits is
+    close to the entropy of uniform attention, which is no collapse. Entropy that is not a number counts as collapsed, too.
+
+    A layer raises one alarm when it falls below the threshold, and none again before it has recovered: come back above twice
+    the threshold, or above the middle between threshold and reference if that is lower. So one that hovers raises one alarm.
 
     Attributes:
         fraction: how much of the room between the bound and the past may be left, in (0, 1).
@@ -103,7 +107,7 @@ class lower_learning_rate:  # an on_alarm with settings
         lowered: set[int] = set()
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():  # the last two are OneCycleLR's
-                if id(group[name]) not in lowered:  # groups may share a tensor, which must stay the one it is
+                if id(group[name]) not in lowered:  # groups may share one tensor: it is lowered once
                     group[name] *= self.factor
                     lowered |= {id(group[name])} if isinstance(group[name], torch.Tensor) else set()
         for scheduler in _with_parts(self.scheduler):
@@ -127,7 +131,7 @@ class Watch:
         self._records: dict[str, int] = defaultdict(int)
         self._collapsed: set[str] = set()
 
-    def look(self, record: dict) -> list[Alarm]:
+    def look(self, record: dict[str, Any]) -> list[Alarm]:
         """The alarms of one record, whose layers have lists of numbers, one for each head."""
         alarms = []
         for name, layer in record["layers"].items():
@@ -154,6 +158,6 @@ class Watch:
 
 
 def _median_head(values: list[float | None]) -> float:
-    """The lower median; NaN if a head's is null, because one is enough to make the whole model so."""
+    """The lower median; NaN if one head's is null, because one such head makes everything after it not a number."""
     known = [value for value in values if value is not None]
     return statistics.median_low(known) if known and len(known) == len(values) else math.nan

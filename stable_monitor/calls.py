@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,16 @@ class Site:
     name: str
     module: nn.Module
     parent: nn.Module | None  # the module that calls it
-    args: tuple  # of its forward pass
-    kwargs: dict
+    args: tuple[Any, ...]  # of its forward pass
+    kwargs: dict[str, Any]
 
     def is_cross(self) -> bool:
         """Whether its keys and queries are of different tokens."""
         return has_other_source(self.module, self.args, self.kwargs)
+
+    def arguments(self) -> dict[str, object]:
+        """Of its forward pass, by name."""
+        return given(self.module, self.args, self.kwargs)
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,13 @@ class FusedCall:
         return attention_statistics(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal)
 
     def largest_logits(self, above: float) -> Tensor:
-        """The largest logit of each row, (batch, heads, queries); -inf in heads that have none above `above`."""
+        """The largest q.k of each row, (batch, heads, queries); -inf in heads that have none above `above`.
+
+        What a mask adds to the logits of keys that it leaves visible does not count.
+        """
         q, k, mask = self._by_head()
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask > MASKED
         return largest_logits(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal, above=above)
 
     @property
@@ -110,8 +119,10 @@ class SoftmaxCall:
         return self.logits.shape[-2], self.logits.shape[-1]
 
     def at_temperature(self, tau: float) -> "SoftmaxCall":
-        """The call with its logits divided by tau; a mask that wrote finfo.min must not become -inf, which is NaN in a
-        row of nothing else."""
+        """The call with its logits divided by tau.
+
+        Where a mask wrote finfo.min they must not become -inf, of which a row of nothing else would be NaN.
+        """
         return replace(self, logits=(self.logits / tau).clamp(min=torch.finfo(self.logits.dtype).min))
 
     def statistics(self) -> AttentionStatistics:
@@ -135,16 +146,17 @@ class SoftmaxCall:
         return with_heads(logits, heads, head_dims(heads, logits))
 
     def _never(self, logits: Tensor) -> Tensor:
-        """What only a mask makes so low, also in rows that have nothing else; masks are at times scaled with the logits."""
+        """Where a logit is so low that a mask must have made it, be it half of finfo.min: some models scale masks, too."""
         return logits <= max(torch.finfo(logits.dtype).min / 2, -1e8)
 
 
 def head_dims(heads: int | None, x: Tensor, *others: Tensor) -> tuple[int, ...]:
-    """Which dimensions of q or of logits (..., m, n) are the heads', where their number is known; () if they are in the batch.
+    """Which dimensions of x, that is q or logits (..., m, n), are the heads'; () if heads are folded into the batch.
 
-    The second of four, as is usual; else one of that size, or two side by side that make it together (key heads, and the
-    queries of each). Where several are of that size, as windows may be, it is the one whose steps through memory are shortest,
-    in x or in others of that layout: heads lie within a token, and tokens, windows and batches around that.
+    Usually it is the second of four. Else it is one as large as the number of heads, if that is known, or two side by side
+    whose product is (key heads, and the queries of each). Where several are as large, as windows of an image may be, it is the
+    one with the shortest stride in x, or in others of its layout: heads lie within a token, and tokens, windows and batches
+    around that.
     """
     before = x.shape[:-2]
     last = len(before) - 1
@@ -195,16 +207,21 @@ def padding(call: AttentionCall, hidden: Tensor | None) -> Tensor | None:
 
 
 @functools.cache
-def _parameter_names(forward: Callable) -> tuple[str, ...]:
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def has_other_source(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, object]:
+    """A module's arguments by name."""
+    return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
+
+
+def has_other_source(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a module's arguments give it keys of other tokens than its queries."""
-    given = {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
-    if any(isinstance(given.get(name), Tensor) for name in SOURCES):
+    arguments = given(module, args, kwargs)
+    if any(isinstance(arguments.get(name), Tensor) for name in SOURCES):
         return True
-    query, key = given.get("query"), given.get("key")
+    query, key = arguments.get("query"), arguments.get("key")
     if query is None or key is None:
         query, key = (*args, None, None)[:2]
         # A second sequence: of vectors of the same size, but not as many.
@@ -217,5 +234,5 @@ def has_other_source(module: nn.Module, args: tuple, kwargs: dict) -> bool:
         )
     if not isinstance(query, Tensor) or not isinstance(key, Tensor) or key.ndim != query.ndim:
         return False
-    # Not by identity alone: a wrapper may have cast each by itself.
+    # Not by identity alone: where they are one tensor, a wrapper may have cast each by itself, into two.
     return key is not query and (key.shape != query.shape or not torch.equal(key, query))

@@ -35,6 +35,9 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+Running = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a module that is being run, and its arguments
+
+
 class Interception:
     """Hands the attention calls of a model's forward passes to `handler(call) -> call`, until it is stopped.
 
@@ -67,13 +70,13 @@ class Interception:
         self._handles.append(on_error(self._model, self._undo))
         self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is self._model and model.training and not self._names and not torch.compiler.is_compiling():
             self._install()
             self._enter(model, args, kwargs)  # its own new hook comes too late for this call
 
     def _undo(self, error: BaseException) -> None:
-        """As it was before the forward pass that ended so, also where torch called no hook."""
+        """Puts things back as they were before a forward pass that ended in an error, even one at which torch calls no hook."""
         _thread.remove(self)
         if self._waits:
             self.stop()
@@ -103,14 +106,14 @@ class Interception:
         self._waits = False
         _thread.remove(self)
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # Compiled code does without, as it could not be seen anyway.
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Compiled code is left as it is: attention could not be seen in it anyway.
         if not torch.compiler.is_compiling() and module in self._names:
             if module is self._model:
-                _thread.remove(self)  # what a forward pass of a part left that was broken off, as in a backward pass
+                _thread.remove(self)  # what an interrupted forward pass of a part of it left
             _thread.push(self, module, args, kwargs)
 
-    def site(self, stack: list[tuple[nn.Module, tuple, dict]], depth: int) -> Site:
+    def site(self, stack: list[Running], depth: int) -> Site:
         """Of the attention at one depth of the modules that are running."""
         module, args, kwargs = stack[depth]
         parent = stack[depth - 1][0] if depth else None
@@ -124,16 +127,19 @@ class Interception:
 
 
 class _Thread(threading.local):
-    """Which modules are being run, by interception. Backward passes that recompute activations have threads of their own."""
+    """For each interception, the modules that are running in this thread, outermost first.
+
+    Backward passes, which recompute activations, run in threads of their own.
+    """
 
     def __init__(self) -> None:
-        self.running: dict[Interception, list[tuple[nn.Module, tuple, dict]]] = {}
+        self.running: dict[Interception, list[Running]] = {}
         self.mode: _Mode | None = None
-        self.handling = False  # a call, without the mode, which is on again afterwards
+        self.handling = False  # a call, during which torch has taken the mode off
 
     def push(self, interception: Interception, *entry: Any) -> None:
         if self.mode is not None and not self.handling and self.mode not in _get_current_function_mode_stack():
-            self.running.clear()  # a backward pass was broken off, at which torch puts modes back as they were before
+            self.running.clear()  # a backward pass was interrupted, and torch has put modes back as they were before
             self.mode = None
         self.running.setdefault(interception, []).append(entry)
         if self.mode is None:
@@ -141,7 +147,7 @@ class _Thread(threading.local):
             self.mode.__enter__()
 
     def pop(self, interception: Interception, module: nn.Module) -> None:
-        """With what it called and what was broken off; a module that another's hook kept from running is not there."""
+        """Takes a module off, with what it called and left by an error; one that another's hook kept from running is not on."""
         stack = self.running.get(interception, [])
         depth = next((i for i in reversed(range(len(stack))) if stack[i][0] is module), None)
         if depth is not None:
@@ -161,14 +167,16 @@ _thread = _Thread()
 
 
 class _Mode(TorchFunctionMode):
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         before, _thread.handling = _thread.handling, True
         try:
             return self._handle(function, args, kwargs or {})
         finally:
             _thread.handling = before
 
-    def _handle(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def _handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function is F.multi_head_attention_forward:
             with self:
                 return _open_multi_head_attention()(*args, **kwargs)
@@ -181,8 +189,8 @@ class _Mode(TorchFunctionMode):
 
 
 @functools.cache
-def _open_multi_head_attention() -> Callable:
-    """`F.multi_head_attention_forward` that does not ask for modes, which would show it whole, but whose calls are seen."""
+def _open_multi_head_attention() -> Callable[..., Any]:
+    """A copy of `F.multi_head_attention_forward` that does not hand itself to the mode, which then sees the calls inside it."""
     whole = F.multi_head_attention_forward
     names = {**whole.__globals__, "has_torch_function": lambda tensors: False}
     return types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
@@ -224,5 +232,5 @@ def _softmax_input(input: Tensor, dim: int | None = None, *_: Any, **__: Any) ->
     return input
 
 
-def _asked() -> list[tuple[Interception, list]]:
+def _asked() -> list[tuple[Interception, list[Running]]]:
     return sorted(_thread.running.items(), key=lambda item: item[0].order)

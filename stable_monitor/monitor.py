@@ -79,7 +79,7 @@ class Monitor:
         step: int = 0,
         alarm: AlarmConfig | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
-        writers: Iterable[Callable[[dict], None]] = (),
+        writers: Iterable[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model = {short(model)}: allowed are torch modules")
@@ -99,7 +99,7 @@ class Monitor:
         ):
             raise ValueError(f"writers = {writers!r}: allowed are functions of a record, in a list")
         self.every, self.updates = every, step
-        self.last: dict | None = None  # the last record
+        self.last: dict[str, Any] | None = None  # the last record
         self._called, self._model, self._optimizers = (
             model,
             unwrap(model),
@@ -108,7 +108,7 @@ class Monitor:
         self._on_alarm, self._writers = on_alarm, writers
         self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(self._all_here), False
         self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-        # After what changes the call.
+        # Its order is late, so that it sees calls as other interceptions changed them.
         self._interception = Interception(
             self._model, self._see, order=1, finished=self._end_of_forward, failed=self._forget
         )
@@ -123,7 +123,7 @@ class Monitor:
 
     def step(
         self, loss: Tensor | float | None = None, lr: float | None = None, output_loss_scale: float = 1.0
-    ) -> dict | None:
+    ) -> dict[str, Any] | None:
         """Counts one update; call it after backward, before the gradients are cleared. Returns the record, if it made one.
 
         Args:
@@ -194,7 +194,7 @@ class Monitor:
 
     def _forget(self) -> None:
         """What was seen in a forward pass, which the next one begins anew."""
-        self._seen: dict[str, tuple] = {}  # layer: kind, numbers by head, spectral norms
+        self._seen: dict[str, tuple[Any, ...]] = {}  # layer: kind, numbers by head, spectral norms
         self._modules: dict[str, nn.Module] = {}
         self._loss: Tensor | None = None
 
@@ -203,12 +203,12 @@ class Monitor:
 
     def _all_here(self) -> bool:
         """Whether all processes may be asked to take part in something."""
-        if self._processes > 1 and self._ranks is None:  # cut up since
+        if self._processes > 1 and self._ranks is None:  # it was sharded since the monitor was made
             self._ranks = Ranks()
         return self._ranks is None or self._ranks.all_here()
 
     def _may_run_alone(self) -> bool:
-        """Whether a forward pass of the model on those processes that have a monitor hangs none of them."""
+        """Whether those processes that have a monitor can run the model forward, without waiting for the others for ever."""
         together = self._is_cut_up() or any(isinstance(m, nn.SyncBatchNorm) for m in self._model.modules())
         if self._processes == 1 or not together or self._all_here():
             return True
@@ -224,7 +224,9 @@ class Monitor:
     def _see(self, call: Call) -> Call:
         site = call.site
         if self._model.training and site.name not in self._seen:
-            with self._warning(site.name):  # sigma first: all processes that take part in it do, whatever happens then
+            with self._warning(
+                site.name
+            ):  # sigma first: it may need all processes, and what comes then may fail on one
                 norms = self._sigma.measure(site.name, site.module, site.parent)
                 self._seen[site.name] = *by_head(call), norms
                 self._modules[site.name] = site.module
@@ -244,7 +246,7 @@ class Monitor:
             log.warning("%s", f"{message}: {type(error).__name__}: {error}" if error is not None else message)
             self._warned.add(message)
 
-    def _record(self, loss: Tensor | float | None, lr: float | None) -> dict:
+    def _record(self, loss: Tensor | float | None, lr: float | None) -> dict[str, Any]:
         if not self._seen:
             self._warn(f"{UNSEEN}. The monitor must be given what the loop calls, in training mode")
         if not self._gradients:
@@ -276,7 +278,7 @@ class Monitor:
         norms = self._gradients.get(name)
         return dict(zip(("grad_l2", "grad_linf"), (None, None) if norms is None else plain(norms), strict=True))
 
-    def _publish(self, record: dict) -> None:
+    def _publish(self, record: dict[str, Any]) -> None:
         alarms = self._watch.look(record)
         if self._on_alarm is not None and self._ranks is not None:  # all do what rank 0 decides: one alone cannot stop
             alarms = self._ranks.decided(alarms)

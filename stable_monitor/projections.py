@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import parametrize
 
-from stable_core.layers import equal_blocks, find_output, find_projections, is_transposed
+from stable_core.layers import chain_of, equal_blocks, find_output, find_projections, is_transposed
 from stable_core.power_iteration import top_singular_vectors
 from stable_core.targets import matrix
 
@@ -34,7 +34,7 @@ class SpectralNorms:
         places, output = find_projections(attention), find_output(attention, parent)
         sigmas, lags = {}, {}
         for role, (layer, weight) in {**places, **({"out": output} if output else {})}.items():
-            chain = layer.parametrizations[weight] if parametrize.is_parametrized(layer, weight) else None
+            chain = chain_of(layer, weight)
             with _unchanged(*([] if chain is None else [chain])):
                 W = self._matrix(layer, getattr(layer, weight))
             roles = equal_blocks(attention, role, W.shape)
@@ -58,9 +58,7 @@ class SpectralNorms:
             u, self._vectors[key] = top_singular_vectors(W, self._vectors.get(key))
             return torch.dot(u, torch.mv(W.float(), self._vectors[key]))
 
-    def _lags(
-        self, name: str, layer: nn.Module, chain: nn.ModuleList, W: Tensor, sigmas: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _lags(self, name: str, layer: nn.Module, chain: Any, W: Tensor, sigmas: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the parts of W_hat, whose norms are `sigmas`. W_hat = gamma / estimate * W, so that estimate / sigma is
         gamma / |W_hat|."""
         members = chain[0].members()
@@ -83,7 +81,7 @@ class SpectralNorms:
         return lags
 
 
-def _is_sigma_reparam(chain: nn.ModuleList) -> bool:
+def _is_sigma_reparam(chain: Any) -> bool:
     """Whether σReparam makes a weight, and nothing after it; by what it has, as a model's own source has classes of its own."""
     return len(chain) == 1 and hasattr(chain[0], "members")
 

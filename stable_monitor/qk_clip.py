@@ -5,24 +5,26 @@ The arithmetic is in stable_core/qk_clip.py; here is what sees the logits, and w
 
 import logging
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from stable_core.layers import find_projections
+from stable_core.layers import find_added_biases, find_projections
 from stable_core.qk_clip import check_attention, check_heads, clip_heads, weights_to_clip
+from stable_core.targets import FilterFn
 
-from .calls import AttentionCall, padding
+from .calls import Call, SoftmaxCall, padding
 from .compiled import is_compiled, probe_before_forward, unwrap
 from .interception import UNSEEN, Interception, without_wrappers
 from .optimizers import Optimizers, listed, short
 
 log = logging.getLogger("stable_monitor")
-VAIN = 3  # clips in a row after which a logit that stays far above the threshold is reported
+VAIN = 2  # clips in a row after which a logit that stays far above the threshold is reported
 
 
 class QKClip:
@@ -34,9 +36,11 @@ class QKClip:
         optimizer.step()
         clip.step()
 
-    W_q is multiplied by (t / S)^alpha and W_k by (t / S)^(1 - alpha), S being the largest logit, as softmax sees it, over the
-    forward passes in training mode since the last update: of all accumulated batches, and of all processes, each of which must
-    hold the same model and have a QKClip. How shared keys, biases and σReparam are treated stands in stable_core/qk_clip.py.
+    W_q is multiplied by (t / S)^alpha and W_k by (t / S)^(1 - alpha). S is the largest q.k, scaled and without what a
+    mask adds, over the forward passes in training mode since the last update: of all accumulated batches, and of all processes,
+    each of which must hold the same model and have a QKClip. (Where softmax is written out, learned tables of position, as
+    Swin's, count; ALiBi and T5's are refused there.) stable_core/qk_clip.py says how shared keys, latent attention, biases of
+    layers and σReparam are treated.
 
     The model itself must be called, not a part of it. Nothing but the clipped weights changes, and there is nothing to save.
     Logits are formed, in chunks, only in heads where lengths of queries and keys allow one above the threshold. A compiled
@@ -65,13 +69,14 @@ class QKClip:
         every: int = 1,
         *,
         optimizer: Optimizers | None = None,
-        filter_fn: Callable[[nn.Module, str], bool] = lambda module, name: True,
+        filter_fn: FilterFn = lambda module, name: True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model = {short(model)}: allowed are torch modules")
-        if not isinstance(threshold, Real) or not 0 < threshold < math.inf:
+        given: tuple[Any, Any] = threshold, alpha  # numpy has real numbers that are no floats
+        if not isinstance(given[0], Real) or not 0 < threshold < math.inf:
             raise ValueError(f"threshold = {threshold!r}: allowed are positive numbers")
-        if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
+        if not isinstance(given[1], Real) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha = {alpha!r}: allowed are numbers from 0 to 1")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every = {every!r}: allowed are whole numbers from 1")
@@ -87,8 +92,12 @@ class QKClip:
         for name, module in self._sites.items():
             check_attention(name, module)
         self._interception = Interception(self._model, self._see, order=1)
-        self._armed, self._handles, self._warned, self._vain = ExitStack(), [], set(), {}
-        self._closed = self._is_watching = False
+        self._armed = ExitStack()
+        self._handles: list[RemovableHandle] = []
+        self._warned: set[str] = set()
+        self._vain: dict[str, tuple[float, int]] = {}  # by layer, its largest logit and how often it had not fallen
+        self._closed = False
+        self._watched_by: Any = None  # hooks, or a probe
         self._fit: set[str] = set()  # layers whose logits are known to be q.k of their weights
         if optimizer is not None:
             self._follow(listed(optimizer))
@@ -97,8 +106,8 @@ class QKClip:
     def step(self) -> dict[str, list[float]]:
         """Counts one update and clips. Returns, by layer, the largest logit of each head where one exceeded the threshold;
         heads that were not looked at have -inf."""
-        clipped = {}
-        if self._is_watching:
+        clipped: dict[str, list[float]] = {}
+        if self._watched_by is not None:
             for name, S in self._over_ranks(self._largest).items():
                 if any(self.threshold < s < math.inf for s in S.tolist()):
                     clip_heads(self._sites[name], S, self.threshold, self.alpha)
@@ -112,30 +121,30 @@ class QKClip:
 
     def close(self) -> None:
         """Ends it: takes the hooks out of the model and the optimizer."""
-        self._armed.close()
+        self._closed = True
+        self._prepare()
         for handle in self._handles:
             handle.remove()
-        self._closed, self._is_watching = True, False
 
     def __enter__(self) -> "QKClip":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self.close()
 
     def _prepare(self) -> None:
         """Makes ready for the next update."""
         self._largest: dict[str, Tensor] = {}  # by layer, of each head
-        self._seen, before = False, self._is_watching
-        self._is_watching = not self._closed and (self.updates + 1) % self.every == 0
-        if before and not self._is_watching:
-            self._armed.close()
-        if before or not self._is_watching:
+        self._seen, before, self._watched_by = False, self._watched_by, None
+        if not self._closed and (self.updates + 1) % self.every == 0:
+            self._watched_by = "probe" if is_compiled(self._called) else "hooks"
+        if self._watched_by == before:
             return
-        if is_compiled(self._called):
+        self._armed.close()
+        if self._watched_by == "probe":
             probe = probe_before_forward(self._called, self._model, self._interception, self._failed, every_call=True)
             self._armed.enter_context(probe)
-        else:
+        elif self._watched_by == "hooks":
             self._interception.start_with_training()
             self._armed.callback(self._interception.stop)
 
@@ -145,7 +154,7 @@ class QKClip:
         self._warn(f"the compiled model was not seen: {type(error).__name__}: {error}")
 
     @torch.no_grad()
-    def _see(self, call: AttentionCall) -> AttentionCall:
+    def _see(self, call: Call) -> Call:
         name, module = call.site.name, call.site.module
         # Activation checkpointing computes again in the backward pass what was seen before.
         if not self._model.training or torch._C._current_graph_task_id() != -1:
@@ -165,6 +174,12 @@ class QKClip:
         largest = rows.amax((0, 2))
         if name not in self._fit:
             check_heads(name, module, len(largest), call.head_dim)
+            added: list[str] = find_added_biases(module, call.site.arguments()) if isinstance(call, SoftmaxCall) else []
+            if added:
+                raise ValueError(
+                    f"{name}: it adds a bias ({', '.join(added)}) to its logits, which is not told from q.k where softmax is "
+                    "written out; use scaled_dot_product_attention (attn_implementation='sdpa'), or leave it out with filter_fn"
+                )
             self._fit.add(name)
         if (largest > self.threshold).any() and (unseen := padding(call, call.hidden())) is not None:
             largest = rows.masked_fill(unseen, -math.inf).amax((0, 2))
@@ -185,7 +200,7 @@ class QKClip:
         dist.all_reduce(every, op=dist.ReduceOp.MAX)
         return {name: S for name, S in zip(self._sites, every.split(sizes), strict=True) if len(S)}
 
-    def _follow(self, optimizers: list) -> None:
+    def _follow(self, optimizers: list[Any]) -> None:
         """Has every step of all of these be one of its own."""
         stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         for name, module in self._sites.items():
@@ -194,9 +209,9 @@ class QKClip:
                     f"optimizer = {short(optimizers)}: it does not step {name}'s queries and keys themselves; give all "
                     "optimizers in a list, and build them after sigma_reparam and fully_shard"
                 )
-        waiting = set()
+        waiting: set[int] = set()
 
-        def after(optimizer, args, kwargs) -> None:
+        def after(optimizer: Any, args: Any, kwargs: Any) -> None:
             waiting.discard(id(optimizer))
             if not waiting:
                 self.step()
@@ -213,14 +228,16 @@ class QKClip:
 
     def _look_for_vain(self, clipped: dict[str, list[float]]) -> None:
         """Warns where logits far above the threshold do not fall though they were clipped."""
-        now = {name: max(S) for name, S in clipped.items() if max(S) > 1.5 * self.threshold}
+        now = {name: max(s for s in S if s < math.inf) for name, S in clipped.items()}
         before, self._vain = self._vain, {}
-        for name, S in now.items():
-            last, times = before.get(name, (0.0, 0))
-            self._vain[name] = S, times + 1 if S > 0.9 * last > 0 else 0
-            if self._vain[name][1] == VAIN:
+        for name, worst in now.items():
+            if worst > 1.5 * self.threshold:
+                last, times = before.get(name, (0.0, 0))
+                self._vain[name] = worst, times + 1 if worst > 0.9 * last > 0 else 0
+        for name, (_, times) in self._vain.items():
+            if times == VAIN:
                 self._warn(
-                    f"{name}: its largest logit, {S:.4g}, does not fall though it is clipped: something between the "
+                    f"{name}: its largest logit does not fall though it is clipped: something between the "
                     "projections and softmax undoes it (a norm, a bias, another scale); leave it out with filter_fn"
                 )
 

@@ -15,9 +15,10 @@ _joined = itertools.count()
 
 
 class Ranks:
-    """Asked and told through the key-value store of the process group, where nobody waits for a process without a monitor.
+    """What the processes with a monitor tell each other, through the key-value store of the process group.
 
-    A collective in which only some take part hangs, so each that the monitor makes is made where `all_here`.
+    There nobody has to wait for a process without a monitor. A collective hangs where only some processes take part, so the
+    monitor makes one only where `all_here`.
     """
 
     def __init__(self) -> None:

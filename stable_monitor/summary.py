@@ -24,7 +24,7 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
     queries = call.tokens[0]
     kind = "cross" if call.site.is_cross() else "decoder" if call.is_causal else "encoder"
     counted = rows.keys > 0
-    if (unseen := padding(call, hidden)) is not None:
+    if hidden is not None and (unseen := padding(call, hidden)) is not None:
         counted = counted & ~unseen.expand(-1, -1, queries)
         if _is_causal(hidden[0, 0], queries):
             kind = "decoder"

@@ -1,7 +1,11 @@
 """Every submodule of every package is imported, as documentation tools and editors do; no public name becomes another."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import stable_core
 
 # In a process of its own, where nothing is imported yet; prints the public names that changed.
 IMPORT_ALL = """
@@ -34,3 +38,8 @@ def test_folding_a_file_leaves_the_function_its_name():
     done = run("-W", "error", "-m", "stable_core.fold_checkpoint", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage: python -m stable_core.fold_checkpoint" in done.stdout
+
+
+def test_the_reading_order_of_the_core_names_every_file():
+    files = {path.name for path in Path(stable_core.__file__).parent.glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"\b\w+\.py\b", stable_core.__doc__)) == files

@@ -11,6 +11,7 @@ from . import (  # noqa: E402  on a mended fairseq; models and tasks register th
     language_model,  # noqa: F401
     monitor,
     optim,
+    qk_clip,
     quantisation,
     speech_task,  # noqa: F401
     transformer,  # noqa: F401
@@ -22,5 +23,6 @@ ema.follow_the_model()
 half_precision.advance_after_write_back()
 monitor.install()
 optim.scale_learning_rates()
+qk_clip.install()
 quantisation.refuse_reparametrised_models()
 z_loss.install()

@@ -1,11 +1,4 @@
-"""`fairseq-train --monitor-every N`: `stable_monitor.Monitor` in the training and validation of any architecture and task.
-
-The flags become `cfg.common.monitor_every` and `cfg.common.monitor_alarm`, added where fairseq composes its configuration.
-There they are pickled into the processes that it spawns, fairseq-hydra-train can name them too (`+common.monitor_every=100`),
-and a run without the flag has the configuration it always had. (An environment variable would outlive the run; the
-namespace of arguments does not reach tasks and models that have dataclasses.) fairseq builds nothing from a checkpoint's
-`common`: checkpoints with and without the keys load alike.
-"""
+"""`fairseq-train --monitor-every N`: `stable_monitor.Monitor` in the training and validation of any architecture and task."""
 
 import argparse
 import functools
@@ -15,11 +8,11 @@ import sys
 
 import fairseq_cli.train  # noqa: F401  which validates
 import torch
-from fairseq import options
-from fairseq.dataclass import utils as dataclass_utils
 from fairseq.logging import metrics
 from fairseq.optim import AMPOptimizer
 from fairseq.trainer import Trainer
+
+from .common_flags import add_common_flags
 
 log = logging.getLogger(__name__)
 
@@ -27,43 +20,23 @@ log = logging.getLogger(__name__)
 @functools.cache
 def install() -> None:
     """Adds the flags to fairseq-train, and the monitor to its trainer where they are given."""
-    options.add_optimization_args = _with_flags(options.add_optimization_args)  # a part of the training parser only
-    dataclass_utils.override_module_args = _with_overrides(dataclass_utils.override_module_args)
+    add_common_flags(
+        "monitor",
+        monitor_every={"type": _updates, "metavar": "N", "help": "record attention entropy, spectral norms and gradient "
+                       "norms every N updates, in monitor.jsonl in --save-dir (default: 0, never)"},
+        monitor_alarm={"choices": ("warn", "stop"), "help": "when a layer's entropy collapses: log a warning, or also "
+                       "save a checkpoint and end training (default: warn)"},
+    )  # fmt: skip
     Trainer.train_step = _with_monitor(Trainer.train_step)
     for name in ("fairseq_cli.train", "__main__"):  # the latter under python -m fairseq_cli.train
         if hasattr(sys.modules[name], "get_valid_stats"):
             sys.modules[name].get_valid_stats = _with_validation(sys.modules[name].get_valid_stats)
 
 
-def _with_flags(add_optimization_args):
-    @functools.wraps(add_optimization_args)
-    def wrapped(parser):
-        group = parser.add_argument_group("monitor")
-        group.add_argument("--monitor-every", type=_updates, default=argparse.SUPPRESS, metavar="N",
-                           help="record attention entropy, spectral norms and gradient norms every N updates, in "
-                           "monitor.jsonl in --save-dir (default: 0, never)")  # fmt: skip
-        group.add_argument("--monitor-alarm", choices=("warn", "stop"), default=argparse.SUPPRESS,
-                           help="when a layer's entropy collapses: log a warning, or also save a checkpoint and end "
-                           "training (default: warn)")  # fmt: skip
-        return add_optimization_args(parser)
-
-    return wrapped
-
-
 def _updates(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: allowed are whole numbers from 0, which is off")
     return int(text)
-
-
-def _with_overrides(override_module_args):
-    @functools.wraps(override_module_args)
-    def wrapped(args):
-        overrides, deletes = override_module_args(args)
-        given = {name: getattr(args, name, None) for name in ("monitor_every", "monitor_alarm")}
-        return [*overrides, *(f"+common.{name}={value}" for name, value in given.items() if value)], deletes
-
-    return wrapped
 
 
 def _with_monitor(train_step):

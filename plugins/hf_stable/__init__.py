@@ -25,12 +25,14 @@ from .modeling_stable_vit import (
     StableViTModel,
 )
 from .monitor import MonitorCallback
+from .qk_clip import QKClipCallback
 from .reparametrised import fold, sigma_reparam
 from .tokenization_sigma_transformer import SigmaTransformerTokenizer
 from .z_loss import add_z_loss
 
 __all__ = [
     "MonitorCallback",
+    "QKClipCallback",
     "SigmaTransformerConfig",
     "SigmaTransformerForConditionalGeneration",
     "SigmaTransformerModel",

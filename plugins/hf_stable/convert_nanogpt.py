@@ -18,7 +18,7 @@ from .exporting import export
 from .modeling_stable_gpt import StableGPTForCausalLM
 
 UPSTREAM = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-ALLOWED = (*UPSTREAM, *NAMES)  # the second are nanogpt_patch's
+ALLOWED = (*UPSTREAM, *NAMES, "z_loss")  # those after the first are nanogpt_patch's
 
 
 def from_nanogpt(checkpoint: dict) -> StableGPTForCausalLM:

@@ -76,6 +76,12 @@ def test_the_loss_of_tokens_has_it_where_gradients_are(make, shifts):
         assert model(**inputs).loss.item() == plain.loss.item()
 
 
+def test_a_compiled_model_has_it_in_one_graph():
+    model, inputs = add_z_loss(gpt2(), 0.01), {"input_ids": tokens(2, 9), "labels": LABELS}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_setting_of_this_plugins_models_is_saved(kind, tmp_path):
     cls, config, batch = MODELS[kind]
@@ -93,12 +99,6 @@ def test_the_setting_of_this_plugins_models_is_saved(kind, tmp_path):
         assert each(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match=r"z_loss = -1\.0: allowed are finite numbers from 0"):
         cls.from_pretrained(tmp_path, z_loss=-1.0)
-
-
-def test_a_compiled_model_has_it_in_one_graph():
-    model, inputs = add_z_loss(gpt2(), 0.01), {"input_ids": tokens(2, 9), "labels": LABELS}
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss)
 
 
 def test_the_loss_of_classes():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanogpt_patch.launch import main
-from nanogpt_patch.model import STOCK
+from nanogpt_patch.model import GPT, STOCK, GPTConfig
 from stable_monitor.records import load, read
 
 CHECKOUT = os.environ.get("NANOGPT_DIR")
@@ -176,7 +176,14 @@ def losses(done: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_trains_resumes_and_samples(checkout):
-    settings = ["--alpha=0.25", "--reparam=sigma", "--norm=rmsnorm", "--out_dir=a", "--monitor_every=2"]
+    settings = [
+        "--alpha=0.25",
+        "--reparam=sigma",
+        "--norm=rmsnorm",
+        "--out_dir=a",
+        "--monitor_every=2",
+        "--z_loss=1e-4",
+    ]
     first = launch(checkout, "train.py", *TINY, *settings)
     assert len(losses(first)) == 7 and float(losses(first)[-1]) < 5
     checkpoint = torch.load(checkout / "a" / "ckpt.pt", weights_only=False)
@@ -187,6 +194,7 @@ def test_trains_resumes_and_samples(checkout):
         "attention": "stable",
         "init": "stable",
         "tau_scale": 1.0,
+        "z_loss": 1e-4,
     }
     assert {name: checkpoint["model_args"][name] for name in chosen} == chosen
     assert checkpoint["config"]["alpha"] == 0.25  # what upstream logs to wandb
@@ -300,3 +308,16 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
         assert error in told and told.startswith("nanogpt_patch: ") and told.count("\n") == 1
     done = subprocess.run([sys.executable, "-m", "nanogpt_patch", *given], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == told
+
+
+def test_qk_clip_keeps_logits_under_its_threshold(checkout):
+    """Of GPT-2's first weights they are about 0.01."""
+    stock = ["--norm=layernorm", "--attention=dot", "--init=stock", "--z_loss=1e-4", "--learning_rate=1e-6"]
+    assert losses(launch(checkout, "train.py", *TINY, *stock, "--out_dir=clipped", "--qk_clip=1e-4"))
+    saved = torch.load(checkout / "clipped" / "ckpt.pt", weights_only=False)
+    model = GPT(GPTConfig(**saved["model_args"])).eval()
+    model.load_state_dict(saved["model"])
+    block = model.transformer.h[0]
+    x = block.ln_1(model.transformer.wte(torch.arange(saved["model_args"]["vocab_size"])))
+    q, k, _ = block.attn.c_attn(x).unflatten(-1, (3, model.config.n_head, -1)).permute(1, 2, 0, 3)
+    assert 1e-5 < (q @ k.mT * q.shape[-1] ** -0.5).max() < 1e-3

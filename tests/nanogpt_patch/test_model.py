@@ -10,8 +10,10 @@ import torch
 import transformers
 
 from hf_stable.convert_nanogpt import from_nanogpt
+from nanogpt_patch import launch
 from nanogpt_patch.launch import CONFIGS, _assigned
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
+from stable_core import reference
 
 TINY = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 32}
 TOKENS = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -149,6 +151,24 @@ def test_flops_of_gpt2():
     assert model.estimate_mfu(2, 0.5) == pytest.approx(flops * 1024 * 2 / 0.5 / 312e12)
 
 
+def test_z_loss_is_trained_on_and_not_evaluated():
+    targets = TOKENS.clone()
+    targets[0, 3:] = -1
+    model = gpt(z_loss=0.1)
+    logits, evaluated = model(TOKENS, targets)
+    expected = reference.z_loss(logits[targets != -1], 0.1)
+    torch.testing.assert_close(model.train()(TOKENS, targets)[1] - evaluated, expected)
+    assert torch.equal(evaluated, gpt()(TOKENS, targets)[1])
+
+
+def test_z_loss_with_openais_weights(monkeypatch):
+    variables = {"z_loss": 1e-4}
+    monkeypatch.setattr(GPT, "from_pretrained", classmethod(lambda cls, name: cls(GPTConfig(**TINY, **STOCK))))
+    monkeypatch.setattr(launch, "_variables", lambda: variables)
+    assert launch._MonitoredGPT.from_pretrained("gpt2").config.z_loss == 1e-4
+    assert variables["model_args"] == {**STOCK, "z_loss": 1e-4}
+
+
 def test_from_pretrained(monkeypatch):
     special = {"bos_token_id": 0, "eos_token_id": 0}
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(activation_function="gelu", **special)).eval()
@@ -189,6 +209,7 @@ def test_configs_have_the_parameters_of_table_2(size, millions):
         ({"n_head": 5}, "n_head = 5: allowed are divisors of n_embd = 32"),
         ({"vocab_size": None}, "vocab_size = None: allowed are whole numbers from 1"),
         ({"tau_scale": 0.0}, "tau_scale = 0.0: allowed are positive numbers"),
+        ({"z_loss": -1.0}, "z_loss = -1.0: allowed are finite numbers from 0, which is off"),
         ({"dropout": 1.0}, "dropout = 1.0: allowed are numbers from 0 to below 1"),
     ],
 )

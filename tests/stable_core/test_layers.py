@@ -212,6 +212,34 @@ def test_bloom_packs_head_by_head():
         assert torch.equal(part.flatten(0, -2), rows[role].float())
 
 
+@pytest.mark.parametrize("rank", [None, 24])
+def test_rows_of_latent_attention(rank, monkeypatch):
+    """DeepSeek's: of the queries one part is for the head's own keys, one for the rotary key that all heads share."""
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        vocab_size=20, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=rank,
+        kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, intermediate_size=64, n_routed_experts=8,
+        moe_intermediate_size=16, first_k_dense_replace=1, rope_interleave=False, pad_token_id=0,
+    )  # fmt: skip
+    model, given, called = transformers.DeepseekV3Model(config).eval(), {}, []
+    attention = model.layers[0].self_attn
+    places = find_projections(attention)
+    for held, (layer, _) in places.items():
+        layer.register_forward_hook(lambda _, args, output, held=held: given.update({held: output.flatten()}))
+    plain = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(a[:3]) or plain(*a, **k))
+    model(torch.tensor([[3]]))
+    q, k, v = (x.flatten(0, -2) for x in called[0])
+    rows = {held: rows_of(attention, held, tuple(layer.weight.shape)) for held, (layer, _) in places.items()}
+    for held, role, expected in (
+        ("q", "q", q[:, :12]),
+        ("q", "q_shared", q[:, 12:]),
+        ("kv", "k", k[:, :12]),
+        ("kv", "v", v),
+    ):
+        torch.testing.assert_close(given[held][rows[held][role]], expected, rtol=0, atol=0)
+
+
 class Unknown(nn.Module):
     def __init__(self, name: str, out: int, **settings) -> None:
         super().__init__()

@@ -209,6 +209,30 @@ def test_under_torchs_weight_norm(monkeypatch):
     compare(model, attention, x, monkeypatch)
 
 
+def test_the_rotary_key_that_all_heads_share_stays(monkeypatch):
+    """In latent attention, as in Kimi K2."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=24,
+        kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10, intermediate_size=64, n_routed_experts=8,
+        moe_intermediate_size=16, first_k_dense_replace=1, pad_token_id=0,
+    )  # fmt: skip
+    monkeypatch.setitem(MODELS, "DeepSeek", (lambda: transformers.DeepseekV3Model(config), TOKENS))
+    model, attention, x = built("DeepSeek")
+    q, k, v, scale = called(model, x, monkeypatch)
+    logits = attention_logits(q, k, scale=scale)
+    S = logits.amax((0, 2, 3)).float()
+    t = S.sort().values[1].item() + 0.1
+    check_attention("", attention)
+    check_heads("", attention, 4, 20)
+    clip_heads(attention, S, t, 0.3)
+    q2, k2, v2, _ = called(model, x, monkeypatch)
+    factors = (t / S).clamp(max=1)[:, None, None]
+    expected = k.clone()
+    expected[..., :12] *= factors**0.7
+    torch.testing.assert_close((k2, v2), (expected, v), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(attention_logits(q2, k2, scale=scale), logits * factors, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("frozen, alpha", [("k_proj", 1.0), ("q_proj", 0.0)])
 def test_a_frozen_projection_stays_and_the_other_takes_it_all(frozen, alpha, monkeypatch):
     model, attention, x = built("Llama")

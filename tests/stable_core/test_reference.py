@@ -45,10 +45,10 @@ def test_after_qk_clip_the_same_tokens_have_no_logit_above_the_threshold(key_hea
     assert after.max() <= t * (1 + 1e-12)
     if key_heads == 4:
         torch.testing.assert_close(after, before.clamp(max=t))
-    quiet = before <= t
-    assert torch.equal(clipped[0][quiet], W_q[quiet])
-    ratio = (clipped[0][~quiet] / W_q[~quiet])[:, 0, 0]
-    torch.testing.assert_close(ratio.log(), alpha * (t / before[~quiet]).log())
+        ratio = (clipped[0] / W_q)[before > t][:, 0, 0]
+        torch.testing.assert_close(ratio.log(), alpha * (t / before[before > t]).log())
+    assert torch.equal(clipped[0][before <= t], W_q[before <= t])
+    assert all((new.abs() <= old.abs()).all() for new, old in zip(clipped, (W_q, W_k), strict=True))
 
 
 def test_z_loss():

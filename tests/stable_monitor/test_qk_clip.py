@@ -226,7 +226,7 @@ def diverging(clip: float | None, sigma: bool = False) -> tuple[list[float], lis
         QKClip(model, clip, optimizer=optimizers)
     records, losses = [], []
     monitor = Monitor(model, 1, writers=[records.append])
-    for step in range(30):
+    for step in range(20):
         tokens = torch.randint(20, (4, 17), generator=torch.Generator().manual_seed(step)) % 7
         loss = model(tokens[:, :-1], tokens[:, 1:].contiguous())[1]
         loss.backward()
@@ -315,6 +315,44 @@ class Strange(nn.Module):
     def forward(self, x):
         q, k, v = (getattr(self, name)(x).unflatten(-1, (2, 8)).transpose(1, 2) for name in self.names)
         return F.scaled_dot_product_attention(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, scale=40.0)
+
+
+def t5(attention: str):
+    config = transformers.T5Config(
+        vocab_size=20,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        attn_implementation=attention,
+    )
+    model = transformers.T5EncoderModel(config).train()
+    bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    nn.init.normal_(bias.weight, 500.0, 50.0)
+    return model
+
+
+def test_biases_of_position_do_not_count_or_are_refused(monkeypatch):
+    torch.manual_seed(0)
+    model, called, plain = t5("sdpa"), [], F.scaled_dot_product_attention
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append((*a[:2], k)) or plain(*a, **k))
+        model(TOKENS)
+    q, k, settings = called[0]
+    clip = QKClip(model, THRESHOLD)
+    model(TOKENS)
+    (S,) = clip.step().values()
+    expected = attention_logits(q, k, scale=settings["scale"]).amax((0, 2, 3))
+    assert settings["attn_mask"].max() > 300 > 30 > max(S)
+    assert [s for s in S if s > THRESHOLD] == pytest.approx(expected[expected > THRESHOLD].tolist(), rel=1e-5)
+    eager = t5("eager")
+    QKClip(eager, THRESHOLD)
+    with pytest.raises(
+        ValueError, match=r"SelfAttention: it adds a bias \(relative_attention_bias.*implementation='sdpa'"
+    ):
+        eager(TOKENS)
 
 
 def test_attention_that_is_not_known_is_refused_when_it_is_seen():

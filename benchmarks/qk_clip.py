@@ -1,0 +1,62 @@
+"""What QK-clip adds to training, and how the largest logit is found: `python -m benchmarks.qk_clip`.
+
+First the ways to know the largest logit of an attention: the product of lengths |q| |k|, which bounds it; the logsumexp that
+torch's fused CPU kernel returns, which exceeds it by up to log(keys); the exact one in chunks. Then updates in turns: plain;
+watched, where no head comes near the threshold; and with a threshold so low that every head is looked at, and most are clipped.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks.families import Step, gpt, vit
+from benchmarks.paired import Report, arguments, interleave, interleave_within
+from stable_core.attention_entropy import largest_logits
+from stable_monitor import QKClip
+
+SHAPES = ((4, 12, 256), (1, 12, 1024))  # batch, heads, tokens; 64 features
+MODELS = {  # the first: GPT-2 small's width, a third of its layers
+    "gpt_4_layers": (partial(gpt, 1024, n_layer=4, vocab_size=5000), 1024),
+    "vit_small": (partial(vit, "small"), 8),
+}
+THRESHOLDS = {"watched": 1e6, "all heads looked at": 0.05}
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def ways(shape: tuple[int, int, int], causal: bool) -> dict[str, Callable[[], object]]:
+    q, k = torch.randn(2, *shape, 64, generator=torch.Generator().manual_seed(0))
+    find = partial(largest_logits, q, k, scale=0.125, is_causal=causal)
+    return {
+        "logsumexp of the fused kernel": lambda: _fused(q, k, k, 0.0, causal, scale=0.125),
+        "exact, in chunks": find,
+        "bound |q| |k|": partial(find, above=math.inf),
+    }
+
+
+def main() -> None:
+    parser = arguments("qk_clip", __doc__, rounds=8)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: %(default)s)")
+    args = parser.parse_args()
+    report = Report("QK-clip", args.device)
+    if args.device.type == "cpu":
+        for shape in SHAPES:
+            for causal in (False, True):
+                title = "{} x {} heads, {} tokens".format(*shape) + ", causal" * causal
+                times = interleave_within(ways(shape, causal), args.rounds, args.device)
+                report.add(title, times, ["logsumexp of the fused kernel"], "ms", 1000)
+    for name in args.models:
+        build, size = MODELS[name]
+        family = build()
+        steps = {kind: Step(family, "pre-LN", size, args.device) for kind in ("plain", *THRESHOLDS)}
+        for kind, threshold in THRESHOLDS.items():
+            QKClip(steps[kind].model, threshold, optimizer=steps[kind].optimizer)
+        title = f"{name}, {size} {family.unit}"
+        report.add(title, interleave(steps, args.rounds, args.device, title), ["plain"], "ms an update", 1000)
+        report.save(args.out)
+
+
+if __name__ == "__main__":
+    main()
