@@ -114,8 +114,9 @@ def largest_logits(
     """max_j a_ij of every query, (batch, heads, queries), exact, and -inf for a query without a key.
 
     Heads in which no logit can exceed `above`, as |q| |k| does not, are not looked at: they are -inf as a whole. The others'
-    logits are formed and forgotten in chunks. (A fused kernel's logsumexp exceeds the maximum by up to log(keys): a closer
-    bound, but on a CPU the kernel takes longer than the exact maximum does, benchmarks/qk_clip.py.)
+    logits are formed and forgotten in chunks. (The logsumexp that torch's fused CPU kernel returns is a closer bound, at most
+    log(keys) above the maximum, but it takes most of the time that the exact maximum takes, and the lengths next to none:
+    benchmarks/qk_clip.py.)
 
     Arguments as for `attention_entropy`.
     """

@@ -228,12 +228,14 @@ class QKClip:
 
     def _look_for_vain(self, clipped: dict[str, list[float]]) -> None:
         """Warns where logits far above the threshold do not fall though they were clipped."""
-        now = {name: max(S) for name, S in clipped.items() if max(S) > 1.5 * self.threshold}
+        now = {name: max(s for s in S if s < math.inf) for name, S in clipped.items()}
         before, self._vain = self._vain, {}
-        for name, S in now.items():
-            last, times = before.get(name, (0.0, 0))
-            self._vain[name] = S, times + 1 if S > 0.9 * last > 0 else 0
-            if self._vain[name][1] == VAIN:
+        for name, worst in now.items():
+            if worst > 1.5 * self.threshold:
+                last, times = before.get(name, (0.0, 0))
+                self._vain[name] = worst, times + 1 if worst > 0.9 * last > 0 else 0
+        for name, (_, times) in self._vain.items():
+            if times == VAIN:
                 self._warn(
                     f"{name}: its largest logit does not fall though it is clipped: something between the "
                     "projections and softmax undoes it (a norm, a bias, another scale); leave it out with filter_fn"

@@ -92,14 +92,15 @@ def set_defaults(args, init_std: float | None, **defaults: str) -> None:
         args.init_std = init_std
 
 
-def norm_first(chosen: Options) -> bool:
+def norm_first(chosen: Options, side: str) -> bool:
     """Whether a block begins with its norm, and the last one is followed by another: what fairseq calls normalize_before."""
-    return chosen.norm != "none" and build_residuals(chosen, 1, 1)[0].norm_first  # for any number of layers
+    encoder, decoder = build_residuals(chosen, 1, 1)  # their place is the same for any number of layers
+    return chosen.norm != "none" and (encoder if side == "encoder" else decoder).norm_first
 
 
 def set_normalize_before(args, side: str) -> None:
     """fairseq's flag of the encoder or decoder as ours say. Raises ValueError where it was given and says otherwise."""
-    name, before = f"{side}_normalize_before", norm_first(options_of(args))
+    name, before = f"{side}_normalize_before", norm_first(options_of(args), side)
     if getattr(args, name, before) and not before:
         other = "norm none" if args.norm == "none" else f"residual {args.residual}"
         raise ValueError(f"--{name.replace('_', '-')} contradicts --{other}; use --residual pre-ln")

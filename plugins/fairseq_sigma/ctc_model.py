@@ -52,7 +52,7 @@ class SpeechEncoder(FairseqEncoder):
         shifts = (args.cape_global_shift, args.cape_local_shift, args.cape_scale)
         self.positions = Cape(width, STRIDE * STEP, *shifts)
         self.dropout = nn.Dropout(args.dropout)
-        before = norm_first(blocks.options)
+        before = norm_first(blocks.options, "encoder")
         layers = [EncoderLayer(_layer_config(args, before)) for _ in range(args.encoder_layers)]
         self.norm = build_norm(width, blocks.options) if before else nn.Identity()
         self.output = nn.Linear(width, len(symbols))

@@ -27,4 +27,4 @@ def test_it_runs_from_the_command_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["qk_clip", "--rounds", "1", "--out", str(tmp_path / "out")])
     qk_clip.main()
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["name"] for row in rows if "tiny" in row["title"]] == ["plain", "watched", "all heads clipped"]
+    assert [row["name"] for row in rows if "tiny" in row["title"]] == ["plain", "watched", "all heads looked at"]

@@ -170,7 +170,7 @@ MINE = """
             return x / (1 + x.norm(dim=-1, keepdim=True))
 
     register_norm("bounded")(lambda dim, options, **made: Bounded())
-    register_attention("shifted")(lambda dim, options, **made: QueryKey(Bounded(), nn.Identity(), lambda q, k: (q, k + 1)))
+    register_attention("moved")(lambda dim, options, **made: QueryKey(Bounded(), nn.Identity(), lambda q, k: (q, k + 1)))
     register_residual("twice")(lambda encoder, decoder: (Residual(False, 2.0, 0.5), Residual(False, 3.0)))
     register_init("small")(lambda weight: nn.init.normal_(weight, std=0.05))
 
@@ -180,19 +180,19 @@ MINE = """
             if isinstance(module, nn.Linear):
                 weight_norm(module)
 """
-CHOSEN = {"norm": "bounded", "attention": "shifted", "residual": "twice", "init": "small", "reparam": "rows"}
+CHOSEN = {"norm": "bounded", "attention": "moved", "residual": "twice", "init": "small", "reparam": "rows"}
 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """my_methods.py in the current directory; mine() forgets that it was imported, as a new process does."""
-    (tmp_path / "my_methods.py").write_text(textwrap.dedent(MINE))
+    """methods_of_mine.py in the current directory; mine() forgets that it was imported, as a new process does."""
+    (tmp_path / "methods_of_mine.py").write_text(textwrap.dedent(MINE))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = copy.deepcopy(registry._METHODS)
 
     def forget() -> None:
-        sys.modules.pop("my_methods", None)
+        sys.modules.pop("methods_of_mine", None)
         for slot, methods in before.items():
             registry._METHODS[slot].clear()
             registry._METHODS[slot].update(methods)
@@ -203,7 +203,7 @@ def mine(tmp_path, monkeypatch):
 
 def test_methods_of_a_users_own_train_and_generate_by_name(train, generate, mine, tmp_path):
     flags = [word for slot, name in CHOSEN.items() for word in (f"--{slot}", name)]
-    train("mine", "preln_transformer_6l", 2, "--methods", "my_methods", *flags)
+    train("mine", "preln_transformer_6l", 2, "--methods", "methods_of_mine", *flags)
     mine()
     assert len(generate("mine", "--beam", 1)) == 43
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(tmp_path / "mine" / "checkpoint_last.pt")])
@@ -224,6 +224,6 @@ def test_methods_of_a_users_own_train_and_generate_by_name(train, generate, mine
 
 @pytest.mark.parametrize("make", [language, speech])
 def test_they_are_there_for_language_models_and_speech(make, mine):
-    model, run, _ = make({"methods": "my_methods", **CHOSEN})
+    model, run, _ = make({"methods": "methods_of_mine", **CHOSEN})
     assert run(model).isfinite().all()
     assert {type(module).__name__ for module in model.modules()} >= {"Bounded", "QueryKeyAttention", "_WeightNorm"}
