@@ -84,7 +84,7 @@ def _followed(weights: Iterable[Tensor]) -> "Iterator[SigmaReparam]":
                 yield parametrization
 
 
-def _rests(group: dict) -> bool:
+def _rests(group: dict[str, Any]) -> bool:
     """Whether the group's learning rate is 0, so that its step may have changed nothing.
 
     That is so at points of a schedule; in a wrapper whose inner optimizer has the true rate; and in the step that torch makes

@@ -15,13 +15,13 @@ from .recomputing import keep
 from .scale_by_sigma import full_precision, scale_plainly, sound_u
 from .sharding import is_sharded
 from .sigma_reparam import refuse_plain_weight
-from .targets import QKV_NAMES, cut, join, matrix
+from .targets import QKV_NAMES, Model, cut, join, matrix
 
 _ORIGINAL = re.compile(r"(?P<layer>.*?)parametrizations\.(?P<tensor>[^.]+)\.original(?P<weight_norm>0?)")
 
 
 @torch.no_grad()
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: Model) -> Model:
     """Replaces every weight that `sigma_reparam` reparametrised by its W_hat, in place, and returns the model.
 
     Raises:
@@ -139,7 +139,7 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fold_group(
-    state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match], layout: Layout, names: list[str]
+    state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match[str]], layout: Layout, names: list[str]
 ) -> dict[str, Tensor]:
     """The folded weights `names`, whose sigma is kept at `name`."""
     gamma, u = (state[f"{_prefix(originals[name])}0.{part}"] for part in ("gamma", "u"))
@@ -155,7 +155,7 @@ def _fold_group(
 
 
 def _layout(
-    state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match], layouts: Mapping[str, Layout]
+    state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match[str]], layouts: Mapping[str, Layout]
 ) -> tuple[Layout, list[str]]:
     """Of the sigma that is kept at `name`, and the weights that share it."""
     if name not in layouts:
@@ -188,7 +188,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _guessed_layout(
-    state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match]
+    state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match[str]]
 ) -> tuple[Layout, list[str]]:
     """As `_layout`, of checkpoints from before layouts: from the shapes, and from what attentions call their projections."""
     gamma, u = (state[f"{_prefix(originals[name])}0.{part}"] for part in ("gamma", "u"))
@@ -209,9 +209,9 @@ def _guessed_layout(
     return Layout(rows, transposed and len(names) == 1), names
 
 
-def _keeps_none(state: Mapping[str, Tensor], match: re.Match) -> bool:
+def _keeps_none(state: Mapping[str, Tensor], match: re.Match[str]) -> bool:
     return not match["weight_norm"] and f"{_prefix(match)}0.gamma" not in state
 
 
-def _prefix(match: re.Match) -> str:
+def _prefix(match: re.Match[str]) -> str:
     return f"{match['layer']}parametrizations.{match['tensor']}."

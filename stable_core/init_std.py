@@ -5,6 +5,7 @@ same std is a small matrix in a narrow model; with gamma = sigma(W) at the start
 """
 
 import math
+from typing import Any
 
 # By width: the weights' standard deviation, the patch embedding's, and how many inputs that has.
 VITS = {768: (0.02, 0.02, 768), 1024: (0.01, 0.0025, 768), 1280: (0.01, 0.0025, 588)}
@@ -41,7 +42,7 @@ def gpt_init_std(width: int) -> float:
     return GPTS[paper] * math.sqrt(paper / width)
 
 
-def _paper_width(width: int, papers: dict) -> int:
+def _paper_width(width: int, papers: dict[int, Any]) -> int:
     if not width >= 1:
         raise ValueError(f"width = {width!r}: allowed are whole numbers from 1")
     return max((paper for paper in papers if paper <= width), default=min(papers))

@@ -51,7 +51,7 @@ class Options:
         check(self)
 
 
-OPTIONS: tuple[Field, ...] = fields(Options)
+OPTIONS: tuple[Field[Any], ...] = fields(Options)
 NAMES = tuple(option.name for option in OPTIONS)
 
 

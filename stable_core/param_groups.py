@@ -1,5 +1,7 @@
 """Optimizer groups for a model: for one optimizer (`param_groups`), or for Muon and AdamW beside it (`muon_param_groups`)."""
 
+from typing import Any
+
 from torch import nn
 
 from .layers import is_transposed
@@ -11,7 +13,7 @@ HEADS = ("head", "heads", "lm_head", "classifier", "output_projection", "adaptiv
 EMBEDDING = "embed"  # in any part of the path, as in embed_tokens, patch_embed and embeddings
 
 
-def param_groups(model: nn.Module, lr: float, weight_decay: float, gamma_lr_scale: float = 1.0) -> list[dict]:
+def param_groups(model: nn.Module, lr: float, weight_decay: float, gamma_lr_scale: float = 1.0) -> list[dict[str, Any]]:
     """Groups for any torch optimizer: every gamma at lr * gamma_lr_scale without weight decay, then all the rest.
 
     Decay would pull a gamma, which is the spectral norm of its layer, to zero; large-scale speech wants twice the learning
@@ -31,7 +33,7 @@ def muon_param_groups(
     *,
     muon_lr: float | None = None,
     filter_fn: FilterFn | None = None,
-) -> tuple[list[dict], list[dict]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Groups for torch.optim.Muon, which takes matrices only, and groups for AdamW: each trainable parameter is in one.
 
         muon, adamw = muon_param_groups(model, lr=6e-4, weight_decay=0.1)
@@ -63,7 +65,9 @@ def muon_param_groups(
     return [{"params": matrices, "lr": muon_lr or lr, "weight_decay": weight_decay}], adamw
 
 
-def _groups(model: nn.Module, lr: float, weight_decay: float, gamma_lr_scale: float, taken: set[int]) -> list[dict]:
+def _groups(
+    model: nn.Module, lr: float, weight_decay: float, gamma_lr_scale: float, taken: set[int]
+) -> list[dict[str, Any]]:
     """The gammas, and the rest without what is taken, by id."""
     _check_positive("lr", lr)
     _check_positive("gamma_lr_scale", gamma_lr_scale)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .targets import Model
+
 # Of every forward pass under way, innermost last: where a W_hat lies -> (its storage, how to make it).
 _made: list[dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]]] = []
 
 
-def recompute(model: nn.Module) -> nn.Module:
+def recompute(model: Model) -> Model:
     """From now on the forward passes of `model` keep no W_hat for their backward passes, and it returns the model.
 
     The gradients are bit for bit the same. It costs one more scaling of every weight a step, and saves a copy of them: the

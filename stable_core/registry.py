@@ -13,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 SLOTS = ("norm", "attention", "residual", "init", "reparam")
 
@@ -24,7 +25,7 @@ class WrongOption(ValueError):
         super().__init__(f"{name} = {value!r}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self.value, self.allowed)  # else it could not leave the process that raised it
 
     def as_flag(self) -> str:
@@ -36,7 +37,7 @@ class WrongOption(ValueError):
 class Method:
     """What is registered under a name: what builds it, a line about it, and the module it comes from."""
 
-    build: Callable
+    build: Callable[..., Any]
     summary: str
     module: str
 
@@ -44,11 +45,11 @@ class Method:
 _METHODS: dict[str, dict[str, Method]] = {slot: {} for slot in SLOTS}
 
 
-Decorator = Callable[[Callable], Callable]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _register(slot: str, name: str, summary: str) -> Decorator:
-    def add(build: Callable) -> Callable:
+    def add(build: Callable[..., Any]) -> Callable[..., Any]:
         there = _METHODS[slot].get(name)
         if there is not None and there.module != build.__module__:
             raise ValueError(f"{slot} {name!r}: {there.module} has registered one; take another name")

@@ -6,12 +6,12 @@ from torch import nn
 
 from .registry import method, register_reparam
 from .sigma_reparam import SigmaReparamConfig, sigma_reparam
-from .targets import FilterFn
+from .targets import FilterFn, Model
 
 KINDS = ("sigma", "spectral", "weight")
 
 
-def reparametrise(model: nn.Module, options: Any, filter_fn: FilterFn | None = None) -> nn.Module:
+def reparametrise(model: Model, options: Any, filter_fn: FilterFn | None = None) -> Model:
     """Reparametrises the layers of `model` that filter_fn picks, in place, as options.reparam says; returns the model.
 
     Raises:

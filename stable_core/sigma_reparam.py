@@ -40,7 +40,7 @@ from .scale_by_sigma import (
 )
 from .sharding import Piece, gathered, is_sharded, pieces
 from .sigma_layers import sigma_layers
-from .targets import FilterFn, Group, check_values, cut, find_groups, join, matrix
+from .targets import FilterFn, Group, Model, check_values, cut, find_groups, join, matrix
 from .together import Together
 from .watching import LAG, Notice, Watch, can_look, is_real, is_transformed, versions
 
@@ -466,9 +466,7 @@ class JointMember(HasLayout):
         return self.leader().take(W_hat, self._index)
 
 
-def sigma_reparam(
-    model: nn.Module, config: SigmaReparamConfig | None = None, filter_fn: FilterFn | None = None
-) -> nn.Module:
+def sigma_reparam(model: Model, config: SigmaReparamConfig | None = None, filter_fn: FilterFn | None = None) -> Model:
     """Reparametrises weights of `model` in place and returns it: W_hat = gamma / sigma(W) * W.
 
     It takes Linear, Conv1d and Conv2d layers, transformers' Conv1D, and the projections of nn.MultiheadAttention. Weights
@@ -538,7 +536,7 @@ def refuse_plain_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: st
             )
 
 
-def converge(model: nn.Module) -> nn.Module:
+def converge(model: Model) -> Model:
     """Finds u of every σReparam layer afresh, for weights that no optimizer made, and returns the model.
 
     Call it on an exponential moving average before it goes on training: averaging u, or W alone, leaves it no singular vector

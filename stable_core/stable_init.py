@@ -4,13 +4,16 @@ Source: "Stable-Transformer: Towards a Stable Transformer Training" (ICLR 2025 s
 """
 
 import math
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from .targets import layers
 
+Given = TypeVar("Given", bound=nn.Module | Tensor)
 
-def stable_init_(module_or_tensor: nn.Module | Tensor, gain: float = 1.0) -> nn.Module | Tensor:
+
+def stable_init_(module_or_tensor: Given, gain: float = 1.0) -> Given:
     """W ~ N(0, (gain / (sqrt(n_in) + sqrt(n_out)))^2), in place, so that E sigma_max(W) <= gain [ST, eq. 1].
 
     (Xavier's normal initialisation has E sigma_max <= 2 [ST, Lemma 1].) A packed [Wq; Wk; Wv] is one matrix, as in the
@@ -33,7 +36,8 @@ def stable_init_(module_or_tensor: nn.Module | Tensor, gain: float = 1.0) -> nn.
     if isinstance(module_or_tensor, Tensor):
         if module_or_tensor.ndim < 2:
             raise ValueError(f"a tensor of shape {tuple(module_or_tensor.shape)}: allowed are weights (out, in, ...)")
-        return _init(module_or_tensor, module_or_tensor.shape[0], gain)
+        _init(module_or_tensor, module_or_tensor.shape[0], gain)
+        return module_or_tensor
     targets = list(layers(module_or_tensor))
     if not targets:
         raise ValueError(f"{type(module_or_tensor).__name__}: no Linear, Conv or attention layer to initialise")
@@ -45,5 +49,5 @@ def stable_init_(module_or_tensor: nn.Module | Tensor, gain: float = 1.0) -> nn.
     return module_or_tensor
 
 
-def _init(weight: Tensor, n_out: int, gain: float) -> Tensor:
-    return nn.init.normal_(weight, 0.0, gain / (math.sqrt(weight.numel() // n_out) + math.sqrt(n_out)))
+def _init(weight: Tensor, n_out: int, gain: float) -> None:
+    nn.init.normal_(weight, 0.0, gain / (math.sqrt(weight.numel() // n_out) + math.sqrt(n_out)))

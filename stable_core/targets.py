@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor
 
 FilterFn = Callable[[nn.Module, str], bool]
+Model = TypeVar("Model", bound=nn.Module)  # what changes a model gives it back
 
 
 @dataclass(frozen=True)

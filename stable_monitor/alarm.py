@@ -131,7 +131,7 @@ class Watch:
         self._records: dict[str, int] = defaultdict(int)
         self._collapsed: set[str] = set()
 
-    def look(self, record: dict) -> list[Alarm]:
+    def look(self, record: dict[str, Any]) -> list[Alarm]:
         """The alarms of one record, whose layers have lists of numbers, one for each head."""
         alarms = []
         for name, layer in record["layers"].items():

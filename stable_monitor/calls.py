@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ class Site:
     name: str
     module: nn.Module
     parent: nn.Module | None  # the module that calls it
-    args: tuple  # of its forward pass
-    kwargs: dict
+    args: tuple[Any, ...]  # of its forward pass
+    kwargs: dict[str, Any]
 
     def is_cross(self) -> bool:
         """Whether its keys and queries are of different tokens."""
@@ -207,16 +207,16 @@ def padding(call: AttentionCall, hidden: Tensor | None) -> Tensor | None:
 
 
 @functools.cache
-def _parameter_names(forward: Callable) -> tuple[str, ...]:
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def given(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, object]:
+def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, object]:
     """A module's arguments by name."""
     return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
 
 
-def has_other_source(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+def has_other_source(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a module's arguments give it keys of other tokens than its queries."""
     arguments = given(module, args, kwargs)
     if any(isinstance(arguments.get(name), Tensor) for name in SOURCES):

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .records import Run
 
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
-Value = Callable[[dict], float | None]
+Value = Callable[[dict[str, Any]], float | None]
 ROLES = ("q", "k", "v", "qkv", "kv", "out")
 WHOLE_MODEL = "whole model"  # beside the kinds of attention
 
@@ -28,7 +28,7 @@ class Quantity(NamedTuple):
 
 
 def over_heads(reduce: Callable[[list[float]], float], key: str) -> Value:
-    def value(layer: dict) -> float | None:
+    def value(layer: dict[str, Any]) -> float | None:
         heads = [head for head in layer.get(key) or [] if head is not None]
         return reduce(heads) if heads else None
 
@@ -93,7 +93,7 @@ def thin(x: np.ndarray, y: np.ndarray, bins: int = 100) -> Curve:
     return x[kept], y[kept]
 
 
-def series(records: list[dict], value: Value) -> Curve:
+def series(records: list[dict[str, Any]], value: Value) -> Curve:
     """A null is no point: the curve goes straight on between its neighbours."""
     points = [(record["step"], y) for record in records if (y := value(record)) is not None]
     return thin(*np.array(points, float).reshape(-1, 2).T)
@@ -112,7 +112,7 @@ def curves(quantity: Quantity, run: Run, kind: str) -> dict[str, Curve]:
     return {name: curve for name, curve in found.items() if len(curve[0])}
 
 
-def validation_loss(line: dict) -> float | None:
+def validation_loss(line: dict[str, Any]) -> float | None:
     return line["validation"].get("loss")
 
 
@@ -123,7 +123,7 @@ def validation(run: Run) -> Curve:
 def ceiling(run: Run, kind: str) -> Curve:
     """log(keys), the entropy of attending to all keys alike; where layers differ the highest. Nats."""
 
-    def value(record: dict) -> float | None:
+    def value(record: dict[str, Any]) -> float | None:
         keys = [record["layers"].get(name, {}).get("keys") for name in run.layers.get(kind, [])]
         return max((math.log(count) for count in keys if count and count > 0), default=None)
 

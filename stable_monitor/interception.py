@@ -35,6 +35,9 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+Running = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a module that is being run, and its arguments
+
+
 class Interception:
     """Hands the attention calls of a model's forward passes to `handler(call) -> call`, until it is stopped.
 
@@ -67,7 +70,7 @@ class Interception:
         self._handles.append(on_error(self._model, self._undo))
         self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is self._model and model.training and not self._names and not torch.compiler.is_compiling():
             self._install()
             self._enter(model, args, kwargs)  # its own new hook comes too late for this call
@@ -103,14 +106,14 @@ class Interception:
         self._waits = False
         _thread.remove(self)
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Compiled code is left as it is: attention could not be seen in it anyway.
         if not torch.compiler.is_compiling() and module in self._names:
             if module is self._model:
                 _thread.remove(self)  # what an interrupted forward pass of a part of it left
             _thread.push(self, module, args, kwargs)
 
-    def site(self, stack: list[tuple[nn.Module, tuple, dict]], depth: int) -> Site:
+    def site(self, stack: list[Running], depth: int) -> Site:
         """Of the attention at one depth of the modules that are running."""
         module, args, kwargs = stack[depth]
         parent = stack[depth - 1][0] if depth else None
@@ -130,7 +133,7 @@ class _Thread(threading.local):
     """
 
     def __init__(self) -> None:
-        self.running: dict[Interception, list[tuple[nn.Module, tuple, dict]]] = {}
+        self.running: dict[Interception, list[Running]] = {}
         self.mode: _Mode | None = None
         self.handling = False  # a call, during which torch has taken the mode off
 
@@ -164,14 +167,16 @@ _thread = _Thread()
 
 
 class _Mode(TorchFunctionMode):
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         before, _thread.handling = _thread.handling, True
         try:
             return self._handle(function, args, kwargs or {})
         finally:
             _thread.handling = before
 
-    def _handle(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def _handle(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function is F.multi_head_attention_forward:
             with self:
                 return _open_multi_head_attention()(*args, **kwargs)
@@ -184,7 +189,7 @@ class _Mode(TorchFunctionMode):
 
 
 @functools.cache
-def _open_multi_head_attention() -> Callable:
+def _open_multi_head_attention() -> Callable[..., Any]:
     """A copy of `F.multi_head_attention_forward` that does not hand itself to the mode, which then sees the calls inside it."""
     whole = F.multi_head_attention_forward
     names = {**whole.__globals__, "has_torch_function": lambda tensors: False}
@@ -227,5 +232,5 @@ def _softmax_input(input: Tensor, dim: int | None = None, *_: Any, **__: Any) ->
     return input
 
 
-def _asked() -> list[tuple[Interception, list]]:
+def _asked() -> list[tuple[Interception, list[Running]]]:
     return sorted(_thread.running.items(), key=lambda item: item[0].order)

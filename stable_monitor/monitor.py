@@ -79,7 +79,7 @@ class Monitor:
         step: int = 0,
         alarm: AlarmConfig | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
-        writers: Iterable[Callable[[dict], None]] = (),
+        writers: Iterable[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model = {short(model)}: allowed are torch modules")
@@ -99,7 +99,7 @@ class Monitor:
         ):
             raise ValueError(f"writers = {writers!r}: allowed are functions of a record, in a list")
         self.every, self.updates = every, step
-        self.last: dict | None = None  # the last record
+        self.last: dict[str, Any] | None = None  # the last record
         self._called, self._model, self._optimizers = (
             model,
             unwrap(model),
@@ -123,7 +123,7 @@ class Monitor:
 
     def step(
         self, loss: Tensor | float | None = None, lr: float | None = None, output_loss_scale: float = 1.0
-    ) -> dict | None:
+    ) -> dict[str, Any] | None:
         """Counts one update; call it after backward, before the gradients are cleared. Returns the record, if it made one.
 
         Args:
@@ -194,7 +194,7 @@ class Monitor:
 
     def _forget(self) -> None:
         """What was seen in a forward pass, which the next one begins anew."""
-        self._seen: dict[str, tuple] = {}  # layer: kind, numbers by head, spectral norms
+        self._seen: dict[str, tuple[Any, ...]] = {}  # layer: kind, numbers by head, spectral norms
         self._modules: dict[str, nn.Module] = {}
         self._loss: Tensor | None = None
 
@@ -246,7 +246,7 @@ class Monitor:
             log.warning("%s", f"{message}: {type(error).__name__}: {error}" if error is not None else message)
             self._warned.add(message)
 
-    def _record(self, loss: Tensor | float | None, lr: float | None) -> dict:
+    def _record(self, loss: Tensor | float | None, lr: float | None) -> dict[str, Any]:
         if not self._seen:
             self._warn(f"{UNSEEN}. The monitor must be given what the loop calls, in training mode")
         if not self._gradients:
@@ -278,7 +278,7 @@ class Monitor:
         norms = self._gradients.get(name)
         return dict(zip(("grad_l2", "grad_linf"), (None, None) if norms is None else plain(norms), strict=True))
 
-    def _publish(self, record: dict) -> None:
+    def _publish(self, record: dict[str, Any]) -> None:
         alarms = self._watch.look(record)
         if self._on_alarm is not None and self._ranks is not None:  # all do what rank 0 decides: one alone cannot stop
             alarms = self._ranks.decided(alarms)

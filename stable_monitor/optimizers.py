@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-Optimizers = torch.optim.Optimizer | list | tuple | dict
+Optimizers = torch.optim.Optimizer | list[Any] | tuple[Any, ...] | dict[Any, Any]
 
 
-def listed(optimizers: Optimizers) -> list:
+def listed(optimizers: Optimizers) -> list[Any]:
     """All of them; what has param_groups is one, as wrappers are.
 
     Raises:

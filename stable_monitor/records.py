@@ -40,7 +40,7 @@ class RecordFile:
             os.truncate(self.path, end)
         return bool(whole[:end].strip())
 
-    def append(self, record: dict) -> None:
+    def append(self, record: dict[str, Any]) -> None:
         """The whole line or, where there is no room for it, none of it."""
         line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
         with self.path.open("ab", buffering=0) as file:
@@ -54,12 +54,12 @@ class RecordFile:
                 raise
 
 
-def read(run: str | Path) -> list[dict]:
+def read(run: str | Path) -> list[dict[str, Any]]:
     """The records of a run, as `load` reads them."""
     return load(run)[0]
 
 
-def load(run: str | Path) -> tuple[list[dict], list[dict]]:
+def load(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Records and validations of a run (a directory that holds `monitor.jsonl`, or such a file of any name), steps ascending.
 
     The writer may have been killed: a last line that was cut short is left out. It may have gone on from an earlier
@@ -73,8 +73,8 @@ def load(run: str | Path) -> tuple[list[dict], list[dict]]:
         raise FileNotFoundError(f"{path}: no such file; a run is a directory that holds {FILE_NAME}, or such a file")
     whole = path.read_bytes()
     lines = whole.splitlines()
-    records: list[dict] = []
-    validations: list[dict] = []
+    records: list[dict[str, Any]] = []
+    validations: list[dict[str, Any]] = []
     wrong = []
     for number, line in enumerate(lines, 1):
         parsed = _parsed(line)
@@ -105,8 +105,8 @@ def in_words(entropy: float | None, unit: str = "") -> str:
 @dataclass(frozen=True)
 class Run:
     name: str
-    records: list[dict]
-    validations: list[dict]
+    records: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
 
     @cached_property
     def layers(self) -> dict[str, list[str]]:
@@ -115,12 +115,12 @@ class Run:
         return {kind: [name for name in kinds if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())}
 
     @cached_property
-    def alarms(self) -> list[dict]:
+    def alarms(self) -> list[dict[str, Any]]:
         """All alarms in order, each with its "step"."""
         return [{"step": record["step"], **alarm} for record in self.records for alarm in record["alarms"]]
 
 
-def _parsed(line: bytes) -> dict | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     """A line's record or validation; None where it is neither."""
     try:
         record = json.loads(
@@ -156,7 +156,7 @@ def _is_alarm(alarm: Any) -> bool:
     return isinstance(alarm, dict) and isinstance(alarm.get("layer"), str) and _has_numbers(alarm)
 
 
-def _has_numbers(values: dict) -> bool:
+def _has_numbers(values: dict[str, Any]) -> bool:
     return all(_is_number(values.get(key)) for key in NUMBERS)
 
 

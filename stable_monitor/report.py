@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from .curves import FIGURES, Value, mean_entropy, number, validation_loss
@@ -96,12 +97,12 @@ def unique_names(paths: list[Path]) -> list[str]:
     raise ValueError(f"the same run is given twice: {', '.join(map(str, paths))}")
 
 
-def table(head: list[str], rows: list[list]) -> str:
+def table(head: list[str], rows: list[list[Any]]) -> str:
     lines = [f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows]
     return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>\n" + "\n".join(lines) + "</table>"
 
 
-def last_loss(lines: list[dict], loss: Value) -> str:
+def last_loss(lines: list[dict[str, Any]], loss: Value) -> str:
     """The last that was measured and finite, with its step if that is not the last."""
     for line in reversed(lines):
         if (known := loss(line)) is not None:

@@ -146,7 +146,7 @@ def adamw_stability_threshold(lr: float, beta1: float = 0.9) -> float:
 
 
 def _hessian_vector_product(
-    model: nn.Module, loss_fn: LossFn, batches: list, weights: list[Tensor], vector: list[Tensor]
+    model: nn.Module, loss_fn: LossFn, batches: list[Any], weights: list[Tensor], vector: list[Tensor]
 ) -> list[Tensor]:
     """H v = d(g . v)/d theta, g = dL/d theta; zero for parameters that the loss does not touch."""
     total = [torch.zeros_like(weight) for weight in weights]

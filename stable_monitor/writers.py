@@ -8,13 +8,13 @@ from typing import Any
 from .records import in_words
 
 
-def by_layer(record: dict, key: str, over_heads: Callable[[list[float]], float]) -> dict[str, float]:
+def by_layer(record: dict[str, Any], key: str, over_heads: Callable[[list[float]], float]) -> dict[str, float]:
     """One number for each layer that has any."""
     known = {name: [x for x in layer[key] if x is not None] for name, layer in record["layers"].items()}
     return {name: over_heads(heads) for name, heads in known.items() if heads}
 
 
-def headline(record: dict) -> dict[str, float]:
+def headline(record: dict[str, Any]) -> dict[str, float]:
     """What fits in a log line: "entropy", the mean over layers and heads, "entropy_min", that of the layer with the least
     (both in nats), and "logit_max", the largest logit of all. Empty where no attention was measured."""
     entropies, logits = by_layer(record, "entropy", fmean).values(), by_layer(record, "max_logit", max).values()
@@ -23,7 +23,7 @@ def headline(record: dict) -> dict[str, float]:
     return {"entropy": fmean(entropies), "entropy_min": min(entropies), "logit_max": max(logits)}
 
 
-def scalars(record: dict) -> dict[str, float]:
+def scalars(record: dict[str, Any]) -> dict[str, float]:
     """A record as flat names and numbers: "entropy/encoder.layers.0.self_attn" is the mean over the heads, and so on, min
     or max for what is a least or a largest; what was not measured is left out."""
     flat = {name: record[name] for name in ("loss", "lr", "grad_l2", "grad_linf")}
@@ -44,7 +44,7 @@ class TensorBoardWriter:
 
         self._writer = SummaryWriter(str(directory))
 
-    def __call__(self, record: dict) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record["step"])
         for alarm in record["alarms"]:
@@ -62,5 +62,5 @@ class WandbWriter:
             run = wandb.run or wandb.init()
         self._run = run
 
-    def __call__(self, record: dict) -> None:
+    def __call__(self, record: dict[str, Any]) -> None:
         self._run.log({"update": record["step"], **scalars(record), "alarms": len(record["alarms"])})

@@ -99,6 +99,7 @@ def test_a_benchmark_runs_from_the_command_line(monkeypatch, capsys, tmp_path):
     assert len(json.loads((tmp_path / "attention.json").read_text())["rows"]) == 5
 
 
+@pytest.mark.slow  # tests/stable_core/test_kernels.py holds each kernel against float64
 def test_the_kernels_are_right_where_they_are_timed(tmp_path):
     """In a process of its own, as Triton is told when it is imported that there is an interpreter."""
     pytest.importorskip("triton")

@@ -226,9 +226,18 @@ def test_a_plain_model_may_be_trained_with_quantisation_noise():
             {"encoder_ffn_embed_dim": 64},
             r"fc\d.*: the checkpoint has shape .*64.*, the model .*32",
         ),
+        ("sigma_transformer_6l", {"qkv": "joint"}, r"(?:q|k)_proj: the state dict has sigmas of 48 rows"),
     ],
 )
 def test_a_checkpoint_of_another_arch_is_refused_in_one_line(arch, other, message):
     with pytest.raises(ValueError, match=message) as error:
         build(arch).load_state_dict(build(arch, **other).state_dict())
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_from_before_layouts_loads():
+    model, other = (build("sigma_transformer_6l", qkv="joint") for _ in range(2))
+    state = {key: x for key, x in model.state_dict().items() if not key.endswith("_extra_state")}
+    assert len(state) < len(model.state_dict())
+    other.load_state_dict(state)
+    assert all(torch.equal(x, other.state_dict()[key]) for key, x in model.state_dict().items())

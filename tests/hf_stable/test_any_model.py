@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
 import hf_stable
-from stable_core import SigmaReparamConfig
+from stable_core import SigmaReparamConfig, fold_state_dict
 from tests.stable_core.models import reparametrised
 
 TOKENS = torch.randint(5, 90, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -91,6 +91,17 @@ def test_saved_loaded_and_trained(family, tmp_path):
                 once = normalize(block @ normalize(block.T @ old_u, dim=0), dim=0)  # one power iteration
                 torch.testing.assert_close(u, once, rtol=1e-4, atol=1e-5)
         model = loaded
+
+
+@pytest.mark.parametrize("qkv", ["joint", "qk_joint"])
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_saved_file_folds_as_the_model_does(family, qkv, tmp_path):
+    model = reparametrise(build(family), qkv=qkv)
+    update(model, family)
+    model.save_pretrained(tmp_path)
+    folded, plain = fold_state_dict(load_file(tmp_path / "model.safetensors")), hf_stable.fold(model).state_dict()
+    torch.testing.assert_close(folded, {name: plain[name] for name in folded}, rtol=1e-6, atol=1e-6)
+    assert {x.data_ptr() for x in plain.values()} == {plain[name].data_ptr() for name in folded}  # the rest is tied
 
 
 def test_folded_models_need_transformers_alone(tmp_path):
@@ -227,6 +238,10 @@ def test_trainer_saves_and_resumes_bitwise(tmp_path):
         ({"layers": ["transformer.h.7.mlp.c_fc"]}, "transformer.h.7.mlp.c_fc is no Linear, Conv or attention layer of this"),
         ({"layers": ["transformer.ln_f"]}, "transformer.ln_f is no Linear, Conv or attention layer of this GPT2LMHead"),
         ({"kind": "weight"}, "c_attn.parametrizations.weight.original0: not in the checkpoint"),
+        (
+            {"qkv": "qk_joint"},
+            r"c_attn: the state dict has sigmas of 32, 32, 32 rows of \(in, out\), the model sigmas of 64, 32 rows",
+        ),
     ],
     ids=str,
 )  # fmt: skip

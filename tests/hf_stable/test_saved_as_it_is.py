@@ -200,15 +200,24 @@ def with_v(path) -> None:
     save_file(state, path, {"format": "pt"})
 
 
+def without_layouts(path) -> None:
+    """As folders were written that did not say what a sigma is of."""
+    state = {name: x for name, x in load_file(path).items() if not name.endswith("._extra_state")}
+    assert len(state) < len(load_file(path))
+    save_file(state, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("before", [with_v, without_layouts])
 @pytest.mark.parametrize("own", [True, False])
-def test_a_folder_that_kept_v_loads_in_silence(own, tmp_path, caplog):
-    model = stable_gpt(reparam="sigma") if own else hf_stable.sigma_reparam(llama())
+def test_a_folder_from_before_loads_in_silence(own, before, tmp_path, caplog):
+    model = stable_gpt(reparam="sigma") if own else hf_stable.sigma_reparam(llama(), SigmaReparamConfig(qkv="joint"))
     model.save_pretrained(tmp_path)
-    with_v(tmp_path / "model.safetensors")
+    before(tmp_path / "model.safetensors")
     transformers.logging.enable_propagation()
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()) and not caplog.records
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -103,6 +103,7 @@ def test_accumulated_batches_are_one_update(tmp_path):
         torch.testing.assert_close(four[name], x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # tests/engines/test_ddp.py has the models, and one process the trainer
 def test_two_processes_are_one(tmp_path):
     options = f"{TINY} --model sigma_vit_small_patch16_224 --batch-size 64 --lr 0.1 --opt sgd --epochs 1"
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

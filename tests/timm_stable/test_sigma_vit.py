@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
-import timm_stable  # noqa: F401  registers the models
+import timm_stable
 from stable_core import fold
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 3}
@@ -71,6 +71,17 @@ def test_an_own_checkpoint_is_fine_tuned_with_a_new_head(num_classes, tmp_path):
     assert torch.equal(again.head.weight, fresh.head.weight)
     W = "parametrizations.weight.original"  # its size is not in the function, but is how fast it learns
     assert torch.equal(again.blocks[1].attn.qkv.get_parameter(W), model.blocks[1].attn.qkv.get_parameter(W))
+
+
+@pytest.mark.parametrize("qkv", ["separate", "joint"])
+def test_an_own_checkpoint_from_before_layouts_is_taken_as_it_is(qkv):
+    model, other = small(qkv="joint"), small(qkv=qkv)
+    state = {name: x for name, x in model.state_dict().items() if not name.endswith("_extra_state")}
+    filtered = timm_stable.sigma_vit.checkpoint_filter_fn(state, other)
+    if qkv == "joint":
+        assert filtered is state
+    other.load_state_dict(filtered)
+    torch.testing.assert_close(other.eval()(IMAGES), model.eval()(IMAGES), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
