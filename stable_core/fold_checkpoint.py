@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         folded, places = fold_checkpoint(read(args.checkpoint))
         torch.save(folded, args.out)
     except (OSError, RuntimeError, ValueError) as error:
-        print(f"fold: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"fold_checkpoint: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     print(f"folded {', '.join(map(str, places))} of {args.checkpoint} into {args.out}")
     return 0

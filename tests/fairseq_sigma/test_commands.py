@@ -322,7 +322,9 @@ def test_the_cores_fold_names_the_command_for_this_checkpoint(train, tmp_path):
         [sys.executable, "-m", "stable_core.fold_checkpoint", path, str(out)], capture_output=True, text=True
     )
     assert done.returncode == 1 and not out.exists()
-    assert done.stderr.startswith(f"fold: {path}: holds argparse.Namespace, allowed are tensors, numbers, strings")
+    assert done.stderr.startswith(
+        f"fold_checkpoint: {path}: holds argparse.Namespace, allowed are tensors, numbers, strings"
+    )
     assert "python -m fairseq_sigma.export" in done.stderr
     assert done.stderr.count("\n") == 1 and "\x1b" not in done.stderr
 
