@@ -30,6 +30,7 @@ runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow  # the tests after it have its parts: a section that dies, exit codes, every check
 def test_sections_leave_every_number_on_disk_without_fairseq(tmp_path):
     sections = ["ceilings", "gpt_eager", "translation_6l", "monitor", "entropy", "graphs"]
     command = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--sections", *sections]

@@ -196,7 +196,8 @@ def test_iterative_quantisation_is_refused(train, tmp_path):
         train("sigma", SIGMA, 3, "--quantization-config-path", tmp_path / "pq.yaml")
 
 
-@pytest.mark.parametrize("backend", ["pytorch_ddp", pytest.param("legacy_ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow  # speech trains in two processes as in one, and tests/engines/test_ddp.py has the layers
+@pytest.mark.parametrize("backend", ["pytorch_ddp", "legacy_ddp"])
 def test_two_processes_are_the_run_with_one(train, backend, corpus, tmp_path):
     whole = train("one", SIGMA, 4, "--batch-size", 64)
     from .conftest import TINY
@@ -244,7 +245,9 @@ def test_generation_folds_and_incremental_decoding_agrees(train, generate, tmp_p
         torch.testing.assert_close(step[:, -1], unfolded[:, length - 1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("residual", ["post-ln", pytest.param("pre-ln", marks=pytest.mark.slow), "deepnorm"])
+@pytest.mark.parametrize(
+    "residual", ["deepnorm", *(pytest.param(r, marks=pytest.mark.slow) for r in ("post-ln", "pre-ln"))]
+)
 def test_export_loads_in_stock_fairseq_with_equal_outputs(train, generate, residual, corpus, tmp_path):
     train("ours", SIGMA, 30, "--residual", residual)
     (tmp_path / "stock").mkdir()

@@ -133,7 +133,7 @@ def _fit(given: Vision | SimCLR) -> dict:
 
 def _shape(vit: VisionTransformer) -> dict:
     block, layers = vit.blocks[0], [m for m in vit.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    norms, attention = {"StableNorm": "stable", "LayerNorm": "layernorm", "RmsNorm": "rmsnorm"}, block.attn
+    norms, attention = {"StableNorm": "stable", "LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}, block.attn
     found = {
         "patch_size": vit.patch_embed.patch_size[0],
         "image_size": vit.patch_embed.img_size[0],
@@ -146,7 +146,7 @@ def _shape(vit: VisionTransformer) -> dict:
         "norm": norms.get(type(block.norm1).__name__),
         "alpha": getattr(block.norm1, "alpha", None),
         "attention": _attention(attention),
-        "init": getattr(vit, "init", "timm"),
+        "init": vit.options.init if hasattr(vit, "options") else "stock",
     }
     if found["attention"] == "stable":  # softmax(tau SN(q) SN(k) / d1^(2 alpha)), all of it in the norm of q
         q_norm, tokens = attention.q_norm, vit.patch_embed.num_patches + vit.num_prefix_tokens

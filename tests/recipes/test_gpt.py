@@ -33,12 +33,15 @@ def recipe(checkout: Path, script: str, *arguments: str, **environment: str) -> 
 
 
 def settings_of(checkout: Path, line: str) -> dict:
-    """What a command sets, the config file's settings with those of the command line over them."""
+    """What a command sets, the config files' settings with those of the command line over them."""
     words = shlex.split(line)
     script, arguments = check(words[words.index("nanogpt_patch") + 1 :])
     assert script == checkout / "train.py"
-    settings = _assigned(Path(arguments[0]).read_text())
-    return settings | {a[2:].partition("=")[0]: a.partition("=")[2] for a in arguments[1:]}
+    settings = {}
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        settings |= {name: value} if argument.startswith("--") else _assigned(Path(argument).read_text())
+    return settings
 
 
 def test_alpha_varies_the_norm_of_gpt2_alone(checkout):

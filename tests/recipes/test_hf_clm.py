@@ -252,7 +252,8 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])  # tests/engines has FSDP2
+@pytest.mark.slow  # tests/engines has both engines
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_are_one_with_the_whole_batch(engine, folder, sigma, tmp_path):
     (tmp_path / "fsdp2.py").write_text(FSDP2_ON_CPU)
     script = [str(tmp_path / "fsdp2.py")] if engine == "fsdp2" else ["-m", "recipes.hf_clm.train"]

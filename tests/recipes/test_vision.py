@@ -62,7 +62,9 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("model", ["vit_small_patch16_224", "sigma_vit_small_patch16_224"])
+@pytest.mark.parametrize(
+    "model", [pytest.param("vit_small_patch16_224", marks=pytest.mark.slow), "sigma_vit_small_patch16_224"]
+)
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(tmp_path, monkeypatch, model):
     options = f"--model {model} --epochs 3 --mixup 0.8 --cutmix 1 --auto-augment rand-m9-mstd0.5-inc1 --erasing 0.25"
     options += " --repeats 2 --drop-path 0.1 --ema-decay 0.9 --accumulation 2"

@@ -121,7 +121,7 @@ def _stop_together(rank: int, called) -> None:
         monitor.step(loss)
 
 
-@pytest.mark.parametrize("how", ["DDP", "FSDP2", "FSDP1"])
+@pytest.mark.parametrize("how", ["FSDP2", *(pytest.param(how, marks=pytest.mark.slow) for how in ("DDP", "FSDP1"))])
 def test_two_processes_write_one_file(tmp_path, how):
     mp.start_processes(_worker, (str(tmp_path), how), nprocs=2, start_method="forkserver")
     alone = []

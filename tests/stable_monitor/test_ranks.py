@@ -55,7 +55,7 @@ def run(folder, how: str, *where: int):
     return heard, (folder / "log0").read_text()
 
 
-@pytest.mark.parametrize("how", ["DDP", "FSDP2", "compiled DDP"])
+@pytest.mark.parametrize("how", ["DDP", "FSDP2", pytest.param("compiled DDP", marks=pytest.mark.slow)])
 def test_rank_0_alone_records_what_needs_no_other(tmp_path, how):
     heard, log = run(tmp_path, how, 0)
     records, alone = read(tmp_path), []
@@ -77,7 +77,7 @@ def test_another_rank_alone_acts_by_itself(tmp_path):
     assert heard == [[], ["of rank 1"]] and not (tmp_path / "monitor.jsonl").exists()
 
 
-@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("how", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
 def test_together_all_do_what_rank_0_decides(tmp_path, how):
     heard, log = run(tmp_path, how, 0, 1)
     assert heard == [["of rank 0"], ["of rank 0"]] and "construct it on every rank" not in log

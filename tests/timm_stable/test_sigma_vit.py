@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
-import timm_stable
+import timm_stable  # noqa: F401  registers the models
 from stable_core import fold
+from timm_stable.checkpoints import checkpoint_filter_fn
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 3}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -77,7 +78,7 @@ def test_an_own_checkpoint_is_fine_tuned_with_a_new_head(num_classes, tmp_path):
 def test_an_own_checkpoint_from_before_layouts_is_taken_as_it_is(qkv):
     model, other = small(qkv="joint"), small(qkv=qkv)
     state = {name: x for name, x in model.state_dict().items() if not name.endswith("_extra_state")}
-    filtered = timm_stable.sigma_vit.checkpoint_filter_fn(state, other)
+    filtered = checkpoint_filter_fn(state, other)
     if qkv == "joint":
         assert filtered is state
     other.load_state_dict(filtered)
