@@ -143,6 +143,7 @@ print(model(torch.arange(9)[None]).logits.double().norm().item())
 """
 
 
+@pytest.mark.slow  # tests/hf_stable/test_export.py loads such folders without the package
 def test_a_model_that_it_saves_loads_without_it(installed, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = stable_gpt(reparam="sigma")

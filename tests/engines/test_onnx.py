@@ -9,7 +9,9 @@ from tests.engines.exported import example, folded
 
 
 # What it begins with, torch.export, has all kinds.
-@pytest.mark.parametrize("kind", ["sigma_vit", "stable_gpt", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["sigma_vit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("stable_gpt", "gpt2"))]
+)
 def test_other_sizes_than_the_example(kind, tmp_path):
     model, expected = folded(kind)
     args, kwargs, dynamic = example(kind)

@@ -75,15 +75,15 @@ FP16 = ("--fp16", "--fp16-no-flatten-grads")
     "optimizer, lr, flags",
     [  # those that fairseq wrote itself, one of torch's, one of timm's; then what stands between them and the model
         ("adam", 0.03, ("--use-old-adam",)),
-        ("adamax", 0.03, ()),
+        pytest.param("adamax", 0.03, (), marks=pytest.mark.slow),
         ("adafactor", 0.05, ()),
-        ("nag", 0.3, ()),
+        pytest.param("nag", 0.3, (), marks=pytest.mark.slow),
         ("sgd", 1, ("--update-freq", 2)),
         ("lars", 50, ()),
         ("adam", 0.03, FP16),
-        ("nag", 0.3, ("--bf16",)),
-        ("adam", 0.03, ("--memory-efficient-fp16",)),
-        ("adam", 0.03, ("--encoder-layerdrop", 0.5)),
+        pytest.param("nag", 0.3, ("--bf16",), marks=pytest.mark.slow),
+        pytest.param("adam", 0.03, ("--memory-efficient-fp16",), marks=pytest.mark.slow),
+        pytest.param("adam", 0.03, ("--encoder-layerdrop", 0.5), marks=pytest.mark.slow),
     ],
 )
 def test_u_follows_every_optimizer(train, optimizer, lr, flags):

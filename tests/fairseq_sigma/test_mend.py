@@ -246,6 +246,7 @@ atexit.register(print, "closed")
     assert output.count("closed") == 1 + 2 and output.count("finalized") == 1
 
 
+@pytest.mark.slow  # two processes that fairseq starts itself do the same
 def test_two_ranks_started_by_hand_resume_as_one(data, trained, resumed, tmp_path):
     # Rank 0 reads the checkpoint and broadcasts it.
     shutil.copy(trained / "checkpoint_last.pt", tmp_path)

@@ -217,6 +217,7 @@ def test_alarm(train, alarm, updates, tmp_path, monkeypatch, caplog):
     assert ("--monitor-alarm stop: entropy collapse" in caplog.text) == (alarm == "stop")
 
 
+@pytest.mark.slow  # tests/stable_monitor/test_file.py and test_ranks.py have the processes, test_alarm the stopping
 def test_two_processes_write_one_file_and_stop_together(train, corpus, tmp_path):
     run(train, "run", STOCK, 3, EVERY, 2)
     command = [sys.executable, "-m", "fairseq_cli.train", corpus, "--user-dir", USER_DIR, "--arch", *STOCK, *TINY]

@@ -37,7 +37,7 @@ print(torch.cat([x.double().flatten() for x in model.state_dict().values()]).nor
 """
 
 
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("folded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stable_gpt_generates_without_the_package(tmp_path, monkeypatch, folded):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model, ids = stable_gpt(reparam="sigma", qkv="qk_joint", gamma_init="spectral"), tokens(2, 6)

@@ -197,7 +197,10 @@ def test_training_moves_all_but_what_is_fixed(variant, runs):
     assert {name for name, x in parameters.items() if torch.equal(x, after[name])} == fixed
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    ["frozen_patcher", "sigma", *(pytest.param(v, marks=pytest.mark.slow) for v in ("baseline", "sigma_preln"))],
+)
 def test_training_lowers_the_loss(variant, tmp_path):
     """Of the same views of 64 images, before and after."""
     assert pretrain.main(["--variant", variant, "--output", str(tmp_path), *TINY, "--epochs", "12"]) == 0

@@ -63,7 +63,7 @@ def whole(tmp_path_factory) -> tuple[list[dict], dict[str, torch.Tensor]]:
         pytest.param(Path, "rename", 2, lambda *_: None, "checkpoint-1", marks=pytest.mark.slow),
         pytest.param(shutil, "rmtree", 1, half_a_folder, "checkpoint-2", marks=pytest.mark.slow),
         pytest.param(Path, "write_text", 1, some_of_a_text, None, marks=pytest.mark.slow),
-        (Path, "write_text", 3, some_of_a_text, "checkpoint-1"),
+        pytest.param(Path, "write_text", 3, some_of_a_text, "checkpoint-1", marks=pytest.mark.slow),
         (engine, "save_file", 1, half_a_file, "checkpoint-3"),
     ],
     ids=["checkpoint", "its name", "removing the one before", "settings", "log", "export"],

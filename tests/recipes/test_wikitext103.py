@@ -19,6 +19,7 @@ def script(name: str, *args, env: dict) -> subprocess.CompletedProcess:
     return subprocess.run(command, env={**os.environ, "SMALL": "1", **env}, capture_output=True, text=True)
 
 
+@pytest.mark.slow  # wmt17's small recipe has the scripts, and tests/fairseq_sigma/test_language_model.py the training
 def test_prepare_train_evaluate(tmp_path):
     """On the beginnings of what `small_data lm` writes: of plays."""
     small_data.plays_by_line(tmp_path / "data" / "lm")

@@ -97,8 +97,19 @@ def worker(rank: int, engine: str, qkv: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 by columns", "fsdp2 recomputed"])
-@pytest.mark.parametrize("qkv", ["separate", "joint"])
+@pytest.mark.parametrize(
+    ("engine", "qkv"),
+    [
+        ("ddp", "separate"),
+        ("fsdp2", "joint"),
+        ("fsdp2 by columns", "separate"),
+        ("fsdp2 recomputed", "joint"),
+        pytest.param("ddp", "joint", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "separate", marks=pytest.mark.slow),
+        pytest.param("fsdp2 by columns", "joint", marks=pytest.mark.slow),
+        pytest.param("fsdp2 recomputed", "separate", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_are_one(engine, qkv, tmp_path):
     mp.start_processes(worker, (engine, qkv, str(tmp_path)), nprocs=WORLD, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))

@@ -88,7 +88,7 @@ def assert_bitwise(a, b):
     [
         (Block, {}),
         pytest.param(Block, {"gamma_init": "spectral", "qkv": "joint"}, marks=pytest.mark.slow),
-        (Block, {"qkv": "qk_joint", "n_power_iterations": 2}),
+        pytest.param(Block, {"qkv": "qk_joint", "n_power_iterations": 2}, marks=pytest.mark.slow),
         pytest.param(Block, {"kind": "spectral", "stop_gradient": True}, marks=pytest.mark.slow),
         (Apart, {"qkv": "joint"}),
     ],
@@ -144,6 +144,7 @@ def test_together_is_bitwise_each_by_itself(monkeypatch):
 
 
 @here
+@pytest.mark.slow  # by torch it is tested in every stack
 def test_a_resumed_run_is_bitwise_the_one_that_never_stopped():
     whole = model("triton")
     optimizer = adam(whole)
@@ -158,7 +159,8 @@ def test_a_resumed_run_is_bitwise_the_one_that_never_stopped():
 
 
 @here
-@pytest.mark.parametrize("use_reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointed_activations_give_bitwise_the_same(use_reentrant):
     plain, checkpointed = model("triton"), model("triton")
     train(plain, adam(plain))

@@ -55,7 +55,9 @@ def run(folder, how: str, *where: int):
     return heard, (folder / "log0").read_text()
 
 
-@pytest.mark.parametrize("how", ["DDP", "FSDP2", pytest.param("compiled DDP", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", ["DDP", *(pytest.param(how, marks=pytest.mark.slow) for how in ("FSDP2", "compiled DDP"))]
+)
 def test_rank_0_alone_records_what_needs_no_other(tmp_path, how):
     heard, log = run(tmp_path, how, 0)
     records, alone = read(tmp_path), []
