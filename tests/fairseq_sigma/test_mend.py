@@ -226,6 +226,7 @@ def test_two_cpu_processes_train_as_one(data, trained, tmp_path):
     assert_same_training(tmp_path, trained)
 
 
+@pytest.mark.slow  # two processes that train and validate end as well
 def test_cpu_processes_run_what_is_registered_for_their_exit_and_do_not_finalize(data, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "__init__.py").write_text(f"""

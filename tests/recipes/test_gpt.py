@@ -84,6 +84,7 @@ def test_prepared_characters_are_the_text(tmp_path):
     assert all(meta["itos"][i] == symbol for symbol, i in meta["stoi"].items())
 
 
+@pytest.mark.slow  # tests/nanogpt_patch/test_launch.py trains, the tests beside it prepare and compare
 def test_small_from_data_to_comparison(checkout, tmp_path):
     (tmp_path / "text.txt").write_text("A plague on both your houses! " * 200)
     prepare.main(["--output", str(tmp_path / "data"), "--text", str(tmp_path / "text.txt")])

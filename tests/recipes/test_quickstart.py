@@ -1,7 +1,8 @@
 """The quickstart: its data against numbers known by heart, and the whole command with a few updates and sentences."""
 
-import subprocess
 import sys
+
+import pytest
 
 from recipes.quickstart import quickstart
 from recipes.quickstart.quickstart import RUNS, SIZES, losses, prepare
@@ -55,7 +56,8 @@ def test_the_command_trains_translates_and_draws(tmp_path, monkeypatch, capsys):
         assert f"{run.arch}-1/entropy/decoder.layers.17.encoder_attn" in page
 
 
-def test_wrong_steps_are_told():
-    command = [sys.executable, "-m", "recipes.quickstart.quickstart", "--steps", "0"]
-    wrong = subprocess.run(command, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "--steps 0: allowed are whole numbers from 5" in wrong.stderr
+def test_wrong_steps_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--steps", "0"])
+    with pytest.raises(SystemExit) as ended:
+        quickstart.main()
+    assert ended.value.code == 2 and "--steps 0: allowed are whole numbers from 5" in capsys.readouterr().err

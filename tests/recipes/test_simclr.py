@@ -182,7 +182,7 @@ def test_the_weights_are_moco_v3s_or_a_truncated_normal():
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param("baseline", marks=pytest.mark.slow), *list(VARIANTS)[1:]])
 def test_training_moves_all_but_what_is_fixed(variant, runs):
     before, after = start_of(runs[variant]), load_file(runs[variant] / "model.safetensors")
     parameters = {}  # W_hat for a reparametrised weight
