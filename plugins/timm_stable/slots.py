@@ -45,15 +45,17 @@ class PostNormBlock(Block):
 
 
 def fill_in(timm: dict, options: Options) -> None:
-    """Puts into the keywords of timm's `VisionTransformer` what the options say, where the caller has not said it.
+    """Puts into the keywords of timm's `VisionTransformer` what the options say.
 
     Raises:
-        ValueError: a block_fn of the caller's, where the residual needs another one.
+        ValueError: a norm_layer or block_fn of the caller's, where the norm or the residual is another one.
     """
-    if options.norm == "none":
-        timm["norm_layer"] = nn.Identity
-    elif options.norm != "layernorm":
-        timm.setdefault("norm_layer", partial(build_norm, options=options))
+    if options.norm != "layernorm":
+        if timm.get("norm_layer") is not None:
+            raise ValueError(
+                f"norm_layer = {timm['norm_layer']!r}: norm = {options.norm!r} is another; allowed with 'layernorm'"
+            )
+        timm["norm_layer"] = nn.Identity if options.norm == "none" else partial(build_norm, options=options)
     if not build_attention(1, options, 2).only_norms:
         timm.setdefault("attn_layer", FeatureAttention)
     if not build_residuals(options, 1, 0)[0].norm_first:

@@ -101,16 +101,14 @@ def test_an_average_of_state_dicts_folds_to_what_the_model_makes_of_it():
     torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+def fold_file(folder) -> subprocess.CompletedProcess:
+    files = [str(folder / name) for name in ("checkpoint.pt", "plain.pt")]
+    return subprocess.run([sys.executable, "-m", "stable_core.fold_checkpoint", *files], capture_output=True, text=True)
+
+
 def test_the_command_line_folds_a_checkpoint(trained, tmp_path):
     torch.save({"model": trained.state_dict(), "step": 3}, tmp_path / "checkpoint.pt")
-    command = [
-        sys.executable,
-        "-m",
-        "stable_core.fold_checkpoint",
-        str(tmp_path / "checkpoint.pt"),
-        str(tmp_path / "plain.pt"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fold_file(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     out = torch.load(tmp_path / "plain.pt")
     assert out["step"] == 3
@@ -130,14 +128,7 @@ def test_the_command_line_folds_a_checkpoint(trained, tmp_path):
 def test_the_command_line_refuses_in_one_line(content, message, tmp_path):
     if content is not None:
         torch.save(content, tmp_path / "checkpoint.pt")
-    command = [
-        sys.executable,
-        "-m",
-        "stable_core.fold_checkpoint",
-        str(tmp_path / "checkpoint.pt"),
-        str(tmp_path / "plain.pt"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fold_file(tmp_path)
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert "Errno" not in done.stderr

@@ -2,10 +2,9 @@
 
 import timm
 import torch
-import torch.nn.functional as F
 
 import timm_stable  # noqa: F401  registers the models
-from tests.timm_stable.test_combinations import CLASSES, IMAGES, SMALL
+from tests.timm_stable.test_combinations import SMALL, three_updates
 
 
 def test_they_train(my_methods):
@@ -16,11 +15,5 @@ def test_they_train(my_methods):
     q, k, v = attn.qkv(x).unflatten(-1, (3, 3, 16)).permute(2, 0, 3, 1, 4)
     A = ((q + 1) @ (k - 1).mT / 4).softmax(-1)
     torch.testing.assert_close(attn(x), attn.proj((A @ v).transpose(1, 2).flatten(2)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(4):
-        losses.append(F.cross_entropy(model(IMAGES), CLASSES))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
+    losses = three_updates(model)
+    assert losses[3] < losses[0]

@@ -126,6 +126,8 @@ def test_bad_settings():
         small(reparam="none", weight_std=0.1)
     with pytest.raises(ValueError, match="residual = 'deepnorm': it says where the norm is"):
         small(residual="deepnorm")
+    with pytest.raises(ValueError, match="norm_layer = 'rmsnorm': norm = 'none' is another"):
+        small(norm_layer="rmsnorm")
     with pytest.raises(ValueError, match="attention = 'l2': a ParallelScalingBlock cannot do it"):
         small(attention="l2", block_fn=ParallelScalingBlock)
     for field in ("weight_std", "patch_std"):
