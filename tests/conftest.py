@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+import tests.warm  # noqa: F401  before the processes of a run, which share its folder
 from stable_core import registry
 
 

@@ -15,6 +15,7 @@ from fairseq_sigma import average, export
 from stable_core import fold, fold_state_dict, sigma_reparam
 from stable_core.sigma_reparam import SigmaReparam
 from tests.stable_core.models import count_advances
+from tests.warm import PYTHON
 
 from .conftest import USER_DIR, call
 
@@ -252,7 +253,7 @@ def test_export_loads_in_stock_fairseq_with_equal_outputs(train, generate, resid
     train("ours", SIGMA, 30, "--residual", residual)
     (tmp_path / "stock").mkdir()
     ours, theirs = (str(tmp_path / name / "checkpoint_last.pt") for name in ("ours", "stock"))
-    subprocess.run([sys.executable, "-m", "fairseq_sigma.export", ours, theirs], check=True)
+    subprocess.run([PYTHON, "-m", "fairseq_sigma.export", ours, theirs], check=True)
     (mine,), _, _ = checkpoint_utils.load_model_ensemble_and_task([ours])
     (exported,), _, _ = checkpoint_utils.load_model_ensemble_and_task([theirs])
     assert type(exported).__module__.startswith("fairseq.")
@@ -260,7 +261,7 @@ def test_export_loads_in_stock_fairseq_with_equal_outputs(train, generate, resid
     torch.testing.assert_close(exported.eval()(*batch)[0], mine.eval()(*batch)[0], rtol=1e-3, atol=1e-3)
     if residual == "post-ln":  # the whole command, in a process that has never seen the plugin
         command = [
-            sys.executable,
+            PYTHON,
             "-m",
             "fairseq_cli.generate",
             corpus,
@@ -288,11 +289,11 @@ def test_no_sentence_is_lost_where_the_exports_own_words_are_followed(train, cor
     known = ("--srcdict", corpus / "dict.en.txt", "--tgtdict", corpus / "dict.de.txt")
     call("preprocess", "-s", "en", "-t", "de", *known, "--testpref", tmp_path / "long", "--destdir", tmp_path / "data")
     ours, stock = tmp_path / "ours" / "checkpoint_last.pt", tmp_path / "stock.pt"
-    said = subprocess.run([sys.executable, "-m", "fairseq_sigma.export", str(ours), str(stock)], capture_output=True,
+    said = subprocess.run([PYTHON, "-m", "fairseq_sigma.export", str(ours), str(stock)], capture_output=True,
                           text=True, check=True).stdout  # fmt: skip
     advice = re.search("fairseq-generate (.*?) needs no --user-dir", said)[1].split()
     flags = ["--cpu", "--beam", 1, "--max-len-b", 5, "--num-workers", 0, *advice, "--max-tokens", 300]
-    command = [sys.executable, "-m", "fairseq_cli.generate", tmp_path / "data", *flags]
+    command = [PYTHON, "-m", "fairseq_cli.generate", tmp_path / "data", *flags]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {line.split("\t")[0] for line in done.stdout.splitlines() if line.startswith("H-")} == {
@@ -321,9 +322,7 @@ def test_export_refuses_what_stock_fairseq_has_no_model_for(train, tmp_path, cap
 def test_the_cores_fold_names_the_command_for_this_checkpoint(train, tmp_path):
     train("ours", SIGMA, 1)
     path, out = str(tmp_path / "ours" / "checkpoint_last.pt"), tmp_path / "out.pt"
-    done = subprocess.run(
-        [sys.executable, "-m", "stable_core.fold_checkpoint", path, str(out)], capture_output=True, text=True
-    )
+    done = subprocess.run([PYTHON, "-m", "stable_core.fold_checkpoint", path, str(out)], capture_output=True, text=True)
     assert done.returncode == 1 and not out.exists()
     assert done.stderr.startswith(
         f"fold_checkpoint: {path}: holds argparse.Namespace, allowed are tensors, numbers, strings"
@@ -387,7 +386,7 @@ def test_hydra_train(corpus, tmp_path):
         "optimization.max_update": 2, "optimization.lr": "[0.01]", "dataset.batch_size": 16, "dataset.num_workers": 0,
         "checkpoint.save_dir": tmp_path / "hydra", "hydra.run.dir": tmp_path,
     }  # fmt: skip
-    command = [sys.executable, "-m", "fairseq_cli.hydra_train", *(f"{key}={value}" for key, value in settings.items())]
+    command = [PYTHON, "-m", "fairseq_cli.hydra_train", *(f"{key}={value}" for key, value in settings.items())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     state = torch.load(tmp_path / "hydra" / "checkpoint_last.pt", map_location="cpu")["model"]

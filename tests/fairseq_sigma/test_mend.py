@@ -17,6 +17,8 @@ import pytest
 import torch
 from fairseq.data import Dictionary, TokenBlockDataset, data_utils
 
+from tests.warm import PYTHON
+
 USER_DIR = Path(__file__).parents[2] / "plugins" / "fairseq_sigma"
 TRAIN = (
     "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 "
@@ -28,9 +30,9 @@ TRAIN = (
 TEST_SENTENCES = 43  # not a multiple of 8
 
 
-def start(command, *arguments):
+def start(command, *arguments, python=PYTHON):
     return subprocess.Popen(
-        [sys.executable, "-m", f"fairseq_cli.{command}", *map(str, arguments)],
+        [python, "-m", f"fairseq_cli.{command}", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -44,8 +46,8 @@ def finish(process, succeeds=True):
     return output
 
 
-def fairseq(command, *arguments, succeeds=True):
-    return finish(start(command, *arguments), succeeds)
+def fairseq(command, *arguments, succeeds=True, python=PYTHON):
+    return finish(start(command, *arguments, python=python), succeeds)
 
 
 def train(data, save_dir, *arguments):
@@ -243,7 +245,7 @@ atexit.register(print, "closed")
 """)
     arguments = train(data, tmp_path, "--max-update", 1, "--distributed-world-size", 2)
     arguments[arguments.index(USER_DIR)] = tmp_path / "own"
-    output = fairseq(*arguments)
+    output = fairseq(*arguments, python=sys.executable)
     assert output.count("closed") == 1 + 2 and output.count("finalized") == 1
 
 

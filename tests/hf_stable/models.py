@@ -1,12 +1,12 @@
 """Small models, and what is done to them before they are compared with anything."""
 
 import subprocess
-import sys
 
 import torch
 from torch import nn
 
 from hf_stable import StableGPTConfig, StableGPTForCausalLM
+from tests.warm import PYTHON
 
 GPT = {"vocab_size": 99, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64}
 OURS = ("stable_core", "stable_monitor", "hf_stable", "timm_stable", "fairseq_sigma", "timm", "fairseq")
@@ -34,7 +34,12 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def run_without_package(script: str) -> str:
     """What `script` prints in a process that can import nothing of this project, nor what its plugins are for."""
-    block = f"import sys\nfor package in {OURS!r}:\n    sys.modules[package] = None\n"
-    done = subprocess.run([sys.executable, "-c", block + script], capture_output=True, text=True, cwd="/")
+    block = f"""
+import sys
+for name in [*sys.modules, *{OURS!r}]:
+    if name.split(".")[0] in {OURS!r}:
+        sys.modules[name] = None
+"""
+    done = subprocess.run([PYTHON, "-c", block + script], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -3,7 +3,6 @@
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch.nn.functional import normalize
 import hf_stable
 from stable_core import SigmaReparamConfig, fold_state_dict
 from tests.stable_core.models import reparametrised
+from tests.warm import PYTHON
 
 TOKENS = torch.randint(5, 90, (2, 8), generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(2, 800, generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ for family, (name, inputs, outputs) in torch.load({str(tmp_path / "families.pt")
     assert not any(report.values()), report
     torch.testing.assert_close(model(**inputs)[0], outputs, rtol=0, atol=1e-5 * outputs.abs().max().item())
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([PYTHON, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])

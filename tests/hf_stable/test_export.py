@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -13,6 +12,7 @@ import transformers
 import hf_stable
 from hf_stable import SigmaViTConfig, SigmaViTForImageClassification, StableGPTForCausalLM, export, source
 from stable_core import SigmaReparamConfig
+from tests.warm import PYTHON
 
 from .models import disturbed, run_without_package, stable_gpt, tokens
 
@@ -171,7 +171,7 @@ import hf_stable
 assert "transformers_modules" in type(model).__module__
 hf_stable.export(model, {str(tmp_path / "plain")!r}, folded=True)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    subprocess.run([PYTHON, "-c", script], check=True, cwd=tmp_path)
     plain = StableGPTForCausalLM.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import stable_core
 from hf_stable import SigmaViTConfig, SigmaViTForImageClassification
 from hf_stable.note import NOTE
 from stable_core import SigmaReparamConfig
+from tests.warm import PYTHON
 
 from .models import disturbed, stable_gpt, tokens
 
@@ -138,7 +138,7 @@ def test_a_reader_without_hf_stable_is_told(by, tmp_path):
     model = llama()
     by(model)
     model.save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", READER, tmp_path, *LOADS], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([PYTHON, "-c", READER, tmp_path, *LOADS], capture_output=True, text=True, cwd="/")
     said = json.loads(done.stdout)
     assert len(said) == 9
     assert all("`import hf_stable`" in line for line in said), said

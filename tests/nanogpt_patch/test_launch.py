@@ -14,6 +14,7 @@ import torch
 from nanogpt_patch.launch import main
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
 from stable_monitor.records import load, read
+from tests.warm import PYTHON
 
 CHECKOUT = os.environ.get("NANOGPT_DIR")
 
@@ -166,7 +167,7 @@ def checkout(tmp_path) -> Path:
 
 
 def launch(checkout: Path, script: str, *arguments: str, module: str = "nanogpt_patch") -> subprocess.CompletedProcess:
-    command = [sys.executable, *(["-m", module] if module else []), str(checkout / script), *arguments]
+    command = [PYTHON, *(["-m", module] if module else []), str(checkout / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=checkout if not module else checkout.parent)
 
 
@@ -305,7 +306,7 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
         assert main(given) == 2
         told = capsys.readouterr().err
         assert error in told and told.startswith("nanogpt_patch: ") and told.count("\n") == 1
-    done = subprocess.run([sys.executable, "-m", "nanogpt_patch", *given], capture_output=True, text=True)
+    done = subprocess.run([PYTHON, "-m", "nanogpt_patch", *given], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == told
 
 

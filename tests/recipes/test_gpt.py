@@ -16,6 +16,7 @@ from nanogpt_patch.launch import _assigned, check
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
 from recipes.gpt import compare, muon, prepare
 from tests.nanogpt_patch.test_launch import write_scripts
+from tests.warm import WARM
 
 RECIPES = Path(prepare.__file__).parent
 
@@ -29,7 +30,7 @@ def checkout(tmp_path) -> Path:
 def recipe(checkout: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     environment = {"NANOGPT_DIR": str(checkout), "RUNS": str(checkout.parent / "runs"), **environment}
     command = ["bash", str(RECIPES / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **WARM, **environment})
 
 
 def settings_of(checkout: Path, line: str) -> dict:

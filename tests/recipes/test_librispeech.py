@@ -15,6 +15,7 @@ import soundfile
 
 from recipes import small_data
 from recipes.librispeech import prepare
+from tests.warm import WARM
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "librispeech"
@@ -22,7 +23,7 @@ RECIPE = ROOT / "recipes" / "librispeech"
 
 def script(name: str, *args, **env) -> subprocess.CompletedProcess:
     command = [str(RECIPE / name), *map(str, args)]
-    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, **WARM, **env}, capture_output=True, text=True)
 
 
 def packed(part: str, speakers: dict[str, list[np.ndarray]]) -> bytes:

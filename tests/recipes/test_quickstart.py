@@ -6,6 +6,7 @@ import pytest
 
 from recipes.quickstart import quickstart
 from recipes.quickstart.quickstart import RUNS, SIZES, losses, prepare
+from tests.warm import PYTHON
 
 
 def test_the_parallel_text_is_number_words(tmp_path, monkeypatch):
@@ -44,6 +45,7 @@ def test_the_command_trains_translates_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "RUNS", runs)
     monkeypatch.setattr(quickstart, "SIZES", {"train": 5 * 48, "valid": 10, "test": 12})
     monkeypatch.setattr(sys, "argv", ["quickstart", "--steps", "5", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "executable", PYTHON)
     assert quickstart.main() == 0
     shown = capsys.readouterr().out
     for run in runs:

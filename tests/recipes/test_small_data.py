@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR10
 from recipes import download, small_data
 from recipes.gpt.prepare import shakespeare
 from recipes.vision import data
+from tests.warm import WARM
 
 ROOT = Path(__file__).parents[2]
 
@@ -302,7 +303,7 @@ def test_digits_at_cifars_size():
 def test_the_small_vision_recipes_take_digits_where_there_is_no_cifar(tmp_path, no_network):
     choose = "DATA=; small_images; echo $DATA $DATA_DIR"
     script = f"source {ROOT}/recipes/vision/common.sh; {choose}; touch $STABLE_DATA/cifar10.npz; {choose}"
-    environment = {**os.environ, "SMALL": "1", "STABLE_DATA": str(tmp_path), "DATA_DIR": "", "DRY_RUN": "0"}
+    environment = {**os.environ, **WARM, "SMALL": "1", "STABLE_DATA": str(tmp_path), "DATA_DIR": "", "DRY_RUN": "0"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told, first, _, second = done.stdout.splitlines()

@@ -20,6 +20,7 @@ from torch import nn
 
 from recipes.vision import corruptions, data, diverged, engine, grid, train
 from stable_monitor.records import load
+from tests.warm import WARM
 
 RECIPES = Path(train.__file__).parent
 TINY = "--data digits --model-kwargs patch_size=2 embed_dim=32 depth=2 num_heads=2"
@@ -325,7 +326,14 @@ def test_the_ablations_of_the_grid_change_one_part(tmp_path):
 def recipe(tmp_path: Path, command: str, **environment: str) -> list[train.Settings]:
     """The settings that a recipe trains with, as its dry run shows them."""
     (tmp_path / "train").mkdir(exist_ok=True)
-    env = {**os.environ, "DRY_RUN": "1", "DATA_DIR": str(tmp_path), "RUNS": str(tmp_path / "runs"), **environment}
+    env = {
+        **os.environ,
+        **WARM,
+        "DRY_RUN": "1",
+        "DATA_DIR": str(tmp_path),
+        "RUNS": str(tmp_path / "runs"),
+        **environment,
+    }
     name, *arguments = command.split()
     done = subprocess.run([RECIPES / name, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -366,7 +374,7 @@ def test_logits_over_the_number_of_heads(tmp_path, monkeypatch, what, ratio):
 
 
 def test_heads_go_with_attention_only(tmp_path):
-    env = {**os.environ, "DRY_RUN": "1", "HEADS": "8"}
+    env = {**os.environ, **WARM, "DRY_RUN": "1", "HEADS": "8"}
     done = subprocess.run([RECIPES / "ablations.sh", "norm", "rmsnorm"], env=env, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "ablations.sh: HEADS=8: allowed with attention only\n"
 
@@ -445,7 +453,7 @@ def test_small_recipes_build_small_models(tmp_path, command):
 
 
 def test_a_dry_run_needs_neither_data_nor_weights(tmp_path):
-    env = {**os.environ, "DRY_RUN": "1", "DATA_DIR": "", "RUNS": str(tmp_path)}
+    env = {**os.environ, **WARM, "DRY_RUN": "1", "DATA_DIR": "", "RUNS": str(tmp_path)}
     done = subprocess.run([RECIPES / "imagenet21k.sh", "finetune"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
@@ -456,7 +464,7 @@ def test_a_dry_run_needs_neither_data_nor_weights(tmp_path):
 @pytest.mark.slow
 def test_small_imagenet21k_runs_from_end_to_end(tmp_path):
     """Both stages, as a user calls them, with less to do; the tests above have the script's settings and fine-tuning apart."""
-    env = {**os.environ, "SMALL": "1", "RUNS": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
+    env = {**os.environ, **WARM, "SMALL": "1", "RUNS": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
     early = subprocess.run([RECIPES / "imagenet21k.sh", "finetune"], env=env, capture_output=True, text=True)
     assert early.returncode == 1 and "run" in early.stderr and "pretrain 1 first" in early.stderr
     for stage in ("pretrain", "finetune"):

@@ -3,12 +3,12 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from recipes import small_data
+from tests.warm import WARM
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "wikitext103"
@@ -16,7 +16,7 @@ RECIPE = ROOT / "recipes" / "wikitext103"
 
 def script(name: str, *args, env: dict) -> subprocess.CompletedProcess:
     command = [str(RECIPE / name), *map(str, args)]
-    return subprocess.run(command, env={**os.environ, "SMALL": "1", **env}, capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, **WARM, "SMALL": "1", **env}, capture_output=True, text=True)
 
 
 @pytest.mark.slow  # wmt17's small recipe has the scripts, and tests/fairseq_sigma/test_language_model.py the training
@@ -58,11 +58,11 @@ def full(tmp_path):
     (tmp_path / "bin" / "curl").chmod(0o755)
     (tmp_path / "home" / "recipes").mkdir(parents=True)
     (tmp_path / "home" / "recipes" / "wikitext103").symlink_to(RECIPE)
-    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{tmp_path / 'bin'}:{WARM['PATH']}"
 
     def run(name: str, *args, **env) -> subprocess.CompletedProcess:
         command = ["bash", str(tmp_path / "home" / "recipes" / "wikitext103" / name), *map(str, args)]
-        env = {**os.environ, "SMALL": "0", "RUNS": str(tmp_path / "runs"), "PATH": path, **env}
+        env = {**os.environ, **WARM, "SMALL": "0", "RUNS": str(tmp_path / "runs"), "PATH": path, **env}
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
     return run

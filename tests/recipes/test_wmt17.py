@@ -5,13 +5,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from recipes import small_data
+from tests.warm import WARM
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "wmt17_en_de"
@@ -19,7 +19,7 @@ RECIPE = ROOT / "recipes" / "wmt17_en_de"
 
 def script(name: str, *args, env: dict) -> subprocess.CompletedProcess:
     command = [str(RECIPE / name), *map(str, args)]
-    return subprocess.run(command, env={**os.environ, "SMALL": "1", **env}, capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, **WARM, "SMALL": "1", **env}, capture_output=True, text=True)
 
 
 def test_prepare_train_evaluate(tmp_path, monkeypatch):
@@ -71,8 +71,8 @@ def full(tmp_path):
     # The recipe as it is, but beside no .venv, which would come first on the path.
     (tmp_path / "home" / "recipes").mkdir(parents=True)
     (tmp_path / "home" / "recipes" / "wmt17_en_de").symlink_to(RECIPE)
-    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "SMALL": "0", "RUNS": str(tmp_path / "runs"), "PATH": path}
+    path = f"{tmp_path / 'bin'}:{WARM['PATH']}"
+    env = {**os.environ, **WARM, "SMALL": "0", "RUNS": str(tmp_path / "runs"), "PATH": path}
 
     def run(name: str, *args) -> subprocess.CompletedProcess:
         command = ["bash", str(tmp_path / "home" / "recipes" / "wmt17_en_de" / name), *map(str, args)]

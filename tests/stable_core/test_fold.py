@@ -2,7 +2,6 @@
 
 import copy
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from stable_core import SigmaReparamConfig, fold, fold_state_dict, sigma_reparam
+from tests.warm import PYTHON
 
 
 class Conv1D(nn.Module):
@@ -103,7 +103,7 @@ def test_an_average_of_state_dicts_folds_to_what_the_model_makes_of_it():
 
 def fold_file(folder) -> subprocess.CompletedProcess:
     files = [str(folder / name) for name in ("checkpoint.pt", "plain.pt")]
-    return subprocess.run([sys.executable, "-m", "stable_core.fold_checkpoint", *files], capture_output=True, text=True)
+    return subprocess.run([PYTHON, "-m", "stable_core.fold_checkpoint", *files], capture_output=True, text=True)
 
 
 def test_the_command_line_folds_a_checkpoint(trained, tmp_path):
