@@ -1,9 +1,9 @@
-"""When u of σReparam advances: one power iteration after each step of an optimizer [σ, Algorithm 1].
+"""Advances u of σReparam by power iteration after each step of an optimizer [σ, Algorithm 1].
 
-Hooks on every torch optimizer do it for the weights that a step may have changed, so that u advances at least once for each
-change of a weight; `advance` does it by hand. Where one step is made inside of another (SAM, Lookahead, ZeRO's optimizers, a
-step that calls `super().step()`), only the end of the outermost counts, so that all ranks do the same. A weight that changes
-without a step is noticed in the forward pass (watching.py).
+Hooks on every torch optimizer do this for the weights that the step may have changed; `advance` does it by hand. Where one
+optimizer's step runs inside another's (SAM, Lookahead, ZeRO, a step that calls `super().step()`), u advances at the end of the
+outermost step only, so that all ranks do the same. A weight that changes without a step is noticed in the forward pass
+(watching.py).
 """
 
 import functools
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def hook_optimizers() -> None:
-    """From now on every torch optimizer's step advances what it changed."""
+    """Registers the two hooks, once per process, on the steps of all torch optimizers."""
     register_optimizer_step_pre_hook(_before_optimizer_step)
     register_optimizer_step_post_hook(_after_optimizer_step)
 
@@ -61,9 +61,9 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
 
 
 def _steps_around() -> Iterator[torch.optim.Optimizer]:
-    """The optimizers in whose steps the step that ends now was made.
+    """The optimizers whose `step` is still running and called, directly or not, the step that ends now.
 
-    They are read off the call stack. A list of the steps that have begun would also hold those that ended in an error.
+    They are read off the call stack: a list kept by the hooks would also hold steps that ended in an error.
     """
     frame: FrameType | None = sys._getframe(2)  # the step's own frame, after this function's and the hook's
     while frame and (frame := frame.f_back):
@@ -75,7 +75,7 @@ _STEP = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__  # w
 
 
 def _followed(weights: Iterable[Tensor]) -> "Iterator[SigmaReparam]":
-    """The parametrizations of the weights that learn; those of another copy of this source have hooks of their own."""
+    """The parametrizations of those `weights` that learn; other loaded copies of this package have hooks for theirs."""
     for weight in weights:
         owner = owner_of(weight)
         if isinstance(owner, Owner) and weight.requires_grad:
@@ -87,29 +87,30 @@ def _followed(weights: Iterable[Tensor]) -> "Iterator[SigmaReparam]":
 def _rests(group: dict[str, Any]) -> bool:
     """Whether the group's learning rate is 0, so that its step may have changed nothing.
 
-    That is so at points of a schedule; in a wrapper whose inner optimizer has the true rate; and in the step that torch makes
-    to fill a new optimizer's state before it loads or saves it. The model may have been loaded by then, and u must stay as
-    it was loaded.
+    A learning rate is 0 at some points of a schedule, in a wrapper whose inner optimizer has the real one, and in the step
+    with which torch creates a new optimizer's state before it loads or saves that. The model may have been loaded before, and
+    its u must not advance then.
     """
     lr = group.get("lr")
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        return False  # reading a GPU's would wait for it
+        return False  # to read a learning rate on a GPU would wait for the GPU
     return lr == 0
 
 
 @torch.no_grad()
 def _images(parametrization: "SigmaReparam") -> list[Tensor]:
-    """W^T u of each block, from the parts of W on this process. It tells whether W changed."""
+    """W^T u (in,) of each block, from the parts of W on this process; whether it changes shows whether W did."""
     return [iterate.Wt_u() for iterate in parametrization.iterates()[0]]
 
 
 def _changed_at_rest(parametrization: "SigmaReparam") -> bool:
+    """Whether W changed in a step at a learning rate of 0; True where nothing was recorded before the step."""
     before, parametrization.before_rest = parametrization.before_rest, None
     if before is None:
         return True
     changed = not all(torch.equal(old, new) for old, new in zip(before, _images(parametrization), strict=True))
     _, group = parametrization.iterates()
-    if group is not None:  # of a sharded weight any part may have changed, and all processes must go the same way
+    if group is not None:  # parts on other processes may have changed, and all processes must decide alike
         flag = torch.tensor(float(changed), device=parametrization.u.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         changed = bool(flag)
@@ -117,10 +118,13 @@ def _changed_at_rest(parametrization: "SigmaReparam") -> bool:
 
 
 def advance(parameters: Iterable[Tensor]) -> None:
-    """Advances u of the σReparam weights among `parameters` by one step (Algorithm 1).
+    """Advances u of the σReparam weights among `parameters` by `n_power_iterations` [σ, Algorithm 1].
 
-    torch optimizers that step the model's own parameters do this by themselves. Call it after each change of the weights
-    by anything else: a loop without an optimizer, or one that steps a copy (fp32 masters) and copies the result back.
+    This runs by itself after the step of a torch optimizer that holds the model's own parameters. Call it after weights changed
+    in another way: in a loop without an optimizer, or with an optimizer of fp32 copies, which are then copied back.
+
+    Args:
+        parameters: such as `model.parameters()`; parameters without σReparam are skipped.
     """
     owners = [owner for owner in map(owner_of, parameters) if owner is not None]
     _advance(dict.fromkeys(found for owner in owners if (found := owner.parametrization()) is not None))

@@ -1,4 +1,4 @@
-"""Attention entropy without the attention matrix.
+"""Attention entropy without storing the attention matrix.
 
 Source: Zhai et al. [σ, Section 3.1]: Ent(A_i) = -sum_j A_ij log A_ij, where A = softmax(a) and a = s * Q K^T, in nats.
 Since log A_ij = a_ij - lse_i, with lse_i the logsumexp of row i,
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .theory import entropy_lower_bound
 
-# From here down, a value of an additive mask means that the key takes no part: models write -inf, finfo.min or -10000.
+# A value of an additive mask at or below this hides the key: models write -inf, finfo.min or -10000.
 MASKED = -1e4
-# How many logits are formed at a time. On a CPU they take 4 MiB, which fits its cache and is as fast as the fused kernel;
+# Number of logits formed at a time. On a CPU they take 4 MiB, which fits the cache and is as fast as the fused kernel;
 # elsewhere 256 MiB.
 CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 26
-# The identity subtracts numbers as large as the logits: beyond this its fp32 rounding comes near 1e-3 nats.
+# The equation above subtracts numbers as large as the logits: above this size its fp32 rounding is near 1e-3 nats.
 LARGEST_LOGIT = 500.0
 
 Index = tuple[slice, slice, slice]
@@ -34,7 +34,7 @@ _fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default 
 
 
 class AttentionStatistics(NamedTuple):
-    """What the rows of an attention matrix look like, each of shape (batch, heads, queries).
+    """Statistics of each row of the attention matrix, each of shape (batch, heads, queries).
 
     A row whose keys are all masked has keys 0, entropy 0, max_logit -inf and bound 0.
     """
@@ -42,11 +42,11 @@ class AttentionStatistics(NamedTuple):
     entropy: Tensor  # nats
     max_logit: Tensor  # the largest logit of a key that is not masked
     bound: Tensor  # the least entropy that logits of this row's size allow, nats [σ, Theorem 3.1]
-    keys: Tensor  # number of keys that are not masked, or more than 10,000 below the largest logit
+    keys: Tensor  # number of keys neither masked nor with a logit 10,000 or more below the largest
 
 
 def _in_full_precision(function: Callable[Given, Found]) -> Callable[Given, Found]:
-    """Makes a function run without gradients and without autocast, which would lower its precision."""
+    """A decorator: the function runs without gradients, and without autocast, which would lower its precision."""
 
     @functools.wraps(function)
     def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Found:
@@ -63,15 +63,15 @@ def attention_entropy(
 ) -> Tensor:
     """Ent(A_i) of every query in nats, shape (batch, heads, queries), fp32, without gradient.
 
-    On a CPU it is one fused attention call; elsewhere, with a finite additive mask (ALiBi, relative positions), or where
-    logits are so large that the identity would lose digits, chunks of queries whose logits are formed and forgotten.
+    On a CPU it is one fused attention call. On other devices, with a finite additive mask (ALiBi, relative positions), and
+    where logits are so large that the equation above would lose digits, logits are formed for a chunk of queries at a time.
 
     Args:
         q: (batch, heads, queries, head_dim), any floating dtype; the arithmetic is in fp32.
         k: (batch, key_heads, keys, head_dim); key_heads divides heads (grouped-query attention).
-        scale: what q.k is multiplied by; `F.scaled_dot_product_attention` takes 1/sqrt(head_dim) by itself.
+        scale: factor s of q.k; the default of `F.scaled_dot_product_attention` is 1/sqrt(head_dim).
         attn_mask: as for `F.scaled_dot_product_attention`, broadcastable to (batch, heads, queries, keys): boolean, True
-            where a key takes part, or added to the logits. A row without a key has entropy 0.
+            where a query sees a key, or floating, added to the logits. A query that sees no key has entropy 0.
         is_causal: query i sees keys 0..i, in addition to attn_mask.
 
     Raises:
@@ -95,7 +95,7 @@ def attention_statistics(
 ) -> AttentionStatistics:
     """Entropy, largest logit, the entropy's lower bound and the number of keys of every query.
 
-    Arguments as for `attention_entropy`. No fused kernel returns the largest logit: it always goes in chunks.
+    Arguments and errors as for `attention_entropy`. Logits are formed in chunks, as no fused kernel returns the largest.
     """
     mask = _check(q, k, attn_mask)
     return _in_chunks(_logits(q.float(), k.float(), scale, mask, is_causal), q.shape[:3], q.device)
@@ -111,14 +111,14 @@ def largest_logits(
     is_causal: bool = False,
     above: float = -math.inf,
 ) -> Tensor:
-    """max_j a_ij of every query, (batch, heads, queries), exact, and -inf for a query without a key.
+    """max_j a_ij of every query, (batch, heads, queries), exact; -inf for a query that sees no key.
 
-    Heads in which no logit can exceed `above`, as |q| |k| does not, are not looked at: they are -inf as a whole. The others'
-    logits are formed and forgotten in chunks. (The logsumexp that torch's fused CPU kernel returns is a closer bound, at most
-    log(keys) above the maximum, but takes 0.4 to 0.9 of the time of the exact maximum, the lengths 0.01 to 0.05 of it:
+    Heads in which no logit can exceed `above`, because s |q| |k| does not, are skipped: all their entries are -inf. Logits of
+    the other heads are formed in chunks. (The logsumexp of torch's fused CPU kernel would be a closer bound, at most log(keys)
+    above the maximum, but takes 0.4 to 0.9 of the time of the exact maximum; |q| and |k| take 0.01 to 0.05 of it:
     benchmarks/results/qk_clip-cpu-2026-11-26.txt.)
 
-    Arguments as for `attention_entropy`.
+    Arguments and errors as for `attention_entropy`.
     """
     mask = _check(q, k, attn_mask)
     lengths = [torch.linalg.vector_norm(x.float(), dim=-1).amax((0, 2)) for x in (q, k)]
@@ -127,7 +127,7 @@ def largest_logits(
     if mask is not None:
         bound = bound + mask.amax().clamp(min=0)
     largest = torch.full(q.shape[:3], -math.inf, device=q.device)
-    heads = (~(bound <= above)).nonzero().flatten()  # NaN is looked at
+    heads = (~(bound <= above)).nonzero().flatten()  # written so that heads with NaN are not skipped
     if len(heads):
         some = q[:, heads].float(), k[:, heads // group].float()
         if mask is not None and mask.shape[1] > 1:
@@ -141,13 +141,13 @@ def largest_logits(
 
 @_in_full_precision
 def logit_statistics(logits: Tensor) -> AttentionStatistics:
-    """The statistics of attention whose logits are there, (batch, heads, queries, keys); masked ones are -inf."""
+    """The statistics of attention from its logits (batch, heads, queries, keys), where those of masked keys are -inf."""
     chunks = ((index, logits[index].float()) for index in _chunks(logits.shape, logits.device))
     return _in_chunks(chunks, logits.shape[:3], logits.device)
 
 
 def _in_chunks(chunks: Iterator[tuple[Index, Tensor]], shape: torch.Size, device: torch.device) -> AttentionStatistics:
-    # All results go into one tensor that is there from the start: left lying between freed chunks they would break up the heap.
+    # Results go into one tensor allocated first: small ones allocated between freed chunks would fragment the heap.
     whole = AttentionStatistics(*torch.empty(4, *shape, device=device))
     for index, logits in chunks:
         for to, part in zip(whole, _row_statistics(logits), strict=True):
@@ -156,7 +156,7 @@ def _in_chunks(chunks: Iterator[tuple[Index, Tensor]], shape: torch.Size, device
 
 
 def _row_statistics(logits: Tensor) -> AttentionStatistics:
-    """Of softmax(logits) over the last dimension."""
+    """The statistics of softmax(logits) over the last dimension."""
     largest = logits.amax(-1)
     below = logits - largest.clamp(min=torch.finfo(logits.dtype).min)[..., None]  # -inf - -inf would be NaN
     weights, hidden = below.exp(), below <= MASKED
@@ -165,7 +165,7 @@ def _row_statistics(logits: Tensor) -> AttentionStatistics:
     total, blind = weights.sum(-1), visible == 0
     mean = torch.linalg.vecdot(weights, below) / total
     entropy = (total.log() - mean).masked_fill(blind, 0.0)
-    # Softmax does not see a common shift, so the row's size is that of its deviations from its mean.
+    # A constant added to all logits does not change softmax, so the bound uses the norm of the row less its mean.
     spread = torch.linalg.vecdot(below, below) - below.sum(-1).square() / visible
     bound = entropy_lower_bound(spread.clamp(min=0).sqrt(), visible).masked_fill(blind, 0.0)
     return AttentionStatistics(entropy, largest, bound, visible)
@@ -189,12 +189,12 @@ def _check(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> Tensor | None:
 
 
 def _only_hides(mask: Tensor) -> bool:
-    """Whether a mask adds nothing to the keys that it leaves visible, as the identity needs."""
+    """Whether a mask adds 0 to the logits of all keys that it does not hide, as the equation above needs."""
     return bool(((mask == 0) | (mask <= MASKED)).all())
 
 
 def _chunks(shape: Sequence[int], device: torch.device) -> Iterator[Index]:
-    """Slices of (batch, heads, queries) whose logits make a chunk: whole heads where they fit."""
+    """Slices of (batch, heads, queries) whose logits fit into a chunk: several whole heads where possible."""
     batch, heads, queries, keys = shape
     chunk = CHUNK_ON_CPU if device.type == "cpu" else CHUNK
     rows = max(1, min(queries, chunk // max(1, keys)))

@@ -1,4 +1,4 @@
-"""What softmax sees of queries and keys, by name. All of them run on a stack's own kernel of dot-product attention.
+"""Attentions by name: how logits are made of queries and keys. Each runs on the stack's own dot-product attention kernel.
 
 Source: "Stable-Transformer: Towards a Stable Transformer Training" (ICLR 2025 submission), eq. 3, Section 3.3, App. N.
 """
@@ -15,11 +15,11 @@ from .stable_norm import StableNorm
 
 
 class QueryKey(NamedTuple):
-    """How queries q and keys k (..., tokens, d1) become those of softmax(q' k'^T / sqrt(d1)), with the d1 of before.
+    """How queries q and keys k (..., tokens, d1) are changed to q', k' before the kernel computes softmax(q' k'^T / sqrt(d1)).
 
-    A stack gives its attention module q_norm and k_norm, takes q for k where `tied`, norms both, keeps keys so in its cache,
-    and then calls `features`, a function without parameters, on what it hands to its kernel. A scale of the logits is folded
-    into q_norm.
+    d1 is the head size before the change. A stack's attention module holds q_norm and k_norm. Its forward pass takes q for k
+    where `tied`, applies both norms, stores the keys in its cache in this form, and then applies `features`, a function without
+    parameters, to what the kernel is given. Another scale of the logits is folded into q_norm.
     """
 
     q_norm: nn.Module
@@ -29,7 +29,7 @@ class QueryKey(NamedTuple):
 
     @property
     def only_norms(self) -> bool:
-        """Whether two norms are all, which attention with norms of q and k, such as timm's, can be given."""
+        """Whether it is no more than two norms, so that any attention with QK-norm, such as timm's, can use it."""
         return self.features is None and not self.tied
 
 
@@ -42,13 +42,17 @@ def build_attention(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> QueryKey:
-    """What options.attention names, for heads of width head_dim.
+    """The attention that `options.attention` names.
 
-    sequence_length is the longest that the model is configured for, the N of StableAtten's tau.
+    Args:
+        head_dim: d1, the size of a head.
+        options: an Options.
+        sequence_length: the longest that the model is configured for, N in StableAtten's tau.
+        eps: of the norms.
 
     Raises:
-        WrongOption: no such attention.
-        ValueError: what `stable_qk_norms` refuses.
+        WrongOption: there is no such attention.
+        ValueError: as `stable_qk_norms`.
     """
     build = method("attention", options.attention).build
     return build(head_dim, options, sequence_length=sequence_length, eps=eps, device=device, dtype=dtype)
@@ -82,7 +86,7 @@ def _l2_tied(head_dim: int, options: Any, **_: Any) -> QueryKey:
 def l2_features(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q, k (..., tokens, d1) -> q', k' (..., tokens, d1 + 1) with q'_i . k'_j = |q_i|^2 - |q_i - k_j|^2.
 
-    Softmax over j does not see |q_i|^2, so that any kernel of dot-product attention is one of L2 attention.
+    |q_i|^2 is the same for all j, so that softmax over j does not change by it: a dot-product kernel computes L2 attention.
     """
     return (
         torch.cat([2 * q, torch.ones_like(q[..., :1])], dim=-1),
@@ -102,11 +106,17 @@ def stable_qk_norms(
     """The norms of q and k that make dot-product attention StableAtten: softmax(tau * SN(q) SN(k)^T / d1^(2 alpha)) v,
     tau = 1.618 log2(N) [ST, eq. 3].
 
-    tau / d1^(2 alpha), and sqrt(d1) against the attention's own 1 / sqrt(d1), are folded into the norm of q. N is the
-    sequence length of the configuration, not that of the moment: a key-value cache must not change it.
+    The factor tau / d1^(2 alpha), times sqrt(d1) to cancel the kernel's 1 / sqrt(d1), is folded into the norm of q. N is the
+    sequence length of the configuration, not of the input, so that tau is the same with a key-value cache.
+
+    Args:
+        head_dim: d1.
+        sequence_length: N, from 2.
+        alpha, eps: of `StableNorm`.
+        tau_scale: factor by which tau is multiplied, above 0.
 
     Raises:
-        ValueError: sequence_length below 2, tau_scale not positive; what `StableNorm` refuses.
+        ValueError: one of these is not allowed.
     """
     if not isinstance(sequence_length, int) or sequence_length < 2:
         raise ValueError(f"sequence_length = {sequence_length!r}: allowed are whole numbers from 2")

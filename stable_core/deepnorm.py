@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class DeepNormScale(NamedTuple):
-    """alpha multiplies the residual branch; beta multiplies the initial v, output and feed-forward weights."""
+    """alpha multiplies the residual stream x; beta multiplies the initial v, output and feed-forward weights."""
 
     alpha: float
     beta: float
@@ -31,10 +31,10 @@ def deepnorm_scales(encoder_layers: int, decoder_layers: int) -> DeepNormScales:
 
     beta is for the weight matrices of the value and output projections and of the feed-forward layers. It is not for
     biases, nor for the query and key projections. (torchscale's code scales biases too, and divides the encoder's weights
-    by X / 1.15 with X = (N^4 M)^(1/16), which is 1.32 times the paper's 0.87 / X. These are the paper's.)
+    by X / 1.15 with X = (N^4 M)^(1/16), where the paper multiplies them by 0.87 / X. This function follows the paper.)
 
     Raises:
-        ValueError: a negative or non-integer number of layers, or no layers at all.
+        ValueError: a negative or non-integer number of layers, or no layers on either side.
     """
     for name, layers in (("encoder_layers", encoder_layers), ("decoder_layers", decoder_layers)):
         if not isinstance(layers, int) or layers < 0:

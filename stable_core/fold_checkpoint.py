@@ -1,7 +1,7 @@
 """`python -m stable_core.fold_checkpoint CHECKPOINT OUT`: a σReparam checkpoint -> one that the plain model loads.
 
-CHECKPOINT is anything `torch.save` wrote that is or holds a state dict (under "model", "state_dict", ...); the rest of it is
-kept. Parameters of the optimizer no longer fit the folded weights: fold to serve, not to go on training.
+CHECKPOINT is a file of `torch.save` that is a state dict or holds one (under "model", "state_dict", ...); what else it holds is
+kept. A saved optimizer does not fit the folded weights: fold for inference, not to go on training.
 """
 
 import argparse
@@ -16,7 +16,11 @@ from .folding import fold_state_dict
 
 
 def fold_checkpoint(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Folds every state dict in it; returns the new checkpoint and the names under which they were found."""
+    """Folds every state dict in it; returns the new checkpoint and the keys under which they were found.
+
+    Raises:
+        ValueError: it holds no reparametrised layer, or as `fold_state_dict`.
+    """
     if any("parametrizations." in str(key) for key in checkpoint):
         return fold_state_dict(checkpoint), ["the state dict"]
     places = [
@@ -30,7 +34,7 @@ def fold_checkpoint(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[st
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Like `read_checkpoint`; where that refuses the class of an object, the error also says what to do instead."""
+    """`read_checkpoint`, with advice in the error for a file that holds objects which torch refuses."""
     try:
         return read_checkpoint(path)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Folding: a reparametrised model back to plain layers that hold W_hat, with the same outputs and no extra cost."""
+"""Folding: turns a reparametrised model into plain layers that hold W_hat, with the same outputs and no extra cost."""
 
 import re
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ def fold(model: Model) -> Model:
     """Replaces every weight that `sigma_reparam` reparametrised by its W_hat, in place, and returns the model.
 
     Raises:
-        ValueError: nothing is reparametrised, another parametrization lies on top, or a W_hat is not finite. The model is
-            then as it was.
+        ValueError: nothing is reparametrised; another parametrization lies on top; a weight is sharded, or shares its sigma
+            with a layer outside of `model`; a W_hat is not finite. The model is then left as it was.
     """
     found = [
         (f"{name}.{tensor}" if name else tensor, module, tensor)
@@ -48,7 +48,7 @@ def fold(model: Model) -> Model:
             raise ValueError(
                 f"{name}: it shares its sigma with a layer outside of what is folded; fold the whole attention"
             )
-    # All before any is replaced: weights with a joint sigma need each other's originals.
+    # All W_hat are computed before any weight is replaced: weights that share a sigma need each other's originals.
     folded = _W_hats(found)
     for (name, _, _), W_hat in zip(found, folded, strict=True):
         if not W_hat.isfinite().all():
@@ -61,7 +61,7 @@ def fold(model: Model) -> Model:
 
 
 def _W_hats(found: list[tuple[str, Any, str]]) -> list[Tensor]:
-    """Each W_hat, in its layer's precision whatever autocast says, and as in evaluation, where an average has its own sigma."""
+    """Each W_hat in its layer's dtype, also under autocast, as evaluation has it: with the sigma of averaged weights."""
     keepers = [module.parametrizations[tensor][0] for _, module, tensor in found]
     keepers = [keeper.leader() if hasattr(keeper, "leader") else keeper for keeper in keepers]
     modes = [keeper.training for keeper in keepers]
@@ -76,27 +76,27 @@ def _W_hats(found: list[tuple[str, Any, str]]) -> list[Tensor]:
 
 
 def is_reparametrised(module: nn.Module) -> bool:
-    """Whether `sigma_reparam` reparametrised a weight of this very layer, in whichever copy of this library."""
+    """Whether a weight of this layer itself is reparametrised, by this or another loaded copy of this package."""
     return any(_is_our_hook(hook) for hook in module._load_state_dict_pre_hooks.values())
 
 
 def _is_our_hook(hook: Any) -> bool:
-    """By name: a model that brings its own copy of this library (Hugging Face's remote code) folds as well."""
+    """By its name, so that a model with its own copy of this package (Hugging Face's remote code) can be folded, too."""
     return getattr(hook.hook, "__name__", "") == refuse_plain_weight.__name__
 
 
 def _came_with_ours(hook: Any) -> bool:
-    """torch's weight norm leaves a hook for names of old checkpoints, a local function, which cannot be pickled."""
+    """Whether the hook is ours, or that of torch's weight norm for old checkpoints, a local function, which pickle refuses."""
     return _is_our_hook(hook) or getattr(hook.hook, "__name__", "") == "_weight_norm_compat_hook"
 
 
 def _remove(module: Any, tensor: str) -> None:
-    # A deep copy shares its parametrized class with the model it was copied from, and removing takes the property off the
-    # class: without a class of its own, folding the copy would break the model.
+    # torch removes the weight's property from the layer's class, which a deep copy shares with the layer that it was copied
+    # from. The layer is given a class of its own, so that folding one does not break the other.
     cls = type(module)
     module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
     weight_norm = hasattr(module.parametrizations[tensor], "original0")
-    with torch.enable_grad():  # else torch leaves a weight of several originals as a buffer
+    with torch.enable_grad():  # without gradients torch would make a weight of several originals a buffer
         parametrize.remove_parametrizations(module, tensor, leave_parametrized=weight_norm)
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
         if _came_with_ours(hook):
@@ -104,10 +104,11 @@ def _remove(module: Any, tensor: str) -> None:
 
 
 def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a reparametrised model -> that of the plain model with the same outputs.
+    """The state dict of the plain model with the same outputs, from that of a reparametrised model, which is not changed.
 
     Raises:
-        ValueError: nothing in it is reparametrised, or only a part of the weights that share a sigma is in it.
+        ValueError: no weight in it is reparametrised; only some of the weights that share a sigma are in it; a layout is
+            damaged.
     """
     originals = {match["layer"] + match["tensor"]: match for key in state if (match := _ORIGINAL.fullmatch(key))}
     if not originals:
@@ -127,7 +128,7 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             layout, names = _layout(state, name, originals, layouts)
             plain = _fold_group(state, name, originals, layout, names)
         else:
-            continue  # it shares the sigma of another weight, or is somebody else's parametrization
+            continue  # its sigma is kept with another weight, or the parametrization is not ours
         for done in plain:
             left.pop(done, None)
             for key in ("original", "original0", "original1", "0.gamma", "0.u", "0.v", f"0.{KEY}"):
@@ -141,7 +142,7 @@ def fold_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _fold_group(
     state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match[str]], layout: Layout, names: list[str]
 ) -> dict[str, Tensor]:
-    """The folded weights `names`, whose sigma is kept at `name`."""
+    """{name: W_hat} of the weights `names`, whose u and gamma are kept with the weight `name`."""
     gamma, u = (state[f"{_prefix(originals[name])}0.{part}"] for part in ("gamma", "u"))
     weights = [state[f"{_prefix(originals[n])}original"] for n in names]
     rows, transposed = layout.rows, layout.transposed
@@ -157,7 +158,7 @@ def _fold_group(
 def _layout(
     state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match[str]], layouts: Mapping[str, Layout]
 ) -> tuple[Layout, list[str]]:
-    """Of the sigma that is kept at `name`, and the weights that share it."""
+    """The layout of the sigma that is kept with the weight `name`, and the names of all weights that share it, in order."""
     if name not in layouts:
         return _guessed_layout(state, name, originals)
     mine = layouts[name]
@@ -167,9 +168,12 @@ def _layout(
 
 
 def _nearest(name: str, wanted: Layout, layouts: Mapping[str, Layout]) -> str:
-    """Where the weight with the layout `wanted` is that shares its sigma with `name`.
+    """The name of the weight with the layout `wanted` that shares its sigma with the weight `name`.
 
-    A model may hold copies of an attention, with equal layouts: it is the one on the shortest path through the modules.
+    Each attention of a model may have a weight of this layout: it is the one fewest steps away in the tree of modules.
+
+    Raises:
+        ValueError: there is none, or there are several as near.
     """
     found = [other for other, layout in layouts.items() if layout == wanted]
     steps = {other: len(set(_parents(name)) ^ set(_parents(other))) for other in found}
@@ -183,14 +187,14 @@ def _nearest(name: str, wanted: Layout, layouts: Mapping[str, Layout]) -> str:
 
 
 def _parents(name: str) -> list[str]:
-    """a, a.b, a.b.c of a.b.c."""
+    """Of "a.b.c": ["a", "a.b", "a.b.c"]."""
     return list(accumulate(name.split("."), "{}.{}".format))
 
 
 def _guessed_layout(
     state: Mapping[str, Tensor], name: str, originals: Mapping[str, re.Match[str]]
 ) -> tuple[Layout, list[str]]:
-    """As `_layout`, of checkpoints from before layouts: from the shapes, and from what attentions call their projections."""
+    """`_layout` for checkpoints of early versions, which have none: guessed from shapes and names of projections."""
     gamma, u = (state[f"{_prefix(originals[name])}0.{part}"] for part in ("gamma", "u"))
     W, names = state[f"{_prefix(originals[name])}original"], [name]
     for group in QKV_NAMES:
@@ -198,11 +202,11 @@ def _guessed_layout(
         if leaf is not None:
             siblings = [f".{name}.".replace(f".{leaf}.", f".{other}.")[1:-1] for other in group]
             shared = [s for s in siblings if s == name or (s in originals and _keeps_none(state, originals[s]))]
-            if name != siblings[2] or len(shared) == 3:  # the other two may share without v
+            if name != siblings[2] or len(shared) == 3:  # q and k may share a sigma without v
                 names = shared
             break
     transposed = W.shape[0] != len(u)
-    if W.ndim == 2 and W.shape[0] == W.shape[1] == len(u):  # u's image is the longest there is
+    if W.ndim == 2 and W.shape[0] == W.shape[1] == len(u):  # u is the top left one: |W^T u| > |W u|
         transposed = bool((W.float() @ u.float()).norm() > (W.float().T @ u.float()).norm())
     third = len(u) // 3
     rows = {1: (len(u),), 2: (2 * third, third), 3: (third,) * 3}[len(gamma)]
@@ -210,6 +214,7 @@ def _guessed_layout(
 
 
 def _keeps_none(state: Mapping[str, Tensor], match: re.Match[str]) -> bool:
+    """Whether no gamma is kept with this weight, so that it may share another's."""
     return not match["weight_norm"] and f"{_prefix(match)}0.gamma" not in state
 
 

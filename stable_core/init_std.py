@@ -1,13 +1,13 @@
-"""The standard deviation of a model's first weights: the papers' at their sizes, and what takes its place at others.
+"""Standard deviations of first weights: the papers' at the widths of their models, scaled to other widths.
 
-A weight (m, n) of N(0, std^2) has the spectral norm std (sqrt(m) + sqrt(n)), and m and n are multiples of the width. So the
-same std is a small matrix in a narrow model; with gamma = sigma(W) at the start it learns nothing there.
+A weight (m, n) of N(0, std^2) has a spectral norm of about std (sqrt(m) + sqrt(n)), where m and n are multiples of the width.
+So the paper's std gives a narrow model a small spectral norm, with which, as gamma = sigma(W) at the start, it does not learn.
 """
 
 import math
 from typing import Any
 
-# By width: the weights' standard deviation, the patch embedding's, and how many inputs that has.
+# Width: (std of the weights, std of the patch embedding, inputs of the patch embedding).
 VITS = {768: (0.02, 0.02, 768), 1024: (0.01, 0.0025, 768), 1280: (0.01, 0.0025, 588)}
 GPTS = {768: 0.02, 1024: 0.02, 1280: 0.02, 1600: 0.02}
 
@@ -37,7 +37,13 @@ def vit_init_std(width: int, patch_inputs: int) -> tuple[float, float]:
 
 
 def gpt_init_std(width: int) -> float:
-    """The same of a reparametrised GPT's Linear layers: GPT-2's .02 at its widths (768, 1024, 1280, 1600)."""
+    """The standard deviation .02 sqrt(w / width) of a σReparam GPT's Linear layers, GPT-2's at its widths w.
+
+    w is the largest of 768, 1024, 1280 and 1600 that is at most `width`, or 768.
+
+    Raises:
+        ValueError: width below 1.
+    """
     paper = _paper_width(width, GPTS)
     return GPTS[paper] * math.sqrt(paper / width)
 

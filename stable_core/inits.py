@@ -12,13 +12,12 @@ from .targets import layers
 
 @torch.no_grad()
 def init_(module_or_weight: nn.Module | Tensor, options: Any) -> None:
-    """Draws the weights of a module's layers, or one weight (out, in, ...), in place, as options.init says.
+    """Draws the weights of a module's layers, or one weight (out, in, ...), in place, by the method `options.init`.
 
-    "stock" leaves them as the stack drew them. A convolution's kernel counts as inputs. The biases of a module's layers
-    become 0, unless it is "stock".
+    "stock" changes nothing. Other methods also set biases of a module's layers to 0. A convolution's kernel counts as inputs.
 
     Raises:
-        WrongOption: no such initialisation.
+        WrongOption: there is no such initialisation.
     """
     draw_ = method("init", options.init).build
     if isinstance(module_or_weight, Tensor):

@@ -1,6 +1,7 @@
-"""Undoes what was begun for a forward pass, where that ends in an error of any kind.
+"""Calls a clean-up function where a forward pass ends in an error of any kind.
 
-A forward hook with always_call=True is not enough: torch does not call it for Ctrl-C and the like, which are no `Exception`.
+A forward hook with always_call=True is not enough: torch does not call it for KeyboardInterrupt (Ctrl-C) and others that are no
+`Exception`.
 """
 
 import sys
@@ -14,9 +15,9 @@ Undo = Callable[[BaseException], None]
 
 
 class _Guarded:
-    """What torch calls for a model in place of its `_call_impl`.
+    """Replaces a model's `_call_impl`, which torch calls for a forward pass, and calls it with clean-up.
 
-    It is put where `model.compile()` puts the compiled call, an attribute that torch leaves out of copies and pickles.
+    It is set as `_compiled_call_impl`, as `model.compile()` does, because torch leaves that out of copies and pickles.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,7 +27,7 @@ class _Guarded:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.model._call_impl(*args, **kwargs)
-        # Replicas of nn.DataParallel share this object; which module is called stands in its caller, `_wrapped_call_impl`.
+        # Replicas of nn.DataParallel share this object: the called module is read off the caller, `_wrapped_call_impl`.
         module = sys._getframe(1).f_locals.get("self", self.model)
         if module is not self.model:
             return module._call_impl(*args, **kwargs)
@@ -39,7 +40,7 @@ class _Guarded:
 
 
 def on_error(model: nn.Module, undo: Undo) -> "Handle":
-    """Has undo(error) called where a call of the model ends in an error, until the handle is removed."""
+    """Calls undo(error) where a call of the model ends in an error, until the returned handle is removed."""
     guard = model._compiled_call_impl
     if not isinstance(guard, _Guarded):
         guard = model._compiled_call_impl = _Guarded(model)
@@ -47,13 +48,13 @@ def on_error(model: nn.Module, undo: Undo) -> "Handle":
 
 
 def compiled_call(model: nn.Module) -> Callable[..., Any] | None:
-    """What `model.compile()` made, if it was called."""
+    """The compiled call that `model.compile()` made; None if the model is not compiled."""
     call = model._compiled_call_impl
     return call.compiled if isinstance(call, _Guarded) else call
 
 
 class Handle:
-    """What `on_error` gives."""
+    """Returned by `on_error`; `remove` ends its effect."""
 
     def __init__(self, guard: _Guarded, undo: Undo) -> None:
         self._guard, self._key = guard, id(self)

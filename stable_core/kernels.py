@@ -1,14 +1,14 @@
-"""σReparam in Triton kernels: power iteration and sigma of all weights together, the backward pass of each in two.
+"""σReparam by Triton kernels: power iteration and sigma for all weights together, and the backward pass, two kernels a weight.
 
 For a block of rows W (out, in) of a weight, with u (out,) [σ, Algorithm 1]:
 
     z = W^T u, s = |z|/|u|, W_hat = gamma/s W;    dW = gamma/s (G - c w z^T), w = u/(|u|^2 s), dgamma = c = <G, W>/s
 
-where G = dL/dW_hat. W_hat itself is one multiplication, which torch does as well.
+where G = dL/dW_hat. W_hat itself is one multiplication, for which torch is as fast.
 
-Sums are in fp32 whatever the weight is in, in a fixed order and without atomics: a resumed run is bitwise the run that never
-stopped. Triton comes with torch's CUDA builds; nothing here imports it before it is used. On the CPU the kernels run under
-Triton's interpreter alone, that is with TRITON_INTERPRET=1 from the start of the process, to be tested.
+Sums are in fp32 for every weight dtype, in a fixed order and without atomics, so that a resumed run is bitwise the run that
+never stopped. Triton comes with torch's CUDA builds; it is imported only when a kernel is needed. On a CPU the kernels run, for
+tests, only in Triton's interpreter: set TRITON_INTERPRET=1 before the process starts.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """How a program of a kernel reads a matrix.
+    """How a kernel reads a matrix.
 
     Attributes:
-        rows, columns: of the tile that it reads at a time.
-        warps: how many it has.
-        down: a matrix is cut into at most so many strips of tiles, one below the other.
+        rows, columns: size of a tile, which a program reads at a time.
+        warps: warps per program.
+        down: the most strips of tiles that a matrix is cut into along its rows.
     """
 
     rows: int = 16
@@ -39,17 +39,21 @@ class Tile(NamedTuple):
 
 
 TILE = Tile()
-CHUNK, PARTS = 256, 32  # entries of a vector that a program adds up, and how many parts at a time
+CHUNK, PARTS = 256, 32  # entries of a vector per program, and partial sums that it adds at a time
 
 
 class Plan(NamedTuple):
-    """Where the programs find their work, on the device.
+    """Tensors on the device that tell each program of a kernel which part of which matrix is its own.
+
+    A matrix is a block of rows of a weight. Its tiles make strips, and the vectors (out,) and (in,) are cut into chunks; a
+    program takes a strip or a chunk.
 
     Attributes:
-        table: a line for each matrix (kernels_sigma.py names the columns).
-        strips: the matrix that each strip is of; `outs` and `ins`: that each chunk of a vector (out,) or (in,) is of.
-        partials: how many partial sums the largest product leaves; `n_out` and `n_in`: the entries of all those vectors.
-        blocks, outs_of, ins_of: how many blocks, entries (out,), and entries (in,) of all its blocks, each weight has.
+        table: (matrices, 16), int64: a line for each matrix (kernels_sigma.py names the columns).
+        strips, outs, ins: int32, the matrix of each strip, of each chunk of vectors (out,), and of each chunk of vectors (in,).
+        partials: length of the buffer for the partial sums of a product.
+        n_out, n_in: total lengths of the vectors (out,) and of the vectors (in,) of all matrices.
+        blocks, outs_of, ins_of: for each weight its number of blocks, and the total lengths of their vectors (out,) and (in,).
     """
 
     table: Tensor
@@ -67,7 +71,8 @@ class Plan(NamedTuple):
 class _Matrix(NamedTuple):
     """A block of rows (out, in) of a weight.
 
-    `weight`, `u` and `gamma` are where each starts, in elements; `ld` is from one contiguous row (column) to the next.
+    `weight`, `u` and `gamma` are offsets of their first elements, in elements. `ld` is the stride between contiguous rows, or
+    between columns where `transposed`. `aligned`: the block starts at a multiple of 16 (bytes and elements).
     """
 
     weight: int
@@ -86,7 +91,7 @@ def available(device: torch.device) -> bool:
 
 @cache
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the kernels do not take weights of this type on this device; empty where they do."""
+    """The reason why the kernels cannot take weights of this dtype on this device, for an error; empty where they can."""
     if device.type not in ("cpu", "cuda"):
         return f"a weight is on {device}; allowed is a GPU of CUDA"
     if find_spec("triton") is None:
@@ -106,13 +111,13 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
 
 @cache
 def _kernels() -> ModuleType:
-    # Not by an import statement: transformers reads those in the source that a saved model ships, and would demand Triton of
-    # everybody who loads it.
+    # By import_module, because transformers reads the import statements in the source that a saved model ships, and would
+    # then require Triton of everybody who loads it.
     return import_module(".kernels_sigma", __package__)
 
 
 class Place(NamedTuple):
-    """Addresses of a weight (out, in), which is cut into blocks of `rows`, and of the u and gamma of these."""
+    """Addresses in bytes of a weight (out, in), which is cut into blocks of `rows`, and of its u (out,) and gamma (blocks,)."""
 
     weight: int
     shape: tuple[int, int]
@@ -123,7 +128,7 @@ class Place(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of a weight's blocks: z = W^T u (blocks, in), w = u / (|u|^2 s) (out,), s = |z| / |u| and gamma/s (blocks,), in fp32."""
+    """Of a weight, in fp32: z = W^T u (blocks, in), w = u / (|u|^2 s) (out,), s = |z| / |u| and factor = gamma/s (blocks,)."""
 
     z: Tensor
     w: Tensor
@@ -133,15 +138,15 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def power_iteration_(weights: Sequence[Tensor], us: Sequence[Tensor], n: int) -> None:
-    """n times v = W^T u / |W^T u|, u <- W v / |W v|, in place, in 5 n launches however many weights there are.
+    """v = W^T u / |W^T u|, u <- W v / |W v|, n times and in place [σ, Algorithm 1], for many weights in 5 n kernel launches.
 
     Args:
-        weights: (out, in), row-major or transposed, in fp32, bf16 or fp16; each device and type takes its own launches.
-        us: (out,), fp32.
-        n: how many times.
+        weights: (out, in), row-major or transposed, in fp32, bf16 or fp16. Each device and dtype has its own 5 n launches.
+        us: (out,), fp32 and contiguous.
+        n: number of iterations.
 
     Raises:
-        ValueError: a weight or a u is none of these.
+        ValueError: a weight or a u has another dtype, shape or layout.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Place]] = {}
     for W, u in zip(weights, us, strict=True):
@@ -157,9 +162,9 @@ def power_iteration_(weights: Sequence[Tensor], us: Sequence[Tensor], n: int) ->
 
 
 def advance(plan: Plan, dtype: torch.dtype, n: int) -> Tensor:
-    """`power_iteration_` of all weights of a plan.
+    """`power_iteration_` for all weights of a plan, of the dtype `dtype`.
 
-    Returns |W v| of the last iteration, with v of length 1: (blocks of all weights,).
+    Returns |W v| of the last iteration, v of length 1, for the blocks of all weights one after the other, (blocks,), fp32.
     """
     k, like = _kernels(), _on(plan)
     partials, z, y = (torch.empty(size, **like) for size in (plan.partials, plan.n_in, plan.n_out))
@@ -175,7 +180,7 @@ def advance(plan: Plan, dtype: torch.dtype, n: int) -> Tensor:
 
 
 def measure_all(plan: Plan, dtype: torch.dtype) -> list[Measured]:
-    """`measure` of all weights of a plan, in three launches, with the same bits."""
+    """`measure` for all weights of a plan in three launches, with bitwise the same results."""
     found, sizes = _measure(plan, 0, 0, 0, dtype), (plan.ins_of, plan.outs_of, plan.blocks, plan.blocks)
     return [
         Measured(z.view(blocks, -1), w, s, factor)
@@ -186,7 +191,7 @@ def measure_all(plan: Plan, dtype: torch.dtype) -> list[Measured]:
 
 
 def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...]) -> Measured:
-    """z, w, s and gamma/s of one dense weight; u and gamma in fp32."""
+    """z, w, s and gamma/s of one dense weight W (out, in), in three launches; u (out,) and gamma (blocks,) are fp32."""
     plan = keep_if_captured(_plan_of_weight(W.shape, W.stride(), rows, _are_aligned(W), W.device, TILE))
     z, *rest = _measure(plan, W.data_ptr(), u.data_ptr(), gamma.data_ptr(), W.dtype)
     return Measured(z.view(len(rows), -1), *rest)
@@ -206,7 +211,7 @@ def _measure(plan: Plan, W: int, u: int, gamma: int, dtype: torch.dtype) -> tupl
 def scale_backward(
     G: Tensor, W: Tensor, found: Measured, rows: tuple[int, ...], stop_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """dW (out, in) in W's type and dgamma (blocks,) in fp32, from G (out, in) in any; two launches.
+    """dW (out, in) in W's dtype and dgamma (blocks,) in fp32, from G = dL/dW_hat (out, in) of any dtype; two launches.
 
     With `stop_gradient` s is a constant: dW = gamma/s G.
     """
@@ -253,13 +258,14 @@ def _tile() -> dict[str, int]:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """A context that makes this the current device, on which Triton launches."""
+    """A context in which this is the current device, as Triton launches kernels on that one."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 def is_dense(W: Tensor) -> bool:
+    """Whether W (out, in) is contiguous, or the transpose of a contiguous matrix."""
     return W.is_contiguous() or W.T.is_contiguous()
 
 
@@ -268,7 +274,7 @@ def _are_aligned(*tensors: Tensor) -> bool:
 
 
 def _layout(shape: tuple[int, int], stride: tuple[int, int]) -> tuple[bool, int]:
-    """Whether a matrix is kept transposed, and how far its contiguous rows (columns) are apart."""
+    """(whether a matrix is stored transposed, the stride between its contiguous rows, or columns where transposed)."""
     if stride[1] == 1 or shape[1] == 1:
         return False, stride[0]
     if stride[0] == 1 or shape[0] == 1:
@@ -277,16 +283,16 @@ def _layout(shape: tuple[int, int], stride: tuple[int, int]) -> tuple[bool, int]
 
 
 def plan(places: tuple[Place, ...], device: torch.device, dtype: torch.dtype) -> Plan:
-    """The plan of many weights of one device and type.
+    """The plan of weights of one device and dtype; it is cached.
 
     Raises:
-        ValueError: a type or a layout that the kernels do not know.
+        ValueError: a dtype or a layout that the kernels cannot take.
     """
     return keep_if_captured(_plan_of_model(places, device, dtype, TILE))
 
 
 def keep_if_captured(plan: Plan) -> Plan:
-    """Returns the plan, and keeps it for good if a CUDA graph is being captured, which reads it at each replay."""
+    """Returns the plan. During the capture of a CUDA graph it is kept for good, as each replay of the graph reads it."""
     if plan.table.is_cuda and torch.cuda.is_current_stream_capturing():
         _captured[id(plan)] = plan
     return plan
@@ -331,7 +337,7 @@ def _cut(
     gamma: int,
     aligned: bool,
 ) -> list[_Matrix]:
-    """The blocks of a weight."""
+    """The blocks of a weight. Raises ValueError where `rows` do not add up to its outputs."""
     if sum(rows) != shape[0]:
         raise ValueError(f"rows = {rows}: their sum must be {shape[0]}, as the weight is {tuple(shape)}")
     transposed, ld = _layout(shape, stride)

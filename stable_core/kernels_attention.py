@@ -1,10 +1,12 @@
-"""Entropy and largest logit of attention in one Triton kernel that never holds the attention matrix; imports triton.
+"""Entropy and largest logit of attention by one Triton kernel, which never stores the attention matrix; imports triton.
 
-Of a query with logits x_j = s q . k_j over the keys that it sees [σ, Section 3.1], in nats, with m = max_j x_j:
+For a query with logits x_j = s q . k_j over the keys that it sees, and m = max_j x_j, the entropy in nats is [σ, Section 3.1]
 
     Ent = log l - t / l,    l = sum_j exp(x_j - m),    t = sum_j exp(x_j - m) (x_j - m)
 
-A block of keys at a time: where the largest so far grows from m to m', t <- a (t + l (m - m')) and l <- a l, a = exp(m - m').
+Keys are read in blocks, as in FlashAttention: where the maximum so far grows from m to m', with a = exp(m - m'),
+
+    t <- a (t + l (m - m')),    l <- a l.
 """
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from .kernels import on_device
 
 INTERPRETED = triton.knobs.runtime.interpret
-QUERIES = 64  # that a program takes at a time
+QUERIES = 64  # queries per program
 
 
 @triton.jit
@@ -30,7 +32,7 @@ def _statistics(
     k += b * k_b + h // shared * k_h
     here = (rows[:, None] < n_queries) & (d[None, :] < D)
     some_q = tl.load(q + rows[:, None].to(tl.int64) * q_t + d[None, :] * q_d, mask=here, other=0.0)
-    if UP:  # to the interpreter the bits of a bf16 are a whole number
+    if UP:  # the interpreter would read the bits of a bf16 as an integer
         some_q = some_q.to(tl.float32)
     m = tl.full((QUERIES,), -1e38, tl.float32)
     l = tl.zeros((QUERIES,), tl.float32)
@@ -58,19 +60,22 @@ def _statistics(
     result = tl.log(l) - t / l
     to = head * n_queries + rows
     tl.store(entropy + to, tl.where(result < 0, 0.0, result), mask=rows < n_queries)
-    # a maximum here is of the numbers alone; one that is not a number must show
+    # tl.max skips NaN, which must not be hidden: l is NaN then, and is written in place of m
     tl.store(largest + to, tl.where((l != l) & (m < float("inf")), l, m), mask=rows < n_queries)
 
 
 @torch.no_grad()
 def entropy_and_largest_logit(q: Tensor, k: Tensor, *, scale: float, is_causal: bool = False) -> tuple[Tensor, Tensor]:
-    """Both (batch, heads, queries) in fp32.
+    """(entropy in nats, largest logit) of each query, both (batch, heads, queries) in fp32, without gradient.
 
     Args:
         q: (batch, heads, queries, head_dim), of any strides.
-        k: (batch, key_heads, keys, head_dim), in q's type; key_heads divides heads.
+        k: (batch, key_heads, keys, head_dim), in q's dtype; key_heads divides heads.
         scale: s.
-        is_causal: query i sees the keys up to i.
+        is_causal: query i sees keys 0..i only.
+
+    Raises:
+        ValueError: shapes that do not fit; q and k of different dtypes.
     """
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(

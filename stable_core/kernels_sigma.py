@@ -1,21 +1,21 @@
-"""The Triton kernels behind kernels.py, which has the equations and launches them; imports triton.
+"""The Triton kernels that kernels.py launches; that file has the equations. Importing this one imports triton.
 
-A matrix, that is a block of rows of a weight, is read as M (m, n), whose rows are contiguous: M = W, or M = W^T where W is kept
-transposed. It is cut into strips of `steps` tiles (BM, BN), one below the other; a program takes one strip. A plan's table
-(kernels.py) says where things are, in elements from the base addresses that a kernel is given. Every sum has two stages and a
-fixed order, and there are no atomics: the same input gives the same bits.
+A matrix is a block of rows of a weight. It is read as M (m, n) with contiguous rows: M = W, or M = W^T where W is stored
+transposed. M is cut into strips of `steps` tiles (BM, BN), one below the other, and a program takes one strip. Offsets are in
+the plan's table (kernels.py), in elements from the base addresses that a kernel is given. Each sum has two stages and a fixed
+order, without atomics, so that the same input gives the same bits.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret  # read when the kernels below are made, as triton does
+INTERPRETED = triton.knobs.runtime.interpret  # read at import, when triton, too, decides how to make the kernels below
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-# The columns of the table, in the order of kernels.py. They are no global constants: at each launch triton compares those that
-# a kernel uses with what they were, which takes longer than all the rest of the launch.
+# Functions that read the columns of the table, which kernels.py fills. The column numbers are not global constants, because
+# triton compares all global constants that a kernel uses at each launch, which takes longer than the rest of the launch.
 @triton.jit
 def _line(table, matrix):
     return table + 16 * matrix
@@ -23,7 +23,7 @@ def _line(table, matrix):
 
 @triton.jit
 def _weight(line):
-    """Where the first element is."""
+    """Offset of the first element of the matrix."""
     return tl.load(line)
 
 
@@ -40,7 +40,7 @@ def _transposed(line):
 
 @triton.jit
 def _shape(line):
-    """m, n, from one row to the next, tiles in a strip, and whether all rows start at 16 bytes."""
+    """m, n, the stride between rows, tiles in a strip, and whether each row starts at a multiple of 16 bytes."""
     m, n = _size(line)
     return m, n, tl.load(line + 3), tl.load(line + 8).to(tl.int32), tl.load(line + 5) != 0
 
@@ -52,37 +52,37 @@ def _first_strip(line):
 
 @triton.jit
 def _across(line):
-    """How many strips lie side by side."""
+    """Number of strips side by side."""
     return tl.load(line + 7).to(tl.int32)
 
 
 @triton.jit
 def _partials(line):
-    """Where its partial sums start."""
+    """Offset of the matrix's partial sums."""
     return tl.load(line + 9)
 
 
 @triton.jit
 def _u(line):
-    """Where u is."""
+    """Offset of u."""
     return tl.load(line + 10)
 
 
 @triton.jit
 def _vector(line, TO_OUT: tl.constexpr):
-    """Where its part of the vectors (out,), or of those (in,), of all matrices starts."""
+    """Offset of the matrix's part in the vectors (out,) of all matrices (TO_OUT), or in the vectors (in,)."""
     return tl.load(line + (11 if TO_OUT else 12))
 
 
 @triton.jit
 def _first_chunk(line, TO_OUT: tl.constexpr):
-    """The first chunk of that part."""
+    """Index of the first chunk of that part."""
     return tl.load(line + (13 if TO_OUT else 14))
 
 
 @triton.jit
 def _gamma(line):
-    """Where gamma is."""
+    """Offset of gamma."""
     return tl.load(line + 15)
 
 
@@ -98,9 +98,9 @@ def _floats(base, offset):
 
 @triton.jit
 def _load_tile(address, rows, columns, m, n, ld, aligned, DTYPE: tl.constexpr):
-    """A tile of M in fp32, zero beyond its edges.
+    """A tile of M in fp32, zero beyond the edges of M.
 
-    Multiples of 16 are written out, though they change no number, to tell the compiler that it may load 16 bytes at a time.
+    Where `aligned`, `x // 16 * 16` equals x; it tells the compiler that it may load 16 bytes at a time.
     """
     if aligned:
         start = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
@@ -125,9 +125,9 @@ def _store_tile(address, tile, rows, columns, m, n, ld, aligned, DTYPE: tl.const
 
 @triton.jit
 def _length(norms, count):
-    """|y| of a vector in `count` chunks, of each of which there is (largest |y_i|, sum of (y_i / largest)^2).
+    """|y| of a vector in `count` chunks, from (largest |y_i|, sum of (y_i / largest)^2) of each chunk.
 
-    The squares of 1e-20 or 1e20 are out of the range of fp32.
+    Entries are divided by the largest because the squares of 1e-20 or 1e20 are out of the range of fp32.
     """
     largest = 0.0
     for k in range(0, count, 128):
@@ -144,7 +144,7 @@ def _length(norms, count):
 
 @triton.jit
 def _strip(strips, table, strip):
-    """Of a strip: its matrix, the matrix's line in the table, the strip's number in it, its first row of tiles, its column."""
+    """The matrix of a strip, its line in the table, the strip's number in the matrix, and its place: (strips above, left)."""
     matrix = tl.load(strips + strip)
     line = _line(table, matrix)
     number = (strip - _first_strip(line)).to(tl.int32)
@@ -157,9 +157,9 @@ def products(
     strips, table, partials, z, z_norms, W_base, u_base,
     TO_OUT: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Each strip's part of W z/|z| (TO_OUT), or of W^T u."""
+    """Writes the partial sums of each strip of W z/|z| (TO_OUT), or of W^T u."""
     strip = tl.program_id(0)
-    if TO_OUT:  # backwards: what the pass before read last is still in the cache
+    if TO_OUT:  # in reverse: what the previous launch read last is still in the cache
         strip = tl.num_programs(0) - 1 - strip
     _, line, _, i, j = _strip(strips, table, strip)
     m, n, ld, steps, aligned = _shape(line)
@@ -194,7 +194,7 @@ def add_up(
     chunks, table, partials, y, norms,
     TO_OUT: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """y, the sum of what `products` left, and what `_length` takes; a program makes a chunk of one vector."""
+    """y, the sum of the partial sums of `products`, and of each chunk the two numbers for `_length`; a program per chunk."""
     matrix = tl.load(chunks + tl.program_id(0))
     line = _line(table, matrix)
     m, n, _, steps, _ = _shape(line)
@@ -218,7 +218,7 @@ def add_up(
 
 @triton.jit
 def normalise(chunks, table, y, y_norms, lengths, CHUNK: tl.constexpr):
-    """u <- y / |y|, and |y|. Where y is zero, as W is then, u stays: from zero it could not come back."""
+    """u <- y / |y|, and writes |y|. Where y = 0, because W = 0, u is kept: a u of zeros would stay zero for ever."""
     matrix = tl.load(chunks + tl.program_id(0))
     line = _line(table, matrix)
     m, n = _size(line)
@@ -236,7 +236,7 @@ def normalise(chunks, table, y, y_norms, lengths, CHUNK: tl.constexpr):
 
 @triton.jit
 def measured(table, z_norms, w, s, factor, u_base, gamma_base, CHUNK: tl.constexpr):
-    """s = |z| / |u|, gamma/s and w = u / (|u|^2 s); a program does a matrix."""
+    """s = |z| / |u|, factor = gamma/s and w = u / (|u|^2 s); a program per matrix."""
     matrix = tl.program_id(0)
     line = _line(table, matrix)
     m, n = _size(line)
@@ -262,7 +262,7 @@ def overlaps(
     strips, table, sums, G_base, W_base,
     G_DTYPE: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Each strip's part of <G, W>."""
+    """The part of <G, W> of each strip, in sums (strips,)."""
     strip = tl.program_id(0)
     _, line, _, i, j = _strip(strips, table, strip)
     m, n, ld, steps, aligned = _shape(line)
@@ -276,14 +276,14 @@ def overlaps(
     tl.store(sums + strip, total)
 
 
-# Parts of what was measured of a model start anywhere.
+# z, w, s and factor may be slices of larger tensors, which need not be aligned.
 @triton.jit(do_not_specialize_on_alignment=["z", "w", "s", "factor"])
 def gradient(
     strips, table, sums, z, w, s, factor, d_gamma, G_base, to_base,
     STOP: tl.constexpr, G_DTYPE: tl.constexpr, TO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dW = gamma/s (G - c w z^T), c = <G, W>/s; the first strip of each block writes c, which is dgamma."""
-    strip = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards: the last of G is still in the cache
+    strip = tl.num_programs(0) - 1 - tl.program_id(0)  # in reverse: the last strips of G are still in the cache
     matrix, line, number, i, j = _strip(strips, table, strip)
     m, n, ld, steps, aligned = _shape(line)
     first, count = strip - number, tl.cdiv(tl.cdiv(m, BM), steps) * _across(line)

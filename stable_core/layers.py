@@ -1,7 +1,7 @@
-"""Which layers an attention module projects with, what they are called, and where the rows of each head lie in them.
+"""Finds the query, key, value and output projections of an attention module, and the rows of each head in their weights.
 
-The one catalogue of it: `sigma_reparam` cuts packed weights by it, QK-clip scales heads by it, and the monitor reads by it.
-An attention that keeps its weights under other names, or packs them in another way, is added here and nowhere else.
+This is the only catalogue of such names: `sigma_reparam` uses it to cut packed weights, QK-clip to scale heads, the monitor to
+name what it reads. An attention with other names, or with another order of rows, is added here and nowhere else.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# Three layers.
+# Queries, keys and values in three layers.
 QKV_NAMES = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -25,25 +25,25 @@ QKV_NAMES = (
     ("query_proj", "key_proj", "value_proj"),
     ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
 )
-# Queries by themselves, keys and values packed in one.
+# Queries in one layer, keys and values packed in another.
 KEY_VALUE_NAMES = (
     ("q_attn", "c_attn"),  # GPT-2's cross-attention
     ("q", "kv"),
     ("to_q", "to_kv"),
     ("q_proj", "kv_proj"),
-    ("q_b_proj", "kv_b_proj"),  # latent attention (DeepSeek's MLA), with and without a latent of the queries
-    ("q_proj", "kv_b_proj"),
+    ("q_b_proj", "kv_b_proj"),  # latent attention (DeepSeek's MLA), whose queries are projected down and up
+    ("q_proj", "kv_b_proj"),  # latent attention, whose queries have one projection
 )
-# All packed in one.
+# Queries, keys and values packed in one layer, as [q; k; v].
 PACKED_QKV_NAMES = ("in_proj_weight", "qkv", "c_attn", "qkv_proj", "Wqkv", "to_qkv")
-# The same, under a name that says nothing of how: its rows are known for the classes below alone.
+# Packed in one layer, under a name that different models use for different orders of rows: known for the classes below only.
 MIXED_QKV_NAMES = ("query_key_value",)
 OUT_NAMES = ("out_proj", "o_proj", "proj", "c_proj", "to_out", "out_lin", "o", "wo", "Wo", "output", "dense")
 
 HEADS_NAMES = ("num_heads", "n_head", "n_heads", "num_attention_heads", "heads")
 KEY_HEADS_NAMES = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "n_kv_heads", "kv_heads")
 
-# Classes of transformers that pack key head by key head: the queries that share one, the key, its value.
+# Classes of transformers that pack rows by key head: for each, the query heads that share it, then itself, then its value head.
 BY_KEY_HEAD = (
     "BloomAttention",
     "FalconAttention",
@@ -53,22 +53,22 @@ BY_KEY_HEAD = (
     "MiniMaxLightningAttention",
     "PersimmonAttention",
 )
-# CodeGen was trained on four devices, each with a fourth of the queries, of the values and of the keys, in this order.
+# CodeGen packs four parts, one for each device that it was trained on: a fourth of the queries, of the values, of the keys.
 CODEGEN, CODEGEN_PARTS = "CodeGenAttention", 4
 
-# What stands between the projections and the logits.
+# Modules that normalise queries or keys between their projection and the logits.
 QK_NORM = re.compile(r"(q|k|qk|query|key)_(layer_?)?norms?|(q|k)_ln|(ln|norm)_(q|k|query|key)")
-COSINE = ("logit_scale", "temperature")  # learned, of q.k over their lengths, as in Swin V2
-# What is added to the logits and may be as large as they are, by the names of modules and arguments: ALiBi, T5's positions.
+COSINE = ("logit_scale", "temperature")  # learned factor of the cosine q.k / (|q| |k|), as in Swin V2
+# Modules and arguments that add a bias to the logits, which may be as large as q.k: ALiBi, T5's relative positions.
 ADDED_BIAS = ("alibi", "position_bias", "relative_attention_bias")
-# Biases that the attention keeps itself (BEiT), or a key that it adds to all (add_bias_kv).
+# Biases of q and k that are parameters of the attention itself, as in BEiT; bias_k is an extra key (add_bias_kv).
 OWN_BIASES = (("q", "q_bias"), ("k", "k_bias"), ("k", "bias_k"))
 
 Place = tuple[nn.Module, str]  # a layer and the name of its weight
 
 
 def find_projections(attention: nn.Module) -> dict[str, Place]:
-    """Where each projection is: q, k and v, or q and kv, or qkv, as they are packed. Empty: no attention that is known."""
+    """The projections by what they hold: q, k and v, or q and kv, or qkv. Empty where the attention is not known."""
     for names in KEY_VALUE_NAMES:
         if places := _places(attention, ("q", "kv"), names):
             return places
@@ -82,7 +82,7 @@ def find_projections(attention: nn.Module) -> dict[str, Place]:
 
 
 def find_output(attention: nn.Module, parent: nn.Module | None) -> Place | None:
-    """The output projection: the attention module's own, or, as in BERT, that of the module around it."""
+    """The output projection, in the attention module or, as in BERT, in its parent. None where there is no known name."""
     for owner in (attention,) if parent is None else (attention, parent):
         for name in OUT_NAMES:
             if (place := _place(owner, name)) is not None:
@@ -91,53 +91,53 @@ def find_output(attention: nn.Module, parent: nn.Module | None) -> Place | None:
 
 
 def num_heads(attention: nn.Module) -> int | None:
-    """How many heads an attention module, or else its configuration, says it has."""
+    """The number of query heads, read from the attention module or else from its `config`; None where neither has it."""
     return _first_number(attention, HEADS_NAMES)
 
 
 def num_key_heads(attention: nn.Module) -> int | None:
-    """How many heads its keys and values have: fewer than its queries have where several of those share one."""
+    """The number of key and value heads, which is smaller than that of query heads in grouped-query attention."""
     return _first_number(attention, KEY_HEADS_NAMES) or num_heads(attention)
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer keeps its weight as (in, out): transformers' Conv1D, y = x W + b."""
+    """Whether a layer's weight is (in, out), which is so in transformers' Conv1D: y = x W + b."""
     return any(cls.__name__ == "Conv1D" for cls in type(layer).__mro__)
 
 
 def find_qk_norms(attention: nn.Module) -> list[str]:
-    """Names of what normalises its queries and keys, after which their size is not that of W_q and W_k."""
+    """Names of modules and parameters that normalise queries or keys, so that logits do not scale with W_q and W_k."""
     norms = [name for name, module in attention.named_modules() if not isinstance(module, nn.Identity)]
     found = [name for name in norms if QK_NORM.fullmatch(name.rpartition(".")[2])]
     return found + [name for name in COSINE if isinstance(attention._parameters.get(name), Tensor)]
 
 
 def find_added_biases(attention: nn.Module, arguments: dict[str, object]) -> list[str]:
-    """Names of what it adds to its logits, of its own or from the arguments of its forward pass."""
+    """Names of biases added to the logits, among the attention's modules and the `arguments` of its forward pass."""
     present = {name for name, value in arguments.items() if isinstance(value, Tensor)} | attention._modules.keys()
     return [name for name in ADDED_BIAS if name in present]
 
 
 def own_biases(attention: nn.Module) -> list[tuple[str, Tensor]]:
-    """("q" or "k", bias) of those biases that no layer has."""
+    """("q" or "k", bias) for each bias that is a parameter of the attention itself and not of its projections."""
     found = [(role, getattr(attention, name, None)) for role, name in OWN_BIASES]
     return [(role, bias) for role, bias in found if isinstance(bias, Tensor)]
 
 
 def chain_of(layer: nn.Module, tensor: str) -> Any:
-    """torch's list of the parametrizations that make a weight, with its originals; None where the weight is plain."""
+    """torch's ParametrizationList of a weight, which holds its parametrizations and originals; None for a plain weight."""
     parametrizations: Any = layer._modules.get("parametrizations")
     return parametrizations[tensor] if parametrize.is_parametrized(layer, tensor) else None
 
 
 def matrix_shape(layer: nn.Module, tensor: str) -> tuple[int, int]:
-    """(out, in) of a weight; a convolution's kernel is in `in`."""
+    """The shape (out, in) of a weight seen as a matrix; a convolution's kernel is flattened into `in`."""
     first, *rest = list(_shape(layer, tensor) or ())
     return (rest[0], first) if is_transposed(layer) else (first, math.prod(rest))
 
 
 def rows_of(attention: nn.Module, held: str, shape: Sequence[int]) -> dict[str, Tensor] | None:
-    """Which rows of a weight W (out, in) make each head of each projection that W holds; None where that is not known.
+    """The rows of a weight W (out, in) that belong to each head of each projection in W; None where this is not known.
 
     Args:
         attention: the module around the weight.
@@ -145,9 +145,9 @@ def rows_of(attention: nn.Module, held: str, shape: Sequence[int]) -> dict[str, 
         shape: of W as (out, in).
 
     Returns:
-        {"q": (heads, head_dim), "k": (key_heads, head_dim), "v": (key_heads, value_dim)}, row numbers, of those that are
-        held. In latent attention "q" is the part of the queries that meets the head's own keys, and "q_shared" that which
-        meets the rotary key that all heads share. Where the number of heads is not known, all rows are as one head.
+        Row numbers {"q": (heads, head_dim), "k": (key_heads, head_dim), "v": (key_heads, value_dim)} of the projections
+        that W holds. In latent attention "q" are the features multiplied with the head's own keys, and "q_shared" those
+        multiplied with the rotary key that all heads share. Where the number of heads is not known, all rows are one head.
     """
     packing = _packing(attention, held, *shape)
     if packing is None:
@@ -158,18 +158,18 @@ def rows_of(attention: nn.Module, held: str, shape: Sequence[int]) -> dict[str, 
 
 
 def equal_blocks(attention: nn.Module, held: str, shape: Sequence[int]) -> tuple[str, ...]:
-    """The projections of W (out, in) if each is a block (in, in) of it, one after the other in this order; else (held,).
+    """The projections in W (out, in), in order, if W is square blocks (in, in) of one projection each; else (held,).
 
-    The shape alone does not say: rows may lie head by head, and grouped queries can make it up by chance.
+    The shape (3 in, in) does not prove it: rows may be packed by head, and grouped queries may have this shape by chance.
     """
     groups, sizes = _packing(attention, held, *shape) or (0, {})
     return tuple(sizes) if groups == 1 and set(sizes.values()) == {shape[1]} and set(sizes) == set(held) else (held,)
 
 
 def _packing(attention: nn.Module, held: str, out: int, width: int) -> tuple[int, dict[str, int]] | None:
-    """How many times the same pattern of rows is repeated, and how many rows of which projection follow each other in it."""
+    """(groups, {projection: rows}): W is `groups` repetitions of these rows, in this order. None where it is not known."""
     heads, key_heads = num_heads(attention), num_key_heads(attention)
-    if (dims := _dims(attention)) and held in ("q", "kv", "qkv"):  # head by head
+    if (dims := _dims(attention)) and held in ("q", "kv", "qkv"):  # rows are packed by head
         sizes = {role: size for role, size in dims.items() if role[0] in held}
         return (heads, sizes) if heads and out == heads * sum(sizes.values()) else None
     if held not in ("kv", "qkv"):
@@ -196,7 +196,7 @@ def _packing(attention: nn.Module, held: str, out: int, width: int) -> tuple[int
 
 
 def _dims(attention: nn.Module) -> dict[str, int]:
-    """Rows of each head by projection, where the attention says them: in latent attention, and in LeViT and those after it."""
+    """{projection: rows per head} of attentions with attributes for it: latent attention, LeViT and its successors; else {}."""
     for names in (
         {"q": "qk_nope_head_dim", "q_shared": "qk_rope_head_dim", "k": "qk_nope_head_dim", "v": "v_head_dim"},
         {"q": "key_dim", "k": "key_dim", "v": "val_dim"},
@@ -229,7 +229,7 @@ def _place(owner: nn.Module, name: str) -> Place | None:
 
 
 def _shape(layer: nn.Module, name: str) -> torch.Size | None:
-    """The shape of a weight, without computing it where it is parametrized: that may count as a use of it."""
+    """The shape of a weight, read off the original where it is parametrized: its forward pass may have side effects."""
     if (parts := chain_of(layer, name)) is not None:
         return (parts.original if parts.is_tensor else parts.original1).shape
     weight = layer._parameters.get(name, layer.__dict__.get(name))

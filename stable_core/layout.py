@@ -1,11 +1,12 @@
-"""What a sigma is of, said in the state dict: rows, orientation, and the weights that share it.
+"""The layout of a σReparam weight in the state dict: which rows each sigma is of, the orientation, which weights share a sigma.
 
-Shapes do not tell: [Wq; Wk; Wv] may be unequal, transformers' Conv1D keeps (in, out), a shared sigma is kept with one weight
-of several. It is torch's extra state, which is no buffer: a buffer would be broadcast by DDP, averaged with the weights, and
-garbage after `to_empty`. A key of our own that is no buffer would be unexpected to torch's distributed checkpoints and to
-transformers, which both know extra state. It is a tensor, as safetensors takes nothing else, with the code of one character
-of text in each number; of floats, since whoever adds, averages or halves all of a state dict leaves those readable, where
-integers overflow or refuse. It costs nothing between saving and loading.
+Shapes cannot tell these: the blocks of [Wq; Wk; Wv] may be unequal, transformers' Conv1D keeps (in, out), and a sigma that
+several weights share is stored with one of them. The layout is checked when a state dict is loaded.
+
+It is stored as torch's extra state. A buffer would be broadcast by DDP, averaged with the weights, and garbage after
+`to_empty`; any other key would be unexpected to torch's distributed checkpoints and to transformers. The text (JSON) is stored
+as a tensor, because safetensors stores nothing else: one float for the code of each character. Floats stay readable where all
+of a state dict is averaged or cast to half precision; integers would overflow or raise.
 """
 
 import json
@@ -15,18 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KEY = "_extra_state"  # torch's name for it
+KEY = "_extra_state"  # torch's name for a module's extra state
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the sigma of one weight is of.
+    """How one weight is cut into blocks, each with its own sigma.
 
     Attributes:
-        rows: outputs of each block, which has a sigma of its own.
-        transposed: the weight is (in, out).
-        members: where several weights share their sigmas, how they are called beside each other, as they are stacked.
-        index: which of the members this weight is.
+        rows: number of outputs of each block.
+        transposed: whether the weight is (in, out).
+        members: names (such as "q_proj") of the weights that share their sigmas, in the order in which they are stacked; empty
+            for a weight by itself.
+        index: the place of this weight among the members.
     """
 
     rows: tuple[int, ...]
@@ -36,10 +38,10 @@ class Layout:
 
     @classmethod
     def read(cls, state: Tensor, name: str) -> "Layout":
-        """Of the weight `name`.
+        """The layout that `write` stored as `state`; `name` is the weight's, for the error.
 
         Raises:
-            ValueError: it is none.
+            ValueError: `state` does not hold a layout.
         """
         try:
             said = json.loads(bytes(round(code) for code in state.tolist()))
@@ -50,15 +52,15 @@ class Layout:
             ) from None
 
     def write(self, device: torch.device) -> Tensor:
-        """What `read` reads, (characters,)."""
+        """The layout as a float tensor (characters,), for `read`."""
         said = {"rows": self.rows, "transposed": self.transposed}
         if self.members:
             said |= {"members": self.members, "index": self.index}
         codes = torch.tensor(list(json.dumps(said).encode()), dtype=torch.float32, device="cpu")
-        return codes.to(device, non_blocking=True)  # an average of all of a state dict asks at each update
+        return codes.to(device, non_blocking=True)  # averages of a whole state dict call this at each update
 
     def fits(self, other: "Layout") -> bool:
-        """Whether the other's state means the same here; layers may have been renamed."""
+        """Whether state saved with the layout `other` is valid with this one. Names may differ, as layers get renamed."""
         return self.rows == other.rows and self.transposed == other.transposed and self._place() == other._place()
 
     def _place(self) -> tuple[int, int]:
@@ -72,33 +74,33 @@ class Layout:
 
 
 class HasLayout(nn.Module):
-    """A parametrization that writes its layout into the state dict, and compares on loading.
+    """A parametrization that stores its layout in the state dict and compares it on loading.
 
-    A subclass has a `name`, for its errors.
+    A subclass sets `name`, which its errors start with.
     """
 
     name: str
 
     def layout(self) -> Layout:
-        """What its sigma is of."""
+        """The layout of its weight."""
         raise NotImplementedError
 
     def leader(self) -> Any:
-        """The parametrization that keeps the state."""
+        """The parametrization that holds u and gamma: itself, or that of another weight which shares its sigma."""
         raise NotImplementedError
 
     def get_extra_state(self) -> Tensor:
-        # torch's distributed checkpoints want all of a state dict on one device.
+        # On the device of u: torch's distributed checkpoints want all of a state dict on one device.
         return self.layout().write(self.leader().u.device)
 
     def set_extra_state(self, state: Any) -> None:
-        """Raises ValueError where the state dict's is another."""
-        # Of a model on the meta device; or torch's distributed checkpoints found none, and left a mark of their own.
+        """Raises ValueError where the state dict has another layout than the model."""
+        # No layout to compare: the state is a meta tensor, or what torch's distributed checkpoints put for a missing key.
         if not isinstance(state, Tensor) or state.is_meta:
             return
         theirs, ours = Layout.read(state, self.name), self.layout()
         if not (theirs.members or ours.members) and sum(theirs.rows) != sum(ours.rows):
-            return  # a weight of another size, which the loader itself refuses, or leaves out where it was told to
+            return  # a weight of another size: the loader refuses it, or skips it if told to
         if not theirs.fits(ours):
             raise ValueError(
                 f"{self.name}: the state dict has {theirs}, the model {ours}; build the model as it was when it was saved"
@@ -114,5 +116,5 @@ class HasLayout(nn.Module):
         *args: Any,
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
-        if f"{prefix}{KEY}" in missing_keys:  # of a checkpoint from before there were layouts
+        if f"{prefix}{KEY}" in missing_keys:  # checkpoints of early versions have no layouts
             missing_keys.remove(f"{prefix}{KEY}")

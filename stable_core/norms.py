@@ -1,4 +1,4 @@
-"""The norms of a block, by name: (..., dim) to the same."""
+"""The norms of a block, by name. Each maps (..., dim) to (..., dim)."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ def build_norm(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """The norm that options.norm names; `bias` is LayerNorm's.
+    """The norm over `dim` features that `options.norm` names; `bias` is for LayerNorm only.
 
     Raises:
-        WrongOption: no such norm.
+        WrongOption: there is no such norm.
     """
     return method("norm", options.norm).build(dim, options, eps=eps, bias=bias, device=device, dtype=dtype)
 

@@ -1,10 +1,10 @@
-"""What a user chooses of the methods: the one dataclass of which stacks make their keywords, flags and configuration fields."""
+"""The options by which a user chooses methods. Stacks make their keywords, flags and configuration fields from `Options`."""
 
 import argparse
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-# These register what can be chosen.
+# Imported because these modules register the methods that can be chosen.
 from .attentions import build_attention  # noqa: F401
 from .inits import init_  # noqa: F401
 from .norms import build_norm  # noqa: F401
@@ -19,17 +19,21 @@ def _option(default: Any, summary: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The methods of a model, by name, and their settings. Each stack has defaults of its own; these are a pre-LN model's.
+    """The methods of a model, by name, and their settings. The defaults are a plain pre-LN model; a stack may have others.
 
     Attributes:
-        norm: "layernorm" (the stack's own), "rmsnorm", "stable" (StableNorm), or "none", which is for σReparam.
-        alpha: of StableNorm, in the blocks and in StableAtten, from 0 to 1/2.
-        attention: what softmax sees: "dot" (the stack's own), "qknorm", "stable" (StableAtten), "l2" or "l2_tied".
-        tau_scale: multiple of StableAtten's tau.
-        init: "stock" is the stack's own, "stable" StableInit, "xavier" its normal form; of Linear and Conv layers.
-        residual: "pre-ln", "post-ln" or "deepnorm".
-        reparam: "none", "sigma" (σReparam), or its baselines "spectral" (gamma = 1, not learned) and "weight".
-        gamma_init, qkv, n_power_iterations, stop_gradient: σReparam's, as for `SigmaReparamConfig`.
+        norm: the norm of the blocks: "layernorm" (the stack's own), "rmsnorm", "stable" (StableNorm), or "none", meant for
+            use with σReparam.
+        alpha: exponent of StableNorm, in the blocks and inside StableAtten, from 0 to 1/2.
+        attention: how logits are made of q and k: "dot" (the stack's own), "qknorm", "stable" (StableAtten), "l2" or
+            "l2_tied" (L2 attention; tied: one weight for q and k).
+        tau_scale: factor by which StableAtten's tau is multiplied, above 0.
+        init: first weights of Linear and Conv layers: "stock" (the stack's own), "stable" (StableInit) or "xavier" (Xavier
+            normal).
+        residual: residual connection and place of the norm: "pre-ln", "post-ln" or "deepnorm".
+        reparam: "none", "sigma" (σReparam), or its baselines "spectral" (spectral norm: gamma = 1, not learned) and "weight"
+            (weight norm).
+        gamma_init, qkv, n_power_iterations, stop_gradient: settings of σReparam, as for `SigmaReparamConfig`.
 
     Raises:
         WrongOption: a ValueError that names the option, its value and what is allowed.
@@ -56,7 +60,7 @@ NAMES = tuple(option.name for option in OPTIONS)
 
 
 def check(options: Any) -> None:
-    """Raises `WrongOption` for the first attribute of `options`, an Options or what has its fields, that is not allowed."""
+    """Raises `WrongOption` for the first value that is not allowed in `options`, an Options or an object with its fields."""
     for slot in SLOTS:
         method(slot, getattr(options, slot))
     if not 0 <= options.alpha <= 0.5:
@@ -71,19 +75,20 @@ def check(options: Any) -> None:
 
 
 def of(settings: Any) -> Options:
-    """The Options in an object that has them among other fields, such as a configuration."""
+    """The Options of an object that has their fields among others, such as a configuration."""
     return Options(**{name: getattr(settings, name) for name in NAMES})
 
 
 def take(settings: dict[str, Any], **defaults: Any) -> Options:
-    """Takes the options out of a dictionary of keywords, which has the others left; `defaults` are a stack's own."""
+    """Removes the options from the keywords `settings` and returns them; `defaults` are those of the stack."""
     return Options(**{**defaults, **{name: settings.pop(name) for name in NAMES if name in settings}})
 
 
 def add_flags(parser: argparse.ArgumentParser, **summaries: str) -> None:
-    """A flag for every option, whose default is None, which is for the stack to fill in; `summaries` say more of some.
+    """Adds a flag for every option; `summaries` replace the help texts of some.
 
-    Names are checked with the values, after modules that register further ones were imported.
+    The default of each flag is None, for which the stack puts its own. argparse does not check names of methods: modules that
+    register more of them may be imported only later.
     """
     for option in OPTIONS:
         flag = f"--{option.name.replace('_', '-')}"
@@ -97,7 +102,7 @@ def add_flags(parser: argparse.ArgumentParser, **summaries: str) -> None:
 
 
 def renamed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that a version before this one wrote, in today's words; others are left as they are."""
+    """A copy of `settings` in which values that earlier versions saved have their present names."""
     settings = dict(settings)
     if settings.get("init") in ("timm", "normal", "gpt2"):
         settings["init"] = "stock"

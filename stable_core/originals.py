@@ -1,8 +1,8 @@
-"""Where a reparametrised weight W lives, and how W tells which parametrization it belongs to.
+"""Links each reparametrised parameter W to its parametrization.
 
-After an optimizer's step, which knows parameters and nothing else, the u of each weight must advance. So the parameter has an
-attribute that leads to its parametrization; a search would take longer the more models there are. Where another parameter
-takes its place (FSDP2, `to`, `load_state_dict(assign=True)`, a deep copy), that one gets the attribute.
+After an optimizer's step the u of each changed weight must advance, but an optimizer knows parameters only. So each parameter
+has an attribute that leads to its parametrization. Where another parameter takes its place (FSDP2, `to`,
+`load_state_dict(assign=True)`, a deep copy), that one is given the attribute.
 """
 
 import weakref
@@ -16,11 +16,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 if TYPE_CHECKING:
     from .sigma_reparam import SigmaReparam
 
-_ATTRIBUTE = "_sigma_reparam"  # the same in every copy of this source, so that `advance` reaches all of them
+_ATTRIBUTE = "_sigma_reparam"  # the same in all loaded copies of this package, so that `advance` reaches each
 
 
 class Owner:
-    """A weight's weak link to the list that holds it: a model that was folded or deleted leaves nothing behind."""
+    """A parameter's weak reference to the Originals that holds it; weak, so that it keeps no folded or deleted model alive."""
 
     __slots__ = ("_originals",)
 
@@ -28,27 +28,27 @@ class Owner:
         self._originals = weakref.ref(originals)
 
     def parametrization(self) -> "SigmaReparam | None":
-        """The SigmaReparam that follows the weight, or None where it was folded."""
+        """The SigmaReparam with the weight's u, or None where the weight was folded."""
         originals = self._originals()
         return None if originals is None else originals.first().leader()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A saved parameter takes its attributes along, and torch.load(weights_only=True) takes this class and no other.
+        # A parameter is pickled with its attributes. torch.load(weights_only=True) refuses this class but allows OrderedDict.
         return OrderedDict, ()
 
 
 def owner_of(weight: Tensor) -> Owner | None:
-    """The link of a weight that `sigma_reparam` reparametrised, also of one that has its own copy of this source."""
+    """The Owner of a weight under σReparam, also where another loaded copy of this package made it; else None."""
     owner = getattr(weight, _ATTRIBUTE, None)
     return owner if owner is not None and hasattr(owner, "parametrization") else None
 
 
 class Originals(ParametrizationList):
-    """torch's list of the parametrizations of one weight; its parameters lead back to it."""
+    """torch's ParametrizationList of one weight, whose parameters have an Owner that leads back to it."""
 
     @classmethod
     def take_over(cls, originals: ParametrizationList) -> "Originals":
-        """Makes of torch's list one of these, in place."""
+        """Turns torch's list into an Originals, in place, by changing its class."""
         taken: Any = originals
         taken.__class__ = cls
         taken._settle()
@@ -59,7 +59,7 @@ class Originals(ParametrizationList):
         return self._modules["0"]
 
     def forward(self) -> Tensor:
-        if len(self._modules) == 1 and self.is_tensor:  # as torch does it, without asking for a second parametrization
+        if len(self._modules) == 1 and self.is_tensor:  # as torch's, less its search for a second parametrization
             return self.first()(self.original)
         return super().forward()
 
@@ -69,11 +69,11 @@ class Originals(ParametrizationList):
             self._settle()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # It does nothing of its own. But without it FSDP2 would write parameters past `register_parameter`.
+        # A class with its own __setattr__ makes FSDP2 set parameters by it, and so by `register_parameter`.
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Originals":
-        super()._apply(fn, recurse)  # it may put new parameters in place of the old
+        super()._apply(fn, recurse)  # it may replace the parameters
         self._settle()
         return self
 
@@ -82,7 +82,7 @@ class Originals(ParametrizationList):
         self._settle()
 
     def _settle(self) -> None:
-        """Has its parameters lead to it, and tells its parametrization where they are."""
+        """Gives its parameters their Owner, and the parametrization a link to this list."""
         for name, parameter in self._parameters.items():
             if name.startswith("original"):
                 setattr(parameter, _ATTRIBUTE, Owner(self))

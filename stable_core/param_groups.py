@@ -1,4 +1,4 @@
-"""Optimizer groups for a model: for one optimizer (`param_groups`), or for Muon and AdamW beside it (`muon_param_groups`)."""
+"""Parameter groups for optimizers: for a single one (`param_groups`), or for Muon and AdamW together (`muon_param_groups`)."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from .layers import is_transposed
 from .sigma_layers import sigma_layers
 from .targets import FilterFn
 
-# Modules that map from or to tokens, classes or pixels, wherever in a model they are: one of these in a layer's path.
+# Names of heads, which map to tokens or classes: a layer with one of them as a part of its path is not Muon's.
 HEADS = ("head", "heads", "lm_head", "classifier", "output_projection", "adaptive_softmax", "score")
-EMBEDDING = "embed"  # in any part of the path, as in embed_tokens, patch_embed and embeddings
+EMBEDDING = "embed"  # the same for a path that contains it, as in embed_tokens, patch_embed, embeddings
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float, gamma_lr_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer: every gamma at lr * gamma_lr_scale without weight decay, then all the rest.
+    """Groups for any torch optimizer: all gammas at lr * gamma_lr_scale without weight decay, and all other parameters.
 
-    Decay would pull a gamma, which is the spectral norm of its layer, to zero; large-scale speech wants twice the learning
-    rate on it [σ, App. E].
+    Weight decay would pull gamma, the spectral norm of its layer, to zero. For large-scale speech the paper doubles the
+    learning rate of gamma [σ, App. E].
 
     Raises:
         ValueError: a learning rate or scale that is not positive, or a negative weight decay.
@@ -39,20 +39,20 @@ def muon_param_groups(
         muon, adamw = muon_param_groups(model, lr=6e-4, weight_decay=0.1)
         optimizers = torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(adamw)
 
-    Muon's are the weights (out, in) of the linear layers inside of blocks, that is, of the members of an `nn.ModuleList` or
-    `nn.Sequential`; of a reparametrised layer the W that is learned (of weight norm the direction, `original1`). AdamW gets
-    the rest, grouped as by `param_groups`: gammas, norms, biases, embeddings, position tables, convolutions, and heads, which
-    lie outside of the blocks, have their weight from an embedding, or are one of HEADS or within it.
+    Muon gets the weights (out, in) of linear layers inside blocks, which are the members of an `nn.ModuleList` or
+    `nn.Sequential`; of a reparametrised layer the learned W (under weight norm the direction, `original1`). AdamW gets all
+    others, grouped as by `param_groups`: gammas, norms, biases, embeddings, position tables, convolutions, and heads. Heads
+    are layers outside the blocks, those that share an embedding's weight, and those with a name of HEADS in their path.
 
-    A packed projection of query, key and value is one matrix to Muon. transformers' Conv1D keeps (in, out): of torch's
-    adjust_lr_fn only "match_rms_adamw", the larger side's root, is the same for a matrix and its transpose.
+    A packed projection of query, key and value is one matrix to Muon. transformers' Conv1D keeps (in, out); of torch's
+    adjust_lr_fn only "match_rms_adamw" scales by the larger side, and so treats a matrix and its transpose alike.
 
     Args:
-        lr: AdamW's, and Muon's where no muon_lr is given, as suits "match_rms_adamw".
-        weight_decay: of both.
+        lr: AdamW's learning rate, and Muon's without muon_lr, which is right for "match_rms_adamw".
+        weight_decay: of both optimizers.
         gamma_lr_scale: as for `param_groups`.
-        muon_lr: of Muon; torch's default adjust_lr_fn wants ten or more times AdamW's.
-        filter_fn: filter_fn(module, fully_qualified_name) -> bool says which linear layers are Muon's, not the rule above.
+        muon_lr: Muon's learning rate; with torch's default adjust_lr_fn ten or more times AdamW's.
+        filter_fn: filter_fn(module, fully_qualified_name) -> bool picks Muon's linear layers, in place of the rule above.
 
     Raises:
         ValueError: as `param_groups`; a muon_lr that is not positive; nothing is Muon's; filter_fn cannot be called so, or
@@ -68,7 +68,7 @@ def muon_param_groups(
 def _groups(
     model: nn.Module, lr: float, weight_decay: float, gamma_lr_scale: float, taken: set[int]
 ) -> list[dict[str, Any]]:
-    """The gammas, and the rest without what is taken, by id."""
+    """A group of gammas and one of the other parameters, without those whose id is in `taken`."""
     _check_positive("lr", lr)
     _check_positive("gamma_lr_scale", gamma_lr_scale)
     if not weight_decay >= 0:
@@ -89,7 +89,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _matrices(model: nn.Module, filter_fn: FilterFn | None) -> list[nn.Parameter]:
-    """What is Muon's, in the order of the model; a weight that several modules have is, if it is by all of them."""
+    """Muon's parameters, in the order of the model; one that several modules share only if all of them make it Muon's."""
     modules = dict(model.named_modules(remove_duplicate=False))
     picked: dict[nn.Parameter, str] = {}  # parameter: layer
     left: dict[nn.Parameter, str] = {}
@@ -97,7 +97,7 @@ def _matrices(model: nn.Module, filter_fn: FilterFn | None) -> list[nn.Parameter
     for name, parameter in model.named_parameters(remove_duplicate=False):
         layer = _layer(name)
         is_matrix = parameter.requires_grad and _is_linear(modules[layer]) and parameter.ndim == 2
-        if is_matrix and not name.endswith(".original0"):  # the lengths of weight norm, (out, 1)
+        if is_matrix and not name.endswith(".original0"):  # g of weight norm, (out, 1)
             linear.append(layer)
             is_muons = _is_hidden(layer, modules) if filter_fn is None else _ask(filter_fn, modules[layer], layer)
         else:
@@ -125,7 +125,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_hidden(layer: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a layer is inside of a member of a list of modules, and of no head or embedding."""
+    """Whether a layer is inside a member of an nn.ModuleList or nn.Sequential, and is not part of a head or embedding."""
     parts = layer.split(".")
     if any(part in HEADS or EMBEDDING in part for part in parts):
         return False

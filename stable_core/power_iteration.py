@@ -1,4 +1,4 @@
-"""The top singular vectors of a matrix: found once at the start, followed by power iteration while the matrix trains."""
+"""The top singular vectors of a matrix: computed once at the start, then updated by power iteration in training."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,22 @@ from .sharding import Piece
 
 EXACT_UP_TO = 64  # an exact SVD of a matrix with a side this short takes about a millisecond
 STEPS, MAX_RESTARTS = 64, 40
-# Steps before the first look at the residual: in bfloat16, in fp32 after that, and in fp32 alone. Each further look comes
-# after an eighth more of them.
+# Steps of bidiagonalisation before the residual is first checked: in bfloat16, in fp32 after that, and in fp32 without it.
+# Each further check comes after an eighth more steps.
 COARSE_STEPS, FINE_STEPS, WARM_STEPS = 32, 2, 16
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where power iteration has come to: u (out,), and the parts of W (out, in) that lie on this process."""
+    """The state of power iteration for one matrix: u (out,), the parts of W (out, in) on this process, and width = in."""
 
     pieces: list[Piece]
     u: Tensor
     width: int
 
     def W_v(self, v: Tensor) -> Tensor:
-        """W v (out,), as far as it comes from the parts on this process."""
+        """W v (out,) in fp32, of the parts on this process only: the sum over processes is W v."""
         if len(self.pieces) == 1 and len(self.pieces[0].weight) == len(self.u):
             return torch.mv(self.pieces[0].weight.float(), self.pieces[0].columns(v))
         out = torch.zeros_like(self.u)
@@ -34,7 +34,7 @@ class Iterate:
         return out
 
     def Wt_u(self) -> Tensor:
-        """W^T u (in,), likewise."""
+        """W^T u (in,) in fp32, of the parts on this process only."""
         if len(self.pieces) == 1 and self.pieces[0].weight.shape[1] == self.width:
             return torch.mv(self.pieces[0].weight.float().T, self.pieces[0].rows(self.u))
         out = self.u.new_zeros(self.width)
@@ -45,14 +45,14 @@ class Iterate:
 
 @torch.no_grad()
 def power_iteration(iterates: list[Iterate], n: int, group: "dist.ProcessGroup | None" = None) -> tuple[Tensor, Tensor]:
-    """n times u <- W W^T u / |W W^T u|, in place [σ, Algorithm 1], for many matrices of a device together.
+    """u <- W W^T u / |W W^T u|, n times and in place [σ, Algorithm 1], for many matrices of a device together.
 
-    Returns, of the last iteration, |W^T u| and |W v| / |v|, v = W^T u: two estimates of each norm for u of length 1, the second
-    no less than the first, and no more than what the new u gives.
+    Returns, each (matrices,) in fp64 and of the last iteration, |W^T u| and |W v| / |v| with v = W^T u. For u of length 1 both
+    are lower bounds of the spectral norm: the first is at most the second, and the second at most |W^T u| of the new u.
 
-    All lengths are divided out at the end in one call, as a call for each small vector takes longer than its arithmetic. W v of
-    a matrix comes right after its W^T u, while the matrix is in the cache. Where matrices are cut up over the processes of
-    `group`, all W^T u come first and then all W v, so that each takes one message for all matrices.
+    All vectors are divided by their lengths in one call, as a call for each would take longer than its arithmetic. W v of a
+    matrix is computed right after its W^T u, while the matrix is in the cache. Where matrices are sharded over the processes of
+    `group`, all W^T u are computed first and then all W v, so that each needs one all-reduce for all matrices.
     """
     us = [iterate.u for iterate in iterates]
     for _ in range(n):
@@ -71,26 +71,26 @@ def power_iteration(iterates: list[Iterate], n: int, group: "dist.ProcessGroup |
 
 
 def _sum(vectors: list[Tensor], group: "dist.ProcessGroup") -> list[Tensor]:
-    """The vectors' sums over all processes, in one message."""
+    """The sum of each vector over all processes, in one all-reduce."""
     together = torch.cat(vectors)
     dist.all_reduce(together, group=group)
     return list(together.split([len(x) for x in vectors]))
 
 
 def _lengths(vectors: list[Tensor]) -> Tensor:
-    """Their lengths, in fp64: W W^T u of weights of 1e-15, or 1e12, has squares out of the range of fp32."""
+    """Lengths of the vectors, in fp64: squares of W W^T u are out of the range of fp32 for weights of 1e-15 or 1e12."""
     return torch.stack(torch._foreach_norm(vectors, 2, torch.float64))
 
 
 def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """u (out,) and v (in,) of the largest singular value of W (out, in), so that u^T W v is that within 1e-3.
+    """The top singular vectors u (out,) and v (in,) of W (out, in), fp32, with u^T W v the spectral norm within 1e-3.
 
-    v, if given, is that of a matrix nearby, such as W some updates before.
+    The argument v, if given, is where the search starts: the v of a nearby matrix, such as W some updates ago.
 
-    Golub-Kahan bidiagonalisation, until |W^T u - sigma v| <= 1e-3 sigma. Plain power iteration needs hundreds of products for
-    the small gaps of random matrices, and a full SVD of each layer takes longer than building the model. A product takes as
-    long as reading W, so from nothing the search is in bfloat16, and fp32 corrects what that rounds off. The start is from a
-    fixed seed: every rank finds the same pair, and the global random state is untouched.
+    It is Golub-Kahan bidiagonalisation until |W^T u - sigma v| <= 1e-3 sigma. Plain power iteration needs hundreds of products
+    for random matrices, whose largest singular values are close, and a full SVD of each layer takes longer than building the
+    model. The time of a product is that of reading W, so a search without v runs in bfloat16 first and then corrects its
+    rounding in fp32. It starts from a fixed seed: every rank finds the same vectors, and the global random state is not used.
     """
     W = W.detach().float()
     if min(W.shape) <= EXACT_UP_TO:
@@ -100,20 +100,22 @@ def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Te
     steps = WARM_STEPS
     if v is None:
         _, v, _, taken = _bidiagonalise(W.bfloat16(), start, COARSE_STEPS)
-        # With fewer, W has few singular values, or bfloat16 cannot tell them apart: fp32 has more to do.
+        # It stops earlier if W has few singular values, or bfloat16 cannot tell them apart: fp32 then needs more steps.
         if taken >= COARSE_STEPS:
             steps = FINE_STEPS
     else:
-        v = v + start / start.norm()  # else the search could not leave a pair that is no longer the top one
+        v = v + start / start.norm()  # else it could not leave singular vectors that are no longer the top ones
     for _ in range(MAX_RESTARTS):
         u, v, residual, _ = _bidiagonalise(W, v, steps)
-        if not residual > TOLERANCE:  # it is NaN where W is zero
+        if not residual > TOLERANCE:  # also ends where it is NaN, as for W = 0
             break
     return u, v
 
 
 def _bidiagonalise(W: Tensor, v: Tensor, enough: int) -> tuple[Tensor, Tensor, float, int]:
-    """The best pair u (out,) and v (in,) in the Krylov space of v, |W^T u - sigma v| / sigma, and how many steps it took.
+    """The best u (out,) and v (in,) in the Krylov space of v, the residual |W^T u - sigma v| / sigma, and the number of steps.
+
+    `enough` is the number of steps before the residual is first checked.
 
     alpha_k u_k = W v_k - beta_(k-1) u_(k-1) and beta_k v_(k+1) = W^T u_k - alpha_k v_k [Golub and Van Loan, Matrix
     Computations, Section 10.4]. Then W V = U B and W^T U = V B^T + beta_k v_(k+1) e_k^T, where the rows of `U` (k, out) and
@@ -128,13 +130,13 @@ def _bidiagonalise(W: Tensor, v: Tensor, enough: int) -> tuple[Tensor, Tensor, f
         left = torch.mv(W, V[k].to(W.dtype)).float()
         if k > 0:
             left.sub_(U[k - 1], alpha=betas[-1])
-            left.sub_(U[:k].T @ (U[:k] @ left))  # rounding errors grow from step to step otherwise
+            left.sub_(U[:k].T @ (U[:k] @ left))  # reorthogonalised, or rounding errors would grow from step to step
         alphas.append(_norm(left))
         torch.div(left, alphas[-1] or 1.0, out=U[k])
         right = torch.mv(W.T, U[k].to(W.dtype)).float().sub_(V[k], alpha=alphas[-1])
         right.sub_(V[: k + 1].T @ (V[: k + 1] @ right))
         betas.append(_norm(right))
-        # W has few distinct singular values: what follows would be rounding errors
+        # W has few distinct singular values, and a further step would be rounding errors only
         exhausted = min(alphas[-1], betas[-1]) <= torch.finfo(W.dtype).eps ** 0.75 * max(alphas + betas)
         if k + 1 == enough or exhausted:
             alpha, beta = (torch.tensor(x, dtype=torch.float64) for x in (alphas, betas))
@@ -149,5 +151,5 @@ def _bidiagonalise(W: Tensor, v: Tensor, enough: int) -> tuple[Tensor, Tensor, f
 
 
 def _norm(x: Tensor) -> float:
-    """|x| in fp64, as squares of 1e-20 or 1e20 are out of the range of fp32; on the CPU, as not every accelerator has it."""
+    """|x| in fp64, as squares of 1e-20 or 1e20 are out of the range of fp32; on the CPU, as some accelerators have no fp64."""
     return torch.linalg.vector_norm(x.cpu(), dtype=torch.float64).item()

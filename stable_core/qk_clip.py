@@ -1,20 +1,19 @@
-"""QK-clip: where attention logits grew too large, the queries' and keys' weights of that head shrink.
+"""QK-clip: scales down the query and key weights of attention heads whose logits grew too large.
 
 Source: MuonClip (Kimi K2 technical report, Moonshot AI, 2025). After an update in which the largest logit S of a head exceeded
 the threshold t,
 
     W_q <- (t / S)^alpha W_q,    W_k <- (t / S)^(1 - alpha) W_k    of that head, and their biases likewise,
 
-and its logits, which are linear in each, are t / S of what they were. Gradients, the optimizer's state, and heads whose S is at
-most t stay as they are.
+which multiplies the logits by t / S, as they are linear in W_q and in W_k. Gradients, the optimizer's state, and heads with
+S <= t are left as they are.
 
-Where query heads share a key head (grouped queries), the key shrinks as its worst head asks, and each of its queries by what is
-missing: with f = t / S, or 1 where S <= t,
+In grouped-query attention several query heads share a key head. With f = t / S, or 1 where S <= t, the factors are
 
-    key: kappa = min f^(1 - alpha) over its queries,    query: min(1, f / kappa).
+    key head: kappa = min f^(1 - alpha) over its query heads,    query head: min(1, f / kappa).
 
-No head's logits then exceed t, and no weight grows; heads that asked for less than kappa have their logits shrunk by kappa all
-the same, which alpha = 1 avoids: there the queries take it all.
+No head's logits then exceed t, and no weight grows. A head with f > kappa gets smaller logits than it needs to; with alpha = 1
+this does not happen, as kappa = 1 and only queries are scaled.
 """
 
 from typing import Any
@@ -30,13 +29,13 @@ LEAVE_OUT = "leave the layer out with filter_fn"
 
 
 def clip_factors(largest: Tensor, key_heads: int, threshold: float, alpha: float) -> tuple[Tensor, Tensor]:
-    """What the queries of each head, (heads,), and each key head, (key_heads,), are multiplied by.
+    """The factors of the query heads (heads,) and of the key heads (key_heads,), each at most 1; equations above.
 
     Args:
-        largest: S of each head, (heads,). What is not finite clips nothing: the loss shows it.
-        key_heads: divides heads.
+        largest: S, the largest logit of each head, (heads,). A head whose S is NaN or inf is not clipped.
+        key_heads: number of key heads, a divisor of heads.
         threshold: t.
-        alpha: the queries' part, from 0 to 1.
+        alpha: share of the queries in the factor, from 0 to 1.
     """
     wanted = torch.where((largest > threshold) & largest.isfinite(), threshold / largest, 1.0)
     keys = (wanted ** (1 - alpha)).view(key_heads, -1).amin(1)
@@ -46,11 +45,16 @@ def clip_factors(largest: Tensor, key_heads: int, threshold: float, alpha: float
 
 @torch.no_grad()
 def clip_heads(attention: nn.Module, largest: Tensor, threshold: float, alpha: float) -> None:
-    """Applies `clip_factors` to the weights and biases of an attention that `check_attention` and `check_heads` passed.
+    """Multiplies the query and key weights and biases of an attention by `clip_factors`.
 
-    It acts on effective weights. Under σReparam, rows of the original W shrink, u follows, and gamma is multiplied by
-    sigma(W) after / before: gamma / sigma, and with it every other row of W_hat, stays as it was, also of weights that share
-    the sigma. Under torch's weight norm, rows of g shrink. Where W_q or W_k does not learn, the other takes it all.
+    The attention must have passed `check_attention` and `check_heads`. The effective weights are scaled. Under σReparam, rows
+    of the original W are, u is computed anew, and gamma is multiplied by sigma(W) after / sigma(W) before. So gamma / sigma is
+    the same as before, and with it the other rows of W_hat and the weights that share the sigma. Under torch's weight norm,
+    rows of g are scaled. Where W_q or W_k is frozen, the other one gets the whole factor.
+
+    Args:
+        attention: the module that holds the projections.
+        largest, threshold, alpha: as for `clip_factors`.
     """
     places = _query_and_key_places(attention)
     rows = _rows(attention, places) or {}
@@ -71,11 +75,11 @@ def clip_heads(attention: nn.Module, largest: Tensor, threshold: float, alpha: f
 
 
 def check_attention(name: str, attention: nn.Module) -> None:
-    """Whether the weights of this attention can be clipped, before anything is known of its logits.
+    """Checks that QK-clip can be applied to this attention. It needs no forward pass; `name` is for the error.
 
     Raises:
-        ValueError: unknown projections, or an unknown order of their rows; QK-norm, which undoes it; queries and keys of one
-            weight; a parametrization that fixes the weight's norm.
+        ValueError: the projections, or the order of their rows, are not known; QK-norm, which undoes the scaling; queries and
+            keys made by the same weight; a parametrization that fixes the norm of the weight, or that is not known.
     """
     places = _query_and_key_places(attention)
     if not places:
@@ -104,10 +108,14 @@ def check_attention(name: str, attention: nn.Module) -> None:
 
 
 def check_heads(name: str, attention: nn.Module, heads: int, head_dim: int | None) -> None:
-    """Whether logits of so many heads, of queries of head_dim features where that is known, are q.k of its weights.
+    """Checks that the heads of a forward pass are those of the query and key weights; `name` is for the error.
+
+    Args:
+        heads: number of heads of the logits.
+        head_dim: features of a query head; None where that is not known.
 
     Raises:
-        ValueError: they are not.
+        ValueError: heads or head_dim do not divide the rows of the weights so, as under L2 attention or tensor parallelism.
     """
     rows = _rows(attention, _query_and_key_places(attention)) or {}
     queries, keys = (rows[role].numel() for role in "qk")
@@ -123,7 +131,7 @@ def check_heads(name: str, attention: nn.Module, heads: int, head_dim: int | Non
 
 
 def weights_to_clip(attention: nn.Module) -> list[Tensor]:
-    """The parameters behind its query and key weights; those that do not learn are left as they are, and are not in it."""
+    """The parameters that hold the query and key weights, without frozen ones, which QK-clip does not change."""
     return [W for place in _query_and_key_places(attention).values() if (W := _parameter(*place)).requires_grad]
 
 
@@ -132,7 +140,7 @@ def _query_and_key_places(attention: nn.Module) -> dict[str, Place]:
 
 
 def _rows(attention: nn.Module, places: dict[str, Place]) -> dict[str, Tensor] | None:
-    """The rows of queries and keys in their weights; None where they are not known."""
+    """`rows_of` for all of the weights in `places` together; None where it is not known for one."""
     found: dict[str, Tensor] = {}
     for held, place in places.items():
         rows = rows_of(attention, held, matrix_shape(*place))
@@ -143,13 +151,13 @@ def _rows(attention: nn.Module, places: dict[str, Place]) -> dict[str, Tensor] |
 
 
 def _learn(places: dict[str, Place]) -> tuple[bool, bool]:
-    """Whether W_q and W_k learn."""
+    """(whether W_q learns, whether W_k learns)."""
     found = [_parameter(*place).requires_grad for place in places.values()]
     return found[0], found[-1]
 
 
 def _parameter(layer: nn.Module, tensor: str) -> Tensor:
-    """What an optimizer steps."""
+    """The parameter that an optimizer updates: the weight, or the original (g under weight norm) that it is made from."""
     chain = chain_of(layer, tensor)
     if chain is None:
         return getattr(layer, tensor)
@@ -157,7 +165,7 @@ def _parameter(layer: nn.Module, tensor: str) -> Tensor:
 
 
 def _weight_norm(chain: Any) -> bool:
-    """torch's W = g v / |v|, with one g for each row."""
+    """Whether the weight is under torch's weight norm, W = g v / |v| with one g for each row."""
     return len(chain) == 1 and type(chain[0]).__name__ == "_WeightNorm"
 
 
@@ -169,7 +177,7 @@ def _scale_rows(place: Place, factor: Tensor) -> None:
         _multiply(_parameter(layer, tensor), factor, dim)
         return
     sigma = chain[0].leader()
-    advance([chain.original])  # what the optimizer's step would do, if it has not yet
+    advance([chain.original])  # as the optimizer's hook does after its step, which may not have run yet
     before = sigma.sigma()
     _multiply(chain.original, factor, dim)
     sigma.converge()
@@ -177,7 +185,7 @@ def _scale_rows(place: Place, factor: Tensor) -> None:
 
 
 def _multiply(x: Tensor, factor: Tensor, dim: int = 0) -> None:
-    """x times factor along a dimension, in place; factor is on all processes where x is cut up over them."""
+    """x *= factor (n,) along a dimension of size n. Where x is sharded, every process has the whole factor."""
     shape = [1] * x.ndim
     shape[dim] = -1
     x.mul_(beside(x, factor.to(x.device).view(shape)))
@@ -187,7 +195,7 @@ def _scale_bias(place: Place, held: str, factor: Tensor) -> None:
     layer, _ = place
     if not isinstance(layer, nn.MultiheadAttention):
         bias = getattr(layer, "bias", None)
-    elif (bias := layer.in_proj_bias) is not None and held != "qkv":  # one for all three weights
+    elif (bias := layer.in_proj_bias) is not None and held != "qkv":  # one bias for the three weights
         factor = torch.cat([factor if role == held else torch.ones_like(factor) for role in "qkv"])
     if bias is not None:
         _multiply(bias, factor)

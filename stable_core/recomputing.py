@@ -1,8 +1,8 @@
-"""No copy of the weights in training: W_hat is made again for the backward pass instead of being kept for it.
+"""Saves the memory of W_hat in training, by computing it again for the backward pass.
 
-Autograd keeps a layer's weight for the backward pass. A plain weight is a parameter, which is there anyway (and which FSDP2
-frees in between), but W_hat is one more tensor of its size, for every weight and on every process. (Activation checkpointing
-does not keep it either.)
+Autograd keeps each layer's weight for the backward pass. A plain weight takes no more memory by it, as it is a parameter (which
+FSDP2 frees in between), but W_hat is one more tensor of the same size for every weight, on every process. Activation
+checkpointing does not keep W_hat either.
 """
 
 import functools
@@ -16,19 +16,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .targets import Model
 
-# Of every forward pass under way, innermost last: where a W_hat lies -> (its storage, how to make it).
+# One dict for each running forward pass, innermost last: address of a W_hat -> (its storage, a function that makes it).
 _made: list[dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]]] = []
 
 
 def recompute(model: Model) -> Model:
-    """From now on the forward passes of `model` keep no W_hat for their backward passes, and it returns the model.
+    """Makes `model` compute each W_hat again in the backward pass instead of keeping it, and returns the model.
 
-    The gradients are bit for bit the same. It costs one more scaling of every weight a step, and saves a copy of them: the
-    price of σReparam in memory. Call it on what is called in training, so after `fully_shard`, or on the model inside of DDP.
-    A compiled model decides for itself what it keeps.
+    Gradients are bitwise the same. It saves one copy of all reparametrised weights, and costs one more scaling of each in a
+    step. Call it on the module that the training loop calls, after `fully_shard`; with DDP, on the model inside it. It has no
+    effect in compiled code, where the compiler chooses what is kept.
 
     Raises:
-        ValueError: it was called on `model` before.
+        ValueError: `recompute` was called on `model` before.
     """
     if hasattr(model, "_recomputed"):
         raise ValueError(f"{type(model).__name__}: its W_hat is recomputed already")
@@ -41,13 +41,13 @@ def recompute(model: Model) -> Model:
         with _recomputing():
             return cls.forward(self, *args, **kwargs)
 
-    # The model gets a class of its own, as FSDP2 does it. A hook after the forward pass would not be called if Ctrl-C ends it.
+    # The model gets a class of its own, as under FSDP2. A forward hook would not be called where Ctrl-C ends the pass.
     model.__class__ = type(cls.__name__, (cls,), {"forward": forward, "_recomputed": cls, "__module__": cls.__module__})
     return model
 
 
 def keep(model: nn.Module) -> None:
-    """Takes `recompute` back, in the model and whatever is in it."""
+    """Undoes `recompute` in the model and all of its submodules."""
     for module in model.modules():
         if "_recomputed" in type(module).__dict__:
             module.__class__ = type(module).__dict__["_recomputed"]
@@ -59,7 +59,7 @@ def _recomputing() -> Iterator[None]:
 
     def pack(x: Tensor) -> Any:
         storage, make = made.get(x.untyped_storage().data_ptr(), (None, None))
-        if storage is None or storage.expired():  # expired: x lies where a W_hat was that is gone
+        if storage is None or storage.expired():  # expired: the W_hat at this address was freed
             return x
         return make, (x.shape, x.stride(), x.storage_offset())
 
@@ -79,7 +79,7 @@ def _recomputing() -> Iterator[None]:
 
 
 def remember(W_hat: Tensor, make: Callable[[], Tensor]) -> None:
-    """Notes that `make()` makes this W_hat again."""
+    """Registers `make`, which computes this W_hat again, with the innermost forward pass under `recompute`, if any."""
     if _made and not torch.compiler.is_compiling():
         storage = W_hat.untyped_storage()
         _made[-1][storage.data_ptr()] = StorageWeakRef(storage), make

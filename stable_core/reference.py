@@ -1,6 +1,6 @@
-"""Every equation of the papers as a short, slow, plain function, to be read and to be called.
+"""Every equation of the papers as a short, slow and plain function.
 
-Nothing else in the library uses this file. The fast code computes the same, and the tests compare it with what is here.
+Nothing else in the library uses this file. The fast code computes the same, and the tests compare it with these functions.
 
 [σ] is Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse" (ICML 2023); [ST] is
 "Stable-Transformer: Towards a Stable Transformer Training" (ICLR 2025 submission).
@@ -60,8 +60,8 @@ class Algorithm1:
         W: (d, c).
         gamma: (1,).
         u: (d,), of length 1.
-        v: (c,), of length 1. Left out, v is W^T u / |W^T u| of the W at hand whenever a step begins, as it is in the library,
-            which keeps u alone.
+        v: (c,), of length 1. Left out, each step starts from v = W^T u / |W^T u| of the present W, as in the library, which
+            stores u only.
     """
 
     def __init__(self, W: Tensor, gamma: Tensor, u: Tensor, v: Tensor | None = None) -> None:
@@ -75,7 +75,7 @@ class Algorithm1:
             return v / v.norm(dim=0)
 
     def step(self) -> None:
-        """The lines under `if training`."""
+        """The lines under `if training` of Algorithm 1: one power iteration, which sets u and v."""
         self.u, self.v = power_iteration(self.W, self.v if self.keeps_v else self._image(), 1)
 
     def sigma(self) -> Tensor:
@@ -142,7 +142,7 @@ def dot_logits(q: Tensor, k: Tensor) -> Tensor:
 
 
 def l2_logits(q: Tensor, k: Tensor) -> Tensor:
-    """L2 attention: -|q_i - k_j|^2 / sqrt(d1) [Kim et al., 2021; ST, Appendix N]. Tied, it is given the queries for keys."""
+    """L2 attention: -|q_i - k_j|^2 / sqrt(d1) [Kim et al., 2021; ST, Appendix N]. For tied weights, give q as k."""
     return -(q[..., :, None, :] - k[..., None, :, :]).square().sum(-1) / math.sqrt(q.shape[-1])
 
 
@@ -162,7 +162,7 @@ def stable_logits(
 ) -> Tensor:
     """StableAtten: tau * SN(q_i) . SN(k_j) / d1^(2 alpha), tau = 1.618 log2(N) [ST, Section 3.3.2, eq. 3].
 
-    SN is StableNorm with this alpha; N = `sequence_length` is that of the configuration, whatever the tokens at hand.
+    SN is StableNorm with this alpha; N = `sequence_length` is that of the configuration, not of q and k.
     """
     tau = 1.618 * math.log2(sequence_length)
     q, k = stable_norm(q, gamma_q, alpha, eps), stable_norm(k, gamma_k, alpha, eps)
@@ -218,9 +218,9 @@ class ListedStableAttention(nn.Module):
 def attention_logits(
     q: Tensor, k: Tensor, *, scale: float, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """scale * q k^T + mask, the whole matrix, in float64; -inf where a key takes no part.
+    """scale * q k^T + mask, the whole matrix, in float64; -inf where a key is masked.
 
-    k may have fewer heads, each of which serves a group of query heads. A boolean mask is True where a key takes part.
+    k may have fewer heads, each shared by a group of query heads. A boolean mask is True where a query sees a key.
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = scale * torch.einsum("bhid,bhjd->bhij", q.double(), k.double())
@@ -234,7 +234,7 @@ def attention_logits(
 
 
 def attention_probabilities(q: Tensor, k: Tensor, **settings: Any) -> Tensor:
-    """A = softmax(attention_logits) [σ, Section 3.1], in float64. A row without a key is zero."""
+    """A = softmax(attention_logits) [σ, Section 3.1], in float64. A row with all keys masked is zero."""
     return attention_logits(q, k, **settings).softmax(-1).nan_to_num(0.0)
 
 
@@ -248,7 +248,7 @@ def entropy_bound(logits: Tensor) -> float:
 
         log(1 + (T-1) b) + sigma sqrt(T (T-1)) b / (1 + (T-1) b),    b = exp(-sigma sqrt(T / (T-1)))
 
-    sigma is the norm of the logits less their mean, which a softmax does not see. Logits of -inf are no keys.
+    sigma is the norm of the logits less their mean, by which softmax does not change. Logits of -inf are masked keys.
     """
     u = [x for x in logits.double().tolist() if x > -math.inf]
     T = len(u)
@@ -269,14 +269,14 @@ def qk_clip(
 
         W_q <- (t / S)^alpha W_q,    W_k <- (t / S)^(1 - alpha) W_k    where S > t
 
-    Where several query heads share a key head, it shrinks as the worst of them asks, and each of them by what is then missing.
+    A key head shared by several query heads is scaled by the least of their factors, each query head by what it still needs.
 
     Args:
         W_q: (heads, ...), such as (heads, d1, in); a bias (heads, d1), or the queries themselves, are treated the same way.
         W_k: (key heads, ...).
         largest: S (heads,), the largest logit of each query head in this update.
         threshold: t.
-        alpha: how much of it the queries bear, from 0 to 1.
+        alpha: share of the queries in the factor, from 0 to 1.
     """
     shrink = [min(1.0, threshold / S) if S > 0 else 1.0 for S in largest.tolist()]
     shared = len(W_q) // len(W_k)

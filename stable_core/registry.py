@@ -1,4 +1,4 @@
-"""The methods that a user chooses by name: ours are registered here like those of a user's own, and every stack looks here.
+"""The registry of methods that a user chooses by name. Every stack looks here, for our methods and for a user's own.
 
     from stable_core.registry import register_norm
 
@@ -19,23 +19,23 @@ SLOTS = ("norm", "attention", "residual", "init", "reparam")
 
 
 class WrongOption(ValueError):
-    """A setting with a value that is not allowed. A command line says it in its own way, from the three attributes."""
+    """A setting has a value that is not allowed. Attributes: its `name`, its `value`, and a text on what is `allowed`."""
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
         super().__init__(f"{name} = {value!r}: {allowed}")
         self.name, self.value, self.allowed = name, value, allowed
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.name, self.value, self.allowed)  # else it could not leave the process that raised it
+        return type(self), (self.name, self.value, self.allowed)  # pickle would pass the message alone to __init__
 
     def as_flag(self) -> str:
-        """The same of a command line's flag."""
+        """The message for a command line: `--name value: allowed`."""
         return f"--{self.name.replace('_', '-')} {self.value}: {self.allowed}"
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is registered under a name: what builds it, a line about it, and the module it comes from."""
+    """A registered method: the function that builds it, a line about it, and the module that function is from."""
 
     build: Callable[..., Any]
     summary: str
@@ -60,43 +60,47 @@ def _register(slot: str, name: str, summary: str) -> Decorator:
 
 
 def register_norm(name: str, summary: str = "") -> Decorator:
-    """Decorates `build(dim, options, *, eps, bias, device, dtype) -> Module`, of (..., dim) to the same.
+    """Registers a norm: decorates `build(dim, options, *, eps, bias, device, dtype) -> Module`.
 
-    A module with parameters needs a `reset_parameters()`, by which models on the meta device get their first values.
+    The module maps (..., dim) to (..., dim). With parameters it needs a `reset_parameters()`, which gives them their first
+    values in models that were built on the meta device.
+
+    Raises:
+        ValueError: another module has registered the name. All of the decorators here raise it.
     """
     return _register("norm", name, summary)
 
 
 def register_attention(name: str, summary: str = "") -> Decorator:
-    """Decorates `build(head_dim, options, *, sequence_length, eps, device, dtype) -> stable_core.attentions.QueryKey`."""
+    """Registers an attention: `build(head_dim, options, *, sequence_length, eps, device, dtype) -> attentions.QueryKey`."""
     return _register("attention", name, summary)
 
 
 def register_residual(name: str, summary: str = "") -> Decorator:
-    """Decorates `build(encoder_layers, decoder_layers) -> (Residual, Residual)`, the encoder's and the decoder's."""
+    """Registers a residual connection: `build(encoder_layers, decoder_layers) -> (encoder's Residual, decoder's Residual)`."""
     return _register("residual", name, summary)
 
 
 def register_init(name: str, summary: str = "") -> Decorator:
-    """Decorates `draw_(weight)`, which fills the weight (out, in) of a layer in place."""
+    """Registers an initialisation: `draw_(weight)` fills the weight (out, in) of a layer in place."""
     return _register("init", name, summary)
 
 
 def register_reparam(name: str, summary: str = "") -> Decorator:
-    """Decorates `apply(model, options, filter_fn) -> None`, which changes the layers of `model` that filter_fn picks."""
+    """Registers a reparametrisation: `apply(model, options, filter_fn)` changes the layers of `model` that filter_fn picks."""
     return _register("reparam", name, summary)
 
 
 def names(slot: str) -> tuple[str, ...]:
-    """What can be chosen, in the order in which it was registered."""
+    """Names of the methods of a slot, in the order in which they were registered."""
     return tuple(_METHODS[slot])
 
 
 def method(slot: str, name: str) -> Method:
-    """What is registered under a name.
+    """The method that is registered under a name.
 
     Raises:
-        WrongOption: nothing is.
+        WrongOption: the slot has no method of this name.
     """
     found = _METHODS[slot].get(name) if isinstance(name, str) else None
     if found is None:
@@ -105,10 +109,10 @@ def method(slot: str, name: str) -> Method:
 
 
 def import_methods(modules: str) -> None:
-    """Imports modules that register methods, a comma between their names; from the current directory, too.
+    """Imports modules that register methods, given as names with commas between; the current directory is searched, too.
 
     Raises:
-        WrongOption: there is no such module.
+        WrongOption: a module is not found.
     """
     for name in filter(None, (part.strip() for part in modules.split(","))):
         if "" not in sys.path:
@@ -122,6 +126,6 @@ def import_methods(modules: str) -> None:
 
 
 def modules_of(chosen: Iterable[tuple[str, str]]) -> set[str]:
-    """The modules, other than this library's, that registered the chosen (slot, name): what a saved model needs."""
+    """Modules outside this library that registered the chosen (slot, name) pairs: a saved model needs them to load again."""
     own = __name__.rpartition("registry")[0]
     return {found.module for slot, name in chosen if not (found := method(slot, name)).module.startswith(own)}

@@ -15,18 +15,18 @@ def reparametrise(model: Model, options: Any, filter_fn: FilterFn | None = None)
     """Reparametrises the layers of `model` that filter_fn picks, in place, as options.reparam says; returns the model.
 
     Raises:
-        WrongOption: no such reparametrisation.
-        ValueError: what `sigma_reparam` refuses.
+        WrongOption: there is no such reparametrisation.
+        ValueError: as `sigma_reparam`.
     """
     method("reparam", options.reparam).build(model, options, filter_fn)
     return model
 
 
 def sigma_settings(options: Any) -> SigmaReparamConfig | None:
-    """The settings of `sigma_reparam` in options; None where it is not what reparametrises.
+    """The SigmaReparamConfig of `options`; None where `options.reparam` is no kind of `sigma_reparam`.
 
     Raises:
-        ValueError: one of them is wrong.
+        ValueError: one of its settings is not allowed, in either case.
     """
     settings = {name: getattr(options, name) for name in ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")}
     if options.reparam in KINDS:

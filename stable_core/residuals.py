@@ -1,4 +1,4 @@
-"""Where a block's norm is and how its branch is added, by name."""
+"""Residual connections by name: the place of a block's norm, and how its branch is added."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,23 +12,23 @@ from .targets import layers, rows_beside_qk
 
 
 class Residual(NamedTuple):
-    """x + f(norm(x)) where `norm_first`, else norm(alpha x + f(x)); f's first weights are scaled by beta."""
+    """x + f(norm(x)) if `norm_first`, else norm(alpha x + f(x)); the first weights of f are multiplied by beta."""
 
     norm_first: bool
     alpha: float = 1.0
     beta: float = 1.0
 
     def connect(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x (..., width) and its branch, whose value may be a tensor of the same shape, to the next x."""
+        """The next x (..., width), from x, the norm, and the branch f, which maps (..., width) to the same shape."""
         return x + branch(norm(x)) if self.norm_first else norm(branch(x).add(x, alpha=self.alpha))
 
 
 def build_residuals(options: Any, encoder_layers: int, decoder_layers: int) -> tuple[Residual, Residual]:
-    """What options.residual names, of the encoder and of the decoder, either of which may have no layers.
+    """The residual connections (encoder's, decoder's) that `options.residual` names; either side may have no layers.
 
     Raises:
-        WrongOption: no such residual.
-        ValueError: what `deepnorm_scales` refuses.
+        WrongOption: there is no such residual connection.
+        ValueError: as `deepnorm_scales`.
     """
     return method("residual", options.residual).build(encoder_layers, decoder_layers)
 
@@ -50,7 +50,7 @@ def _deepnorm(encoder_layers: int, decoder_layers: int) -> tuple[Residual, Resid
 
 
 def scale_branches_(block: nn.Module, beta: float) -> None:
-    """Multiplies a block's weights of v, output and feed-forward layers by beta, in place: all but those of q and k.
+    """Multiplies all weights of a block but those of q and k by beta, in place: v, output and feed-forward layers.
 
     Raises:
         ValueError: q, k and v are packed in an unknown order.
@@ -61,5 +61,5 @@ def scale_branches_(block: nn.Module, beta: float) -> None:
 
 @torch.no_grad()
 def scale_rows_(weight: Tensor, rows: Tensor | slice, beta: float) -> None:
-    """The same of one weight (out, in), of which `targets.rows_beside_qk` gave the rows."""
+    """Multiplies rows of one weight (out, in) by beta, in place; `rows` is as `targets.rows_beside_qk` returns it."""
     weight[rows] *= beta

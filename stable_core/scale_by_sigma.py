@@ -1,6 +1,6 @@
 """The arithmetic of σReparam: sigma = |W^T u| / |u|, W_hat = gamma / sigma * W, and their gradients.
 
-Source: Zhai et al. (ICML 2023), Section 3.2 and Algorithm 1. Everything is in at least fp32, whatever autocast says.
+Source: Zhai et al. (ICML 2023), Section 3.2 and Algorithm 1. All of it is computed in at least fp32, also under autocast.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -18,12 +18,12 @@ from .watching import is_transformed
 
 
 def full_precision(W: Tensor) -> AbstractContextManager[Any]:
-    """A context without autocast; an empty one where none is on, as switching it off takes as long as a small matrix."""
+    """A context without autocast; an empty one where autocast is off, which is faster than to switch it off again."""
     return torch.autocast(W.device.type, enabled=False) if autocast_dtype(W) else nullcontext()
 
 
 def autocast_dtype(W: Tensor) -> torch.dtype | None:
-    """What autocast makes of the operands of a matrix product on W's device; the meta device has none."""
+    """The dtype to which autocast casts matrix products on W's device; None where it is off or the device is meta."""
     device = W.device.type
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
@@ -36,9 +36,10 @@ def wide(x: Tensor) -> Tensor:
 def scale_plainly(
     W: Tensor, gamma: Tensor, u: Tensor, rows: tuple[int, ...], stop_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(gamma / sigma * W, sigma) for torch to differentiate: under a compiler, torch.func, and for second derivatives.
+    """(gamma / sigma * W (out, in), sigma (blocks,)) by operators that autograd can differentiate twice.
 
-    As for `ScaleBySigma`. sigma is not a matrix product here, which autocast would round.
+    It is used under torch.func, for second derivatives, and for folding. Arguments as for `ScaleBySigma`. sigma is not computed
+    by a matrix product, because autocast would lower its precision.
     """
     sigmas, scaled = [], []
     for block, g, x in zip(cut(wide(W), rows), cut(gamma, [1] * len(rows)), cut(u, rows), strict=True):
@@ -50,9 +51,9 @@ def scale_plainly(
 
 
 def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], unit: bool) -> Measured:
-    """What `kernels.measure` finds, by torch's operators. `unit` says that each |u| is 1.
+    """`kernels.measure` by torch's operators: z, w, s and gamma / s of the blocks of W (out, in). `unit`: each |u| is 1.
 
-    With one block, z is (in,), and s a number in fp64.
+    With one block, z is (in,), and s a scalar in fp64.
     """
     W, many = wide(W), len(rows) > 1
     u, gamma = u.to(W.dtype), gamma.to(W.dtype)
@@ -62,7 +63,7 @@ def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], unit: bo
         z = torch.bmm(u.view(len(rows), 1, -1), _blocked(W, rows)).squeeze(1)
     else:
         z = torch.stack([torch.mv(block.T, x) for block, x in zip(cut(W, rows), cut(u, rows), strict=True)])
-    # In fp64: the squares of large and small weights are out of the range of fp32.
+    # In fp64: squares of very large and very small weights are out of the range of fp32.
     s = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64)
     if many:
         s = s.to(W.dtype)
@@ -74,12 +75,15 @@ def measure(W: Tensor, u: Tensor, gamma: Tensor, rows: tuple[int, ...], unit: bo
 
 
 class ScaleBySigma(torch.autograd.Function):
-    """(W, gamma, what was measured of them) -> gamma / s * W in `dtype`; s = |W^T u| / |u|.
+    """W_hat = gamma / s * W in `dtype`, from W, gamma and `found`, which `measure` found of them; s = |W^T u| / |u|.
 
-    W, a matrix (out, in), or what `matrix` makes one of, is cut into blocks of `rows`; gamma and s (blocks,), u (out,). With
-    z = W^T u and w = u / (|u|^2 s), each block has dL/dgamma = c = <G, W> / s and dL/dW = gamma / s * (G - c w z^T), where
-    G = dL/dW_hat. All in at least fp32 whatever autocast says: none of its operators is one that autocast casts. It keeps no
-    copy of W, where plain autograd would keep W / s too. With `fused` Triton's kernels do the backward pass.
+    W, as the matrix (out, in) that `matrix` makes of it, is cut into blocks of `rows`; gamma and s are (blocks,), u is (out,).
+    With z = W^T u, w = u / (|u|^2 s) and G = dL/dW_hat, the gradients of each block are
+
+        dL/dgamma = c = <G, W> / s,    dL/dW = gamma / s * (G - c w z^T).
+
+    All is in at least fp32: autocast casts none of these operators. For the backward pass only W itself is kept, where plain
+    autograd would keep W / s, too. With `fused` Triton kernels do the backward pass.
     """
 
     @staticmethod
@@ -97,7 +101,7 @@ class ScaleBySigma(torch.autograd.Function):
         ctx.settings = rows, transposed, stop_gradient, fused
         if fused is None:
             ctx.save_for_backward(W, gamma, *found)
-        else:  # kept without autograd, which takes longer for each than all the rest; nobody else holds them
+        else:  # not by save_for_backward, which is slow; nothing else uses these tensors
             ctx.save_for_backward(W, gamma)
             ctx.found = found
         return scaled(W, found.factor, rows, transposed, dtype)
@@ -108,7 +112,7 @@ class ScaleBySigma(torch.autograd.Function):
         W0, gamma, *found = ctx.saved_tensors
         found = Measured(*found) if fused is None else ctx.found
         W, G = matrix(W0, transposed), matrix(G, transposed)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # somebody asks for second derivatives
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: second derivatives
             W_hat, _ = scale_plainly(W, gamma, found.w, rows, stop_gradient)
             wanted = [x for x, needed in zip((W0, gamma), ctx.needs_input_grad, strict=False) if needed]
             gradients = iter(torch.autograd.grad(W_hat, wanted, G.to(W_hat.dtype), create_graph=True))
@@ -129,7 +133,7 @@ class ScaleBySigma(torch.autograd.Function):
 def gradients_of(
     G: Tensor, W: Tensor, found: Measured, rows: tuple[int, ...], stop_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """dL/dW and dL/dgamma: what `kernels.scale_backward` finds, by torch's operators, in at least fp32."""
+    """dL/dW (out, in) and dL/dgamma (blocks,): `kernels.scale_backward` by torch's operators, in at least fp32."""
     (z, w, s, factor), W, G, many = found, wide(W), wide(G), len(rows) > 1
     products = [_inner_product(g, block) for g, block in zip(cut(G, rows), cut(W, rows), strict=True)]
     d_gamma = (torch.stack(products) if many else products[0].view(1)) / s
@@ -147,9 +151,9 @@ def gradients_of(
 
 
 def scaled(W: Tensor, factor: Tensor, rows: tuple[int, ...], transposed: bool, dtype: torch.dtype) -> Tensor:
-    """Each block of W times its entry of factor (blocks,), shaped and laid out as W; in one pass, and rounded once."""
+    """Each block of W times its entry of factor (blocks,), in `dtype` and W's shape and strides; one pass, rounded once."""
     same = dtype == W.dtype == factor.dtype
-    if torch.compiler.is_compiling() and not same:  # which fuses the two
+    if torch.compiler.is_compiling() and not same:  # the compiler fuses the product and the cast
         return scaled(wide(W), factor, rows, transposed, factor.dtype).to(dtype)
     if len(rows) == 1:
         return W * factor if same else torch.mul(W, factor, out=torch.empty_like(W, dtype=dtype))
@@ -164,17 +168,17 @@ def scaled(W: Tensor, factor: Tensor, rows: tuple[int, ...], transposed: bool, d
 
 
 def _are_equal(rows: tuple[int, ...], x: Tensor) -> bool:
-    """Whether x is cut into several blocks of one size, which one operator takes together; not every one does if sharded."""
+    """Whether x has several blocks of one size, to be batched; False if sharded, as some operators do not support that."""
     return len(rows) > 1 and len(set(rows)) == 1 and not is_sharded(x)
 
 
 def _blocked(x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """(out, in) -> (blocks, rows, in), where all blocks have as many rows."""
+    """(out, in) -> (blocks, rows, in) where `_are_equal`, else x itself."""
     return x.unflatten(0, (len(rows), -1)) if _are_equal(rows, x) else x
 
 
 def _per_row(x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """(blocks,) -> what `_blocked` is multiplied by."""
+    """x (blocks,) in a shape that broadcasts with the result of `_blocked`."""
     if len(rows) == 1:
         return x
     if _are_equal(rows, x):
@@ -183,7 +187,7 @@ def _per_row(x: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 
 def _over_rows(u: Tensor, x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """u (out,) / x (blocks,), each block by its own."""
+    """u (out,) with each block divided by its entry of x (blocks,)."""
     if len(rows) == 1:
         return u / x
     if _are_equal(rows, x):
@@ -200,7 +204,7 @@ def _inner_product(A: Tensor, B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """The top left singular vector x of each block, (out,); of x and -x the one nearer to u, which averages of u need."""
+    """The top left singular vectors of the blocks, (out,), each with the sign nearer to u, as averages of u need it."""
     found = []
     for W, x in zip(cut(stacked, rows), cut(u, rows), strict=True):
         with full_precision(W):
@@ -210,7 +214,7 @@ def top_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 
 def sound_u(stacked: Tensor, u: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """u; where it is an average of several, as in an average of checkpoints, the top singular vector of the weights at hand."""
+    """u (out,) if of length 1; else it is an average of several, and the top singular vectors of `stacked` are returned."""
     return u if is_unit(u, rows) else top_u(stacked, u, rows)
 
 

@@ -1,4 +1,4 @@
-"""Which part of a weight lies on this process: all of it, or the shard that FSDP2 or tensor parallelism gave it."""
+"""The part of a weight that lies on this process: all of it, or its shard under FSDP2 or tensor parallelism."""
 
 import math
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ class Piece:
     column: int = 0
 
     def rows(self, u: Tensor) -> Tensor:
-        """The entries of u (out,) that it meets."""
+        """The entries of u (out,) at the rows of this part, as a view."""
         return _part(u, self.row, self.weight.shape[0])
 
     def columns(self, v: Tensor) -> Tensor:
-        """The entries of v (in,) that it meets."""
+        """The entries of v (in,) at the columns of this part, as a view."""
         return _part(v, self.column, self.weight.shape[1])
 
     def of_block(self, start: int, size: int) -> "Piece | None":
-        """What of it lies in the block of `size` rows of W from `start`, as a piece of that block."""
+        """The rows of this part in the block W[start : start + size], as a Piece of that block; None where there are none."""
         first, last = max(start, self.row), min(start + size, self.row + self.weight.shape[0])
         if first >= last:
             return None
@@ -42,9 +42,10 @@ def _part(x: Tensor, start: int, size: int) -> Tensor:
 
 
 def pieces(weights: list[Tensor], transposed: bool) -> "tuple[list[Piece], dist.ProcessGroup | None]":
-    """The parts of W that lie on this process, and the processes that have the rest; W is the weights, stacked along `out`.
+    """(the parts of W on this process, the process group that has the rest or None); W is `weights` stacked along `out`.
 
-    A weight sharded over several dimensions of its mesh, or along a convolution's kernel, is gathered.
+    Weights are gathered, with the group None, where one is sharded over several mesh dimensions or along a convolution's
+    kernel, or where they are sharded differently.
     """
     found_shards = [_shard(W) for W in weights]
     shards = [shard for shard in found_shards if shard is not None]
@@ -61,12 +62,12 @@ def pieces(weights: list[Tensor], transposed: bool) -> "tuple[list[Piece], dist.
 
 
 def gathered(W: Tensor) -> Tensor:
-    """All of it, on every process."""
+    """W as a whole tensor: a sharded weight is gathered, in which all of its processes must take part."""
     return W.full_tensor() if is_sharded(W) else W
 
 
 def beside(W: Tensor, x: Tensor) -> Tensor:
-    """x, of which every process has all, in a form by which W can be multiplied."""
+    """x, which is whole on every process, as an operand for W: a replicated DTensor where W is sharded, else x itself."""
     if not is_sharded(W):
         return x
     return DTensor.from_local(x, W.device_mesh, [Replicate()] * W.device_mesh.ndim, run_check=False)
@@ -77,7 +78,7 @@ def is_sharded(W: Tensor) -> "TypeGuard[DTensor]":
 
 
 def _shard(W: Tensor) -> "tuple[int, dist.ProcessGroup | None, int] | None":
-    """(dimension it is cut along, the processes that have the rest, where this one's part starts); None: gather it."""
+    """(dimension it is sharded along, process group, start of this process's part); None where it must be gathered."""
     if not is_sharded(W):
         return 0, None, 0
     cuts = [(i, placement) for i, placement in enumerate(W.placements) if not placement.is_replicate()]

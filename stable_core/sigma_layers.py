@@ -1,4 +1,4 @@
-"""Which layers of a model have σReparam: by what they are, not by whose class they have."""
+"""Finds the layers of a model that have σReparam, by their attributes and not by their class."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeGuard
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def sigma_layers(model: nn.Module) -> "Iterator[tuple[str, SigmaReparam]]":
-    """(layer, parametrization) of every sigma in `model`, where layer is `encoder.layers.0.fc1`, or `attn.in_proj_weight`.
+    """(name, parametrization) of every SigmaReparam in `model`, named as `encoder.layers.0.fc1` or `attn.in_proj_weight`.
 
-    Weights that share a sigma are found once, at the layer that keeps it. A model that brought its own copy of this source
-    (transformers' trust_remote_code) has classes of its own, and is found as well.
+    Weights that share a sigma have one, under the name of the layer that holds it. Models that ship a copy of this package
+    (transformers' trust_remote_code), and so have other classes, are found, too.
     """
     for name, module in model.named_modules():
         if is_sigma(module):
@@ -22,5 +22,5 @@ def sigma_layers(model: nn.Module) -> "Iterator[tuple[str, SigmaReparam]]":
 
 
 def is_sigma(module: nn.Module) -> "TypeGuard[SigmaReparam]":
-    """Whether it is the parametrization that keeps gamma and u."""
+    """Whether a module is a SigmaReparam, which holds gamma and u, of this or another copy of the package."""
     return isinstance(module._buffers.get("u"), Tensor) and hasattr(module, "gamma") and hasattr(module, "rows")

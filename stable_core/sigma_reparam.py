@@ -1,11 +1,12 @@
 """σReparam: W_hat = gamma / sigma(W) * W, and its baselines spectral norm and weight norm.
 
 Source: Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse" (ICML 2023), Section 3.2
-and Algorithm 1 (Appendix C): sigma(W) = u^T W v, where u (out,) and v (in,) follow the top singular vectors by power
-iteration. v is W^T u / |W^T u|, so that sigma = |W^T u| / |u|, and u alone is kept: any u, an average of several too, gives a
-sigma that is near the norm. u advances after each optimizer step (advancing.py), not in the forward pass: evaluation, gradient
-accumulation and activation checkpointing leave it alone, `torch.compile` sees a pure function, and a checkpoint written between
-two steps resumes bitwise. A weight that changed unannounced is found in the forward pass (watching.py).
+and Algorithm 1 (Appendix C): sigma(W) = u^T W v, where power iteration brings u (out,) and v (in,) to the top singular vectors.
+Only u is stored: v = W^T u / |W^T u|, so that sigma = |W^T u| / |u|, which an average of several u still estimates well.
+
+u advances after each optimizer step (advancing.py), not in the forward pass. So evaluation, gradient accumulation and
+activation checkpointing do not change it, `torch.compile` sees a pure function, and a checkpoint written between two steps
+resumes bitwise. A weight that changes without a step is detected in the forward pass (watching.py).
 """
 
 import math
@@ -50,16 +51,20 @@ class SigmaReparamConfig:
     """Settings of `sigma_reparam`.
 
     Attributes:
-        gamma_init: "one" is the paper's choice for translation, speech and language; "spectral" sets gamma = sigma(W),
-            which leaves the function of the model as it is (the paper's choice for vision, and yours for a pretrained one).
+        gamma_init: "one" is the paper's choice for translation, speech and language. "spectral" sets gamma = sigma(W), so
+            that the model computes the same function as before: the paper's choice for vision, and right for a pretrained
+            model.
         qkv: "separate" has one sigma and gamma per projection, "joint" one over [Wq; Wk; Wv], "qk_joint" one over
             [Wq; Wk] and one for Wv.
-        n_power_iterations: power iterations per change of W.
+        n_power_iterations: power iterations after each optimizer step, from 1.
         stop_gradient: treat sigma as a constant in the backward pass.
         kind: "sigma" is σReparam; "spectral" the spectral norm baseline, gamma = 1 and not learned; "weight" torch's
             weight norm, one learned norm per output row.
-        kernels: "auto" runs Triton's kernels where they are faster, which is on GPUs of CUDA from compute capability 8.0,
-            "torch" never, "triton" raises ValueError in the forward pass where they do not run.
+        kernels: "auto" runs Triton kernels on CUDA GPUs from compute capability 8.0, where they are faster; "torch" never
+            does; "triton" raises ValueError in the forward pass where they cannot run.
+
+    Raises:
+        ValueError: a value that is not allowed, or a setting that `kind` does not have.
     """
 
     gamma_init: str = "one"
@@ -95,7 +100,7 @@ class SigmaReparam(HasLayout):
     its own gamma and sigma. One block is Algorithm 1; three are a packed [Wq; Wk; Wv] with separate sigmas; several
     weights and one block are a joint sigma over separate layers.
 
-    State, all of it in the state dict: gamma (blocks,) and u (out,), which stays in fp32; and beside them its layout.
+    The state dict holds gamma (blocks,), u (out,), which stays in fp32, and the layout (layout.py).
     """
 
     u: Tensor
@@ -112,12 +117,12 @@ class SigmaReparam(HasLayout):
         super().__init__()
         self.rows, self.transposed, self.config = tuple(group.rows), group.members[0].transposed, config
         self.name, self.member_names = group.members[group.leader].name, group.names
-        self.index = group.leader  # which of the weights it is registered on
-        self._members = [None] * len(group.members)  # weak links to their Originals: to own them would be a cycle
+        self.index = group.leader  # index of the weight that this module is registered on
+        self._members = [None] * len(group.members)  # weak references to their Originals, which own this module
         self.watch, self.before_rest, self._unit = Watch(), None, None
-        self._taken, self._placed = None, (None, None)  # what is known of its weight: to look again takes longer
+        self._taken, self._placed = None, (None, None)  # cached answers of `takes_kernels` and `place`
         self._notice, self.together = shared or (Notice(), Together())
-        # (versions, u, sigma) of weights that u does not belong to, while evaluated.
+        # (versions, u, sigma) of other weights that are evaluated, such as an average, to which self.u does not belong.
         self._evaluated: tuple[Any, ...] | None = None
         weight, stacked = group.members[0].weight, join([target.matrix for target in group.members])
         fp32: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
@@ -129,7 +134,7 @@ class SigmaReparam(HasLayout):
                 sigma = measure(stacked, self.u, gamma, self.rows, is_unit(self.u, self.rows)).s.view(-1)
             self.watch.expect([], sigma)
             if config.gamma_init == "spectral":
-                gamma = sigma.clone()  # it learns, and the expectation does not
+                gamma = sigma.clone()  # a copy: gamma is trained, the sigma that `watch` expects is not
         gamma = gamma.to(weight.dtype)
         if config.kind == "spectral":
             self.register_buffer("gamma", gamma)
@@ -140,20 +145,20 @@ class SigmaReparam(HasLayout):
     # ------------------------------------------------------------------------------------------------ its weights
 
     def leader(self) -> "SigmaReparam":
-        """Where the state is kept."""
+        """The SigmaReparam that holds u and gamma: this one. A JointMember returns another."""
         return self
 
     def layout(self) -> Layout:
         return Layout(self.rows, self.transposed, self.member_names, self.index)
 
     def attach(self, originals: Originals, index: int | None = None) -> None:
-        """Remembers where a weight of its lives: at first, and after a deep copy."""
+        """Links the Originals of weight `index` to this module, when it is registered and after a deep copy."""
         self._members[self.index if index is None else index] = weakref.ref(originals)
         if None not in self._members:
             self.watch.rebind(self.originals())
 
     def members(self) -> tuple[Originals, ...]:
-        """Where its weights live."""
+        """The Originals of its weights. Raises ValueError where one was deleted or copied without the others."""
         members: tuple[Any, ...] = tuple([link and link() for link in self._members])
         if None in members:
             raise ValueError(f"{self.name}: a layer that shares its sigma is gone; fold or copy the whole attention")
@@ -169,12 +174,12 @@ class SigmaReparam(HasLayout):
     # ------------------------------------------------------------------------------------------------ the forward pass
 
     def forward(self, W: Tensor) -> Tensor:
-        # A lone weight is the one given, which in a replica of nn.DataParallel is not the one remembered.
+        # A weight by itself is taken from the argument: in a replica of nn.DataParallel it is not the one linked here.
         return self.scaled_weights([W] if len(self._members) == 1 else self.originals())[self.index]
 
     def scaled_weights(self, originals: list[Tensor]) -> list[Tensor]:
         """W_hat of every weight, shaped as its layer has it."""
-        # Under autocast W_hat is rounded here: the layer, which else does it, takes longer, and keeps fp32 for backward.
+        # Under autocast W_hat is made in low precision: a cast by the layer takes longer, and keeps an fp32 W_hat for backward.
         dtype = originals[0].dtype
         if dtype == torch.float32:
             dtype = autocast_dtype(originals[0]) or dtype
@@ -185,7 +190,7 @@ class SigmaReparam(HasLayout):
         return [(W.T if self.transposed else W).view_as(W0) for W, W0 in zip(parts, originals, strict=True)]
 
     def _scaled(self, originals: list[Tensor], W: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
-        """W_hat of W, which is the only one of the originals as it is, or all of them stacked."""
+        """W_hat of W, which is the only original in its own shape, or all originals stacked as (out, in)."""
         rows, stop_gradient = self.rows, self.config.stop_gradient
         if is_transformed():
             W_hat = scale_plainly(matrix(W, transposed), self.gamma, self.u, rows, stop_gradient)[0].to(dtype)
@@ -202,9 +207,9 @@ class SigmaReparam(HasLayout):
         return W_hat
 
     def _find(self, originals: list[Tensor], W: Tensor, transposed: bool, fused: bool, looks: bool) -> Measured:
-        """What is measured of the weights, with the u that belongs to them.
+        """sigma and what else `measure` finds of the weights.
 
-        With `looks` it is checked whether u does; if not, u is put right, and the weights are measured again.
+        With `looks` it checks that u belongs to these weights; if not, u is corrected and the weights are measured again.
         """
         u, batch, index = self._u_of(originals), None, 0
         if fused and W is originals[0] and u is self.u:
@@ -219,12 +224,12 @@ class SigmaReparam(HasLayout):
         return found
 
     def _u_of(self, originals: list[Tensor]) -> Tensor:
-        """u; in evaluation of weights to which u does not belong, such as an average, the one that was found for those."""
+        """The u to use: self.u, or the one found for other weights, such as an average, that are being evaluated."""
         kept = self._evaluated
         return kept[1] if kept is not None and kept[0] == versions(originals) else self.u
 
     def takes_kernels(self, W: Tensor) -> bool:
-        """Whether Triton's kernels do the work."""
+        """Whether W is scaled by the Triton kernels."""
         setting = self.config.kernels
         if setting == "torch" or not (W.is_cuda or setting == "triton") or not is_real(W) or is_sharded(W):
             return False
@@ -244,12 +249,12 @@ class SigmaReparam(HasLayout):
             return measure(stacked, u, gamma, self.rows, self._is_unit(u))
 
     def _estimate(self, stacked: Tensor, u: Tensor) -> Tensor:
-        """sigma = |W^T u| / |u| of each block, (blocks,), bitwise the forward pass's."""
-        ones = self.u.new_ones(len(self.rows))  # gamma may be sharded
+        """sigma = |W^T u| / |u| of each block, (blocks,), bitwise as in the forward pass."""
+        ones = self.u.new_ones(len(self.rows))  # for gamma, which may be sharded and is not needed
         return self._measure(stacked, False, u, ones, self.takes_kernels(stacked)).s.view(-1)
 
     def _is_unit(self, u: Tensor) -> bool:
-        """Whether each |u| is known to be 1 (to 1e-5, whoever made it); only where asking waits for no device."""
+        """Whether each |u| is known to be 1 (to 1e-5). False under a compiler and on a GPU, which reading u would wait for."""
         if not u.is_cpu or torch.compiler.is_compiling():
             return False
         if self.training and self._unit == versions([u]):
@@ -261,18 +266,18 @@ class SigmaReparam(HasLayout):
         return found
 
     def advanced(self, weights: list[Tensor], at_least: Tensor) -> None:
-        """u was brought to length 1 by power iteration, which found sigma (blocks,) to be `at_least` so much."""
+        """Notes that power iteration has advanced u, to length 1, and found the lower bound `at_least` of sigma (blocks,)."""
         self._unit = versions([self.u])
         self.watch.expect(weights, at_least, slack=LAG)
 
     def lone_weight(self) -> Tensor | None:
-        """Its weight, if it has no more than one."""
+        """Its weight if it has only one, else None."""
         link = self._members[0]
         member = None if link is None else link()
         return member.original if member is not None and len(self._members) == 1 else None
 
     def place(self, W: Tensor) -> tuple[Place, int, int, int]:
-        """Where its lone weight, which is contiguous, and its state lie; and how often torch saw W, u and gamma written to."""
+        """(Place of W, u and gamma in memory, their version counters), for a W that is contiguous and its only weight."""
         u, gamma = self.u, self.gamma
         key = W.data_ptr(), W.shape, u.data_ptr(), gamma.data_ptr()
         if self._placed[0] != key:
@@ -287,7 +292,7 @@ class SigmaReparam(HasLayout):
     # ------------------------------------------------------------------------------------------------ u and its weights
 
     def iterates(self) -> "tuple[list[Iterate], dist.ProcessGroup | None]":
-        """What `power_iteration` advances, an iterate per block, and the process group over which W is cut up, if any."""
+        """An Iterate for each block, for `power_iteration`, and the process group that W is sharded over, or None."""
         originals = self.originals()
         if any(map(is_sharded, originals)) or len(originals) > 1:
             parts, group = pieces(originals, self.transposed)
@@ -314,7 +319,7 @@ class SigmaReparam(HasLayout):
         return self._estimate(stacked, top_u(stacked, self.u, self.rows)).to(wide(stacked).dtype)
 
     def converge(self) -> None:
-        """Finds u of the present weights."""
+        """Sets u to the top left singular vectors of the weights as they are now."""
         stacked = self._stacked()
         with torch.no_grad():
             self.u.copy_(top_u(stacked, self.u, self.rows))
@@ -322,29 +327,29 @@ class SigmaReparam(HasLayout):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """u and gamma as they start, for weights that were drawn or loaded after `sigma_reparam`."""
+        """Sets u and gamma as `sigma_reparam` does, for weights that were drawn or loaded after it."""
         self.converge()
         self.gamma.copy_(self.sigma() if self.config.gamma_init == "spectral" else torch.ones_like(self.gamma))
 
     @torch.no_grad()
     def right_inverse(self, W_hat: Tensor) -> Tensor:
-        """`layer.weight = W_hat`: the W, with u and gamma set, whose effective weight is W_hat.
+        """What `layer.weight = W_hat` calls: sets u and gamma, and returns the W whose effective weight is W_hat.
 
         Raises:
-            ValueError: gamma is not learned (kind = "spectral"), and the norm of W_hat is not 1.
+            ValueError: the norm of W_hat is not 1 where kind = "spectral", or the weight is sharded.
         """
         return self.take(W_hat, self.index)
 
     @torch.no_grad()
     def take(self, W_hat: Tensor, index: int) -> Tensor:
-        """W of the weight `index` so that its effective weight is W_hat, and those of the others are what they were."""
-        if self._members[index] is None:  # it is being registered
+        """`right_inverse` for the weight `index`; the effective weights of those that share its sigma do not change."""
+        if self._members[index] is None:  # torch calls this while the parametrization is being registered
             return W_hat
         originals = self.originals()
         if is_sharded(originals[0]):
             raise ValueError(f"{self.name}: its weight is sharded; assign to it before fully_shard")
         ratio = self.gamma.to(self.u.dtype) / self.sigma()
-        # Weights that share a sigma have one ratio of W_hat to W, which stays. A weight with sigmas of its own becomes W_hat.
+        # Weights that share a sigma keep their ratio gamma / sigma of W_hat to W. A weight by itself becomes W_hat.
         W = W_hat.clone() if len(originals) == 1 else (W_hat / ratio).to(W_hat.dtype)
         stacked = join([matrix(W if i == index else other, self.transposed) for i, other in enumerate(originals)])
         u = top_u(stacked, self.u, self.rows)
@@ -362,7 +367,7 @@ class SigmaReparam(HasLayout):
 
     @torch.no_grad()
     def _is_right(self, originals: list[Tensor], stacked: Tensor, u: Tensor, sigma: list[float]) -> bool:
-        """Whether `u`, with which a forward pass found `sigma`, belongs to the weights; where not, u is put right."""
+        """Whether `sigma`, found with `u`, is as expected of these weights. If not, u is corrected and False returned."""
         if u is not self.u and (kept := self._evaluated) is not None:
             right = kept[2] in (None, sigma)
             self._evaluated = (*kept[:2], sigma) if right else None
@@ -372,8 +377,8 @@ class SigmaReparam(HasLayout):
         agrees = watch.agrees(sigma, changed, stacked.dtype)
         if (agrees and not averaged) or not all(0 < x < math.inf for x in sigma):
             watch.expect(originals, sigma)
-            return True  # also of NaN, inf and zeros, which have no u: the loss shows them
-        if not self.training:  # an average, or other weights for a while: u stays as it is for training
+            return True  # weights of NaN, inf or zeros have no u to find, and show in the loss
+        if not self.training:  # an average, or weights swapped in for a while: self.u is kept for training
             self._evaluated = versions(originals), top_u(stacked, u, self.rows), None
             return False
         if not changed:
@@ -382,7 +387,7 @@ class SigmaReparam(HasLayout):
         blocks = zip(cut(stacked, self.rows), cut(u, self.rows), strict=True)
         iterates = [Iterate([Piece(W)], x, W.shape[1]) for W, x in blocks]
         before, after = power_iteration(iterates, self.config.n_power_iterations)
-        if (after > 1.1 * before).any():  # more than a step changes
+        if (after > 1.1 * before).any():  # a larger change than a step makes
             u.copy_(top_u(stacked, u, self.rows))
         watch.expect(originals, None)
         return False
@@ -396,7 +401,7 @@ class SigmaReparam(HasLayout):
         return self
 
     def _settle(self) -> None:
-        """Before evaluation, which may swap in other weights: the exact sigma, by which these are known when they are back."""
+        """Before evaluation, notes the exact sigma, so that these weights are recognised if others are swapped in and out."""
         if None in self._members or self.u.is_meta or is_sharded(self.originals()[0]) or torch.compiler.is_compiling():
             return
         originals = self.originals()
@@ -406,7 +411,7 @@ class SigmaReparam(HasLayout):
                 self.watch.expect(originals, sigma)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmaReparam":
-        # .half() and .bfloat16() must not round the state: it follows the model's device, not its dtype.
+        # u follows the model to another device but stays in fp32: .half() and .bfloat16() must not round it.
         before = self.u
         super()._apply(fn, recurse)
         self.u = self.u.float() if before.is_meta else before.to(self.u.device)
@@ -415,7 +420,7 @@ class SigmaReparam(HasLayout):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(f"{prefix}v", None)  # of checkpoints that kept v beside u
+        state_dict.pop(f"{prefix}v", None)  # checkpoints of early versions hold v, too
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.u = self.u.float()
         self.watch.forget()
@@ -423,12 +428,12 @@ class SigmaReparam(HasLayout):
             self.watch.rebind(self.originals())
         if self.u.is_meta:
             return
-        # An average of checkpoints has an average of u; a checkpoint without u leaves that of other weights.
+        # u is found anew where it is missing, or an average of several, as in an average of checkpoints.
         if f"{prefix}u" not in state_dict or not is_unit(self.u, self.rows):
             self.converge()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Links to weights are not copied; each weight's Originals attach themselves again.
+        # Weak references cannot be copied; the copied Originals attach themselves.
         return {**self.__dict__, "_members": [None] * len(self._members)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -440,14 +445,14 @@ class SigmaReparam(HasLayout):
 
 
 class JointMember(HasLayout):
-    """The parametrization of a weight whose sigma is kept with another weight of its group."""
+    """The parametrization of a weight whose u and gamma are held by the SigmaReparam of another weight of its group."""
 
     def __init__(self, leader: SigmaReparam, index: int, name: str) -> None:
         super().__init__()
         self._leader, self._index, self.name = (leader,), index, name
 
     def leader(self) -> SigmaReparam:
-        """Where the state is kept."""
+        """The SigmaReparam that holds u and gamma."""
         return self._leader[0]
 
     def layout(self) -> Layout:
@@ -469,22 +474,24 @@ class JointMember(HasLayout):
 def sigma_reparam(model: Model, config: SigmaReparamConfig | None = None, filter_fn: FilterFn | None = None) -> Model:
     """Reparametrises weights of `model` in place and returns it: W_hat = gamma / sigma(W) * W.
 
-    It takes Linear, Conv1d and Conv2d layers, transformers' Conv1D, and the projections of nn.MultiheadAttention. Weights
-    keep the values they have, so initialise the model, or load a pretrained one, before. Optimizers built before do not
-    know the new gammas: build them after.
+    It changes Linear, Conv1d and Conv2d layers, transformers' Conv1D, and the projections of nn.MultiheadAttention. Weights W
+    keep their values, so initialise the model or load its weights before. Build the optimizer after, so that it has the gammas.
 
     Args:
         model: any module; it is changed.
         config: `SigmaReparamConfig()` if left out.
         filter_fn: `filter_fn(module, fully_qualified_name) -> bool` picks the layers; by default all of them, except those
-            whose weight is tied to another layer (an output projection that shares the embedding).
+            whose weight is tied to another layer (such as an output projection that shares the embedding's).
+
+    Returns:
+        The model, which was changed in place.
 
     Raises:
-        ValueError: nothing to reparametrise; a layer that already is, whose weight is tied, zero, NaN or inf; a qkv setting
-            that does not fit the model; a config of another type, or a filter_fn that cannot be called so. The model is then
-            as it was.
+        ValueError: no layer to reparametrise; a picked layer that is reparametrised already, or whose weight is tied, sharded,
+            zero, NaN or inf; a qkv setting that does not fit the model; a config of another type; a filter_fn that cannot be
+            called so. The model is then left as it was.
     """
-    # By what it has: where a model brings its own source, transformers loads this module, and so its classes, more than once.
+    # Not by isinstance: for models that ship this source (remote code) transformers loads another copy of its classes.
     if config is not None and not hasattr(config, "gamma_init"):
         raise ValueError(f"config = {config!r}: allowed are None and a SigmaReparamConfig")
     config = config or SigmaReparamConfig()
@@ -505,14 +512,14 @@ def sigma_reparam(model: Model, config: SigmaReparamConfig | None = None, filter
         for target in group.members:
             layer: Any = target.module
             Originals.take_over(layer.parametrizations[target.tensor_name])
-            # Its class is its own, from torch; this is what parallelize_module asks a layer before it cuts its weights.
+            # torch has given this layer a class of its own. parallelize_module reads this attribute before it shards a layer.
             type(layer)._distribute_module_applied = property(_refuse_tensor_parallelism)
             type(layer).register_parameter = _refuse_pruning
     return model
 
 
 def _refuse_pruning(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """`register_parameter`, by which torch.nn.utils.prune would put a mask on W_hat as it is now."""
+    """Replaces `register_parameter` to raise ValueError for torch.nn.utils.prune, which would store W_hat as a constant."""
     if name.removesuffix("_orig") in getattr(layer, "parametrizations", ()):
         raise ValueError(
             f"{type(layer).__name__}: a weight under σReparam cannot be pruned; stable_core.fold(model) first"
@@ -528,8 +535,8 @@ def _refuse_tensor_parallelism(layer: nn.Module) -> NoReturn:
 
 
 def refuse_plain_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A load hook of reparametrised layers: one line, also with strict=False, which would leave the weight out in silence."""
-    for name in getattr(layer, "parametrizations", ()):  # torch's remove_parametrizations leaves this hook
+    """A load hook of reparametrised layers: raises ValueError for a plain weight, which strict=False would skip in silence."""
+    for name in getattr(layer, "parametrizations", ()):  # none after torch's remove_parametrizations
         if f"{prefix}{name}" in state_dict:
             raise ValueError(
                 f"{prefix}{name}: the state dict holds a plain weight; load it into the plain model, then call sigma_reparam"
@@ -537,10 +544,10 @@ def refuse_plain_weight(layer: nn.Module, state_dict: dict[str, Any], prefix: st
 
 
 def converge(model: Model) -> Model:
-    """Finds u of every σReparam layer afresh, for weights that no optimizer made, and returns the model.
+    """Computes u (out,) of every σReparam layer anew from its weight, in place, and returns the model.
 
-    Call it on an exponential moving average before it goes on training: averaging u, or W alone, leaves it no singular vector
-    of the averaged W. Evaluation, and loading an averaged state dict, do it by themselves.
+    Call it before training goes on from averaged weights, such as an exponential moving average: the average of u is not a
+    singular vector of the averaged W. Evaluating, and loading an averaged state dict, do this by themselves.
 
     Raises:
         ValueError: a weight holds NaN or inf, which have no singular vectors.

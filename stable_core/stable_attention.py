@@ -19,14 +19,14 @@ class StableAttention(nn.Module):
         dim: width of tokens, a multiple of num_heads.
         num_heads: h; d1 = dim / h.
         sequence_length: N of tau = 1.618 log2(N), the longest sequence that the model is configured for.
-        alpha: of the StableNorm of queries and keys, from 0 to 1/2.
-        tau_scale: multiple of tau; the paper tries 0.5, 1 and 2.
+        alpha: exponent of the StableNorm of queries and keys, from 0 to 1/2.
+        tau_scale: factor by which tau is multiplied; the paper tries 0.5, 1 and 2.
         qkv_bias, attn_drop, proj_drop: as in timm's attention.
 
     Shape: (batch, tokens, dim) to the same.
 
     Raises:
-        ValueError: dim is no multiple of num_heads; what `stable_qk_norms` refuses.
+        ValueError: dim is no multiple of num_heads; as `stable_qk_norms`.
     """
 
     def __init__(

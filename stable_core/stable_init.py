@@ -22,11 +22,11 @@ def stable_init_(module_or_tensor: Given, gain: float = 1.0) -> Given:
     Args:
         module_or_tensor: a weight (out, in, ...), where a convolution's kernel counts as inputs; or a module, of which every
             Linear, Conv1d and Conv2d, transformers' Conv1D and the projections of nn.MultiheadAttention are initialised,
-            their biases with 0. Embeddings and norms are left as they are.
-        gain: the bound of the expectation, positive.
+            with biases of 0. Embeddings and norms are left as they are.
+        gain: the upper bound of E sigma_max(W), positive.
 
     Returns:
-        What it was given.
+        module_or_tensor.
 
     Raises:
         ValueError: gain is not positive; a tensor of fewer than two dimensions; a module without such a layer.

@@ -1,4 +1,4 @@
-"""StableNorm: RMSNorm whose scale does not have to grow with the width.
+"""StableNorm: RMSNorm with the length of its output d^alpha in place of sqrt(d), for a width of d.
 
 Source: "Stable-Transformer: Towards a Stable Transformer Training" (ICLR 2025 submission), eq. 2.
 """
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 class StableNorm(nn.Module):
     """StableNorm(x) = gamma * d^alpha * x / sqrt(|x|_2^2 + eps) over the last dimension, of size d [ST, eq. 2].
 
-    alpha = 1/2 is RMSNorm, alpha = 0 has unit length whatever the width. Its Jacobian is at most d^alpha / sqrt(eps). It is
-    d^(alpha - 1/2) * rms_norm(x, eps / d), and runs on torch's fused kernel. The paper takes alpha = 0.475 for GPT and 0.25
-    for StableViT-g. (Its listing adds eps to |x| outside the root, and starts from alpha = 0.)
+    alpha = 1/2 is RMSNorm; alpha = 0 gives vectors of length 1 (while gamma = 1). The norm of its Jacobian is at most
+    d^alpha / sqrt(eps). It is computed as d^(alpha - 1/2) * rms_norm(x, eps / d), by torch's fused kernel. The paper uses
+    alpha = 0.475 for GPT and 0.25 for StableViT-g. (Its listing adds eps to |x| outside the root, and starts from alpha = 0.)
 
     Args:
         dim: d.
         alpha: from 0 to 1/2.
         eps: positive; the paper's text says 1e-5.
-        scale: a constant factor on top, into which StableAtten folds its temperature.
+        scale: a constant factor of the output, into which StableAtten folds tau.
 
     Shape: (..., dim) to the same.
 

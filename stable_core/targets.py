@@ -1,4 +1,4 @@
-"""Which weights of a model `sigma_reparam` changes, and which of them share a sigma."""
+"""Finds the weights of a model that `sigma_reparam` changes, and groups those that share a sigma."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor
 
 FilterFn = Callable[[nn.Module, str], bool]
-Model = TypeVar("Model", bound=nn.Module)  # what changes a model gives it back
+Model = TypeVar("Model", bound=nn.Module)  # functions that change a model return the same type
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """`encoder.layers.0.fc1`, or `attn.in_proj_weight` where a module has several weights."""
+        """Such as `encoder.layers.0.fc1`; with the tensor's name where that is not "weight", as in `attn.in_proj_weight`."""
         tail = "" if self.tensor_name == "weight" else self.tensor_name
         return ".".join(part for part in (self.module_name, tail) if part) or type(self.module).__name__
 
@@ -44,9 +44,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that are stacked along their outputs, and cut into blocks of `rows` outputs with a sigma each.
+    """Weights that are stacked along their outputs and then cut into blocks of `rows` outputs, with a sigma for each block.
 
-    The leader keeps the state of all. It comes last in the model, so that a state dict has filled the others before it.
+    The member `leader` holds the state (u, gamma) of the group. It is the last of them in the model, so that loading a state
+    dict has filled the other weights when the leader's state is loaded.
     """
 
     members: list[Target]
@@ -55,7 +56,7 @@ class Group:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of several, how they are called beside each other."""
+        """Last parts of the members' names, such as "q_proj"; empty for a weight by itself."""
         return tuple(target.name.rpartition(".")[2] for target in self.members) if len(self.members) > 1 else ()
 
 
@@ -65,24 +66,25 @@ def matrix(W: Tensor, transposed: bool) -> Tensor:
 
 
 def join(parts: list[Tensor], dim: int = 0) -> Tensor:
-    """`torch.cat` without the copy of the only part."""
+    """`torch.cat`, but a single part is returned as it is, without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def cut(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """`whole.split(sizes)` in slices: the backward pass of split copies, and its parts refuse to be written to."""
+    """`whole.split(sizes)` by slices, because split copies in its backward pass and its parts cannot be written to."""
     return [whole] if len(sizes) == 1 else [whole.narrow(0, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
 
 def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[Group]:
-    """The groups that filter_fn(module, fully_qualified_name) picks; without one, every layer that is not tied.
+    """Groups of the weights that filter_fn(module, fully_qualified_name) picks; without it, of every weight that is not tied.
 
-    Packed projections that are not three equal parts one after the other (`layers.equal_blocks`) have one sigma together.
+    `qkv` is "separate", "joint" or "qk_joint", as for `SigmaReparamConfig`. Packed projections have one sigma together where
+    they are not three square blocks one after the other (`layers.equal_blocks`).
 
     Raises:
-        ValueError: filter_fn cannot be called so; nothing is picked; a picked layer is reparametrised already, or tied to
-            another one; qkv asks for a joint sigma where there is no attention with a known naming, or where only a part of
-            one is picked.
+        ValueError: filter_fn cannot be called so; nothing is picked; a picked layer is reparametrised already, tied to another
+            one, sharded, or lazy; qkv asks for a joint sigma where no projection has a known name, where only some of those
+            that would share it are picked, where their inputs differ in size, or where v cannot be told from q and k.
     """
     targets = _picked(model, filter_fn)
     by_name = {target.name: target for target in targets}
@@ -130,7 +132,7 @@ def find_groups(model: nn.Module, filter_fn: FilterFn | None, qkv: str) -> list[
 
 
 def rows_beside_qk(model: nn.Module, target: Target) -> Tensor | slice:
-    """Which outputs of a layer are neither queries nor keys: all of most layers, values of a packed one.
+    """The outputs of a layer that are neither queries nor keys, as an index: all, none, or the values of packed projections.
 
     Raises:
         ValueError: q, k and v are packed in an unknown order.
@@ -147,16 +149,16 @@ def rows_beside_qk(model: nn.Module, target: Target) -> Tensor | slice:
 
 
 def _attention(model: nn.Module, target: Target) -> nn.Module:
-    """The module whose projections a packed weight holds: its own, or that around its layer."""
+    """The attention module of a packed weight: an nn.MultiheadAttention itself, else the parent of its layer."""
     if isinstance(target.module, nn.MultiheadAttention):
         return target.module
     return model.get_submodule(target.module_name.rpartition(".")[0])
 
 
 def check_values(group: Group, every_row: bool = False) -> None:
-    """Raises ValueError where the norm is not finite and positive: NaN or inf in a weight, or nothing but zeros.
+    """Raises ValueError where a weight holds NaN or inf, or where a block is all zeros, so that its sigma is 0.
 
-    With `every_row` each row must have a norm, as weight norm divides by it.
+    With `every_row` no single row may be all zeros, as weight norm divides by the norm of each row.
     """
     for target in group.members:
         if not target.weight.is_meta and not _is_finite(target.weight):
@@ -169,7 +171,7 @@ def check_values(group: Group, every_row: bool = False) -> None:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """A finite sum says so in a tenth of the time; one that is not may have overflowed."""
+    """Whether all entries are finite. A finite sum proves it in a tenth of the time; a sum that is not may have overflowed."""
     return bool(weight.sum(dtype=torch.float32).isfinite() or weight.isfinite().all())
 
 
@@ -211,14 +213,14 @@ def layers(model: nn.Module) -> Iterator[Target]:
             else:
                 yield from (Target(module, name, tensor_name) for tensor_name in QKV_NAMES[-1])
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
-            if module.weight.is_floating_point():  # not the packed integers of a quantized layer
+            if module.weight.is_floating_point():  # skips quantized layers, whose weights are packed integers
                 yield Target(module, name)
         elif is_transposed(module):
             yield Target(module, name, transposed=True)
 
 
 def _tied(model: nn.Module) -> set[int]:
-    """Parameters that more than one module holds, such as an output projection's that is also the embedding's."""
+    """Ids of parameters that more than one module holds, such as an output projection that shares the embedding's weight."""
     seen: set[int] = set()
     tied: set[int] = set()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""What the papers prove: the least entropy, the size of an Adam update, the largest logit."""
+"""Bounds that the papers prove: on the entropy, on the spectral norm of an Adam update, and on logits."""
 
 import math
 from typing import overload
@@ -18,15 +18,15 @@ def entropy_lower_bound(sigma: Tensor | float, T: Tensor | int) -> Tensor | floa
 
         Ent >= log(1 + (T-1) b) + sigma sqrt(T (T-1)) b / (1 + (T-1) b),   b = exp(-sigma sqrt(T / (T-1)))
 
-    In the theorem sigma = |W_K W_Q^T|_2 |X X^T|_2, which is at least the norm of each row of the logits. It is attained by
+    In the theorem sigma = |W_K W_Q^T|_2 |X X^T|_2, at least the norm of each row of the logits. The bound is attained by
     one logit sigma sqrt(1 - 1/T) and T-1 logits -sigma / sqrt(T (T-1)).
 
     Args:
-        sigma: a number, or a tensor of them. With tensors the result is one, of the broadcast shape.
+        sigma: a number or a tensor. If sigma or T is a tensor the result is one, of their broadcast shape.
         T: number of keys. With one key, or none, the entropy is 0.
 
     Raises:
-        ValueError: numbers below zero.
+        ValueError: sigma or T, as numbers, are below 0.
     """
     if not isinstance(sigma, Tensor) and not isinstance(T, Tensor):
         if not (sigma >= 0 and T >= 0):
@@ -44,15 +44,15 @@ def adam_update_norm_bound(mean: Tensor, variance: Tensor) -> float:
 
         sigma(Delta) >= sqrt(w) sqrt(1 - 1/w^2 sum_ij n_ij^2 / (mu_ij^2 + n_ij^2))
 
-    which grows with the width w, whatever the gradient's size. For a weight (m, n) the same proof has max(m, n) for w, and
-    the mean over the entries.
+    It grows with the width w, and does not depend on the size of the gradient. For a weight (m, n) the same proof holds with
+    w = max(m, n) and the mean over all entries.
 
     Args:
         mean: mu, the mean of the stochastic gradient, (m, n).
-        variance: n^2, its variance, (m, n). Where both are zero there is no update.
+        variance: n^2, its variance, (m, n). Entries where both are zero have no update.
 
     Raises:
-        ValueError: no two matrices of one shape, or a negative variance.
+        ValueError: mean and variance are not two matrices of one shape, or a variance is negative.
     """
     if mean.ndim != 2 or mean.shape != variance.shape or (variance < 0).any():
         raise ValueError(

@@ -1,9 +1,9 @@
-"""On a GPU, sigma of all weights of a model in three launches, where each layer by itself would take three.
+"""Computes sigma of all weights of a model in three kernel launches on a GPU, instead of three for each layer.
 
-Each layer asks for its sigma in its forward pass, as its weight may have changed just before without notice. When the first
-layer asks, sigma is computed for all. Each layer uses its own once, in its next forward pass, and what is left is dropped with
-the next backward pass or change of u. So no sigma is older than the forward pass that uses it, and its bits are those that the
-layer would have found by itself (kernels.py).
+Each layer asks for its sigma in its forward pass, as its weight may have changed just before. When the first layer asks, sigma
+is computed for all layers. Each layer uses its result once, in its next forward pass; results not used are dropped at the next
+backward pass or change of u. So no result is older than the forward pass that uses it, and it is bitwise what the layer would
+find by itself (kernels.py).
 """
 
 import weakref
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """What was measured together on a stream; `sigmas` are read off the device once for all."""
+    """What was measured of several weights, and on which CUDA stream. All their sigmas are read off the GPU at once."""
 
     def __init__(self, found: list[Measured], stream: int) -> None:
         self.found, self.stream = found, stream
         self._sigmas: list[float] | None = None
 
     def sigma(self, index: int) -> list[float]:
-        """Of one weight, (blocks,)."""
+        """sigma of each block of one weight."""
         if self._sigmas is None:
             self._sigmas = torch.cat([measured.s for measured in self.found]).tolist()
         start = sum(len(measured.s) for measured in self.found[:index])
@@ -35,34 +35,34 @@ class Batch:
 
 
 class Together:
-    """The layers of one `sigma_reparam` call that ask in training, in the order in which they first did."""
+    """Batches the layers of one `sigma_reparam` call that are used in training, in the order in which they first were."""
 
     def __init__(self) -> None:
-        self._first: int | None = None  # the layer whose question makes a batch
+        self._first: int | None = None  # id of the layer whose `take` measures all
         self._layers: dict[int, weakref.ref[SigmaReparam]] = {}
         self._ready: dict[
             int, tuple[tuple[Any, ...], Batch, int]
-        ] = {}  # layer -> (what it is true of, batch, its index there)
+        ] = {}  # layer -> (its `place`, batch, index in the batch)
         self._plan: tuple[tuple[Place, ...], Plan] | tuple[None, None] = (None, None)
-        self._misses = 0  # questions without an answer since the first layer asked
+        self._misses = 0  # calls of `take` without a result since the last batch
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Together, ()  # in a copy of the model it starts empty
+        return Together, ()  # a copy of the model starts with an empty one
 
     def drop(self) -> None:
-        """Forgets what was computed and not used."""
+        """Drops results that were not used."""
         self._ready.clear()
 
     def take(self, layer: "SigmaReparam", W: Tensor) -> tuple[Batch | None, int]:
-        """The batch that a layer whose weight is W is in, and where in it; without one it has to measure by itself."""
-        # In a backward pass, activation checkpointing runs layers again, in another order.
+        """(batch, index in it) with the result for this layer, whose weight is W; (None, 0): it must measure by itself."""
+        # Activation checkpointing runs layers again in the backward pass, in another order.
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return None, 0
         mine = id(layer)
         if mine == self._first and _is_plain(layer, W):
             self._measure(W)
         state, batch, index = self._ready.pop(mine, (None, None, 0))
-        # What another stream computes may not be there yet.
+        # A result from another stream may not be computed yet.
         if batch is not None and state == layer.place(W) and batch.stream == _stream(W):
             return batch, index
         if _is_plain(layer, W):
@@ -72,7 +72,7 @@ class Together:
     def _missed(self, layer: "SigmaReparam") -> None:
         self._misses += 1
         if self._misses > 4 * len(self._layers) + 4:
-            self._layers.clear()  # the first was frozen, or is not called any more: there may be another
+            self._layers.clear()  # the first layer was frozen, or is not called any more: choose another
             self._misses = 0
         if not self._layers:
             self._first = id(layer)
@@ -88,7 +88,7 @@ class Together:
             if layer is None or W is None:
                 del self._layers[key]
             elif is_sharded(W):
-                return  # a sharded weight is whole in its own layer's pass alone
+                return  # a sharded weight is gathered in its own layer's pass only
             elif W.dtype == like.dtype and W.device == like.device and _is_plain(layer, W) and layer.takes_kernels(W):
                 layers.append(key)
                 states.append(layer.place(W))
@@ -97,7 +97,7 @@ class Together:
         places = tuple([state[0] for state in states])
         if self._plan[0] != places:
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
-                return  # to make a plan is to wait for the device, which must not be while a graph is captured
+                return  # making a plan waits for the GPU, which is not allowed during capture
             self._plan = places, plan(places, like.device, like.dtype)
         keep_if_captured(self._plan[1])
         batch = Batch(measure_all(self._plan[1], like.dtype), _stream(like))

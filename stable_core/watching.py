@@ -1,9 +1,10 @@
-"""Whether u still belongs to W: how a training forward pass finds out that a weight changed and nobody said so.
+"""Finds weights that changed without an optimizer's step, so that their u is out of date.
 
-Optimizers announce their steps (advancing.py). A weight can change without: written to by the user, swapped for its average,
-loaded without its u, stepped in an optimizer that raised half-way. What the forward pass computes anyway, sigma = |W^T u|,
-tells: it is bitwise that of the last pass unless W or u changed. On a CPU every pass compares. On a GPU that would wait for the
-device, so there a pass compares where a version counter moved, and else at its 1st, 2nd, 4th, ..., 64th, 128th, 192nd ... time.
+After a step, u is advanced (advancing.py). But a weight may also be written to by the user, swapped for its average, loaded
+without its u, or changed by an optimizer that raised half-way. The forward pass detects this by comparing sigma = |W^T u|,
+which it computes anyway, with its last value: they are equal to the bit unless W or u changed. On a CPU every pass compares. On
+a GPU this would wait for the device, so a pass compares only where a tensor's version counter moved, and else at the 1st, 2nd,
+4th, ..., 64th, 128th, 192nd, ... pass.
 """
 
 import warnings
@@ -11,53 +12,53 @@ import warnings
 import torch
 from torch import Tensor
 
-EXACT = 3e-6  # what another order of summation may change
-LAG = 3.0  # after a step sigma may be 1 + LAG times its known lower bound, which is far more than was ever seen
-EVERY = 64
+EXACT = 3e-6  # relative difference that another order of summation may make
+LAG = 3.0  # after a step sigma is accepted up to 1 + LAG times its lower bound, far above what was ever seen
+EVERY = 64  # passes between comparisons on a GPU, after the first 64
 
 
 class Watch:
-    """What is known of sigma (blocks,) of one parametrization."""
+    """The sigma (blocks,) that the next forward pass of one parametrization should find, and the weights that it is of."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Nothing is known: the next pass's sigma is taken as right, unless a weight is written to before."""
+        """Expects nothing: the next pass's sigma is accepted, unless a weight is written to before."""
         self.expect([], None)
         self.look_soon()
 
     def rebind(self, weights: list[Tensor]) -> None:
-        """The same values lie in these tensors from now on."""
+        """The weights are now these tensors, with the same values as before."""
         self._seen = versions(weights)
 
     def expect(self, weights: list[Tensor], sigma: Tensor | list[float] | None, slack: float = 0.0) -> None:
-        """u belongs to `weights` as they are: sigma will be as given, or up to `slack` of it more."""
+        """u is up to date with `weights`: sigma (blocks,) will be as given, or up to 1 + slack times that; None: any sigma."""
         self._low, self._slack, self._seen, self.announced = sigma, slack, versions(weights), False
 
     def look_soon(self) -> None:
-        """The next pass counts as the first again, at which a GPU compares."""
+        """Restarts the count of passes, so that a GPU compares at the next one."""
         self._passes = 0
 
     def announce(self) -> None:
-        """A step has begun, and says so when it ends; where it does not, the next pass looks."""
+        """Notes that an optimizer's step has begun. `expect` clears it after the step; if not, the next pass compares."""
         self.announced = True
 
     @property
     def exact(self) -> bool:
-        """Whether sigma is known, and not only how small it can be."""
+        """Whether sigma itself is expected, and not only a range from a lower bound up."""
         return self._low is not None and self._slack == 0
 
     def moved(self, weights: list[Tensor]) -> bool:
-        """Whether a version counter says that a weight was written to since u was put right."""
+        """Whether a version counter shows that a weight was written to since `expect` or `rebind`."""
         now = versions(weights)
         if now == self._seen:
             return False
-        # Another tensor in its place has a counter of its own, which says nothing.
+        # Only counters of the same tensor are compared: another tensor in its place has a counter of its own.
         return any(new[0] == old[0] and new[1] != old[1] for new, old in zip(now, self._seen, strict=False))
 
     def is_due(self, weights: list[Tensor]) -> bool:
-        """Whether this pass compares; not with tensors that stand in for the weights (torch.func.functional_call)."""
+        """Whether this pass compares sigma. False for tensors that replace the weights (torch.func.functional_call)."""
         now, seen = versions(weights), self._seen
         if now != seen and [name for name, _ in now] != [name for name, _ in seen]:
             return False
@@ -68,10 +69,10 @@ class Watch:
         return scheduled or self.announced or now != seen
 
     def agrees(self, sigma: list[float], strictly: bool, dtype: torch.dtype = torch.float32) -> bool:
-        """Whether sigma is as it was expected.
+        """Whether sigma (blocks,) is as expected.
 
-        With `strictly` it must be so to the bit, as it is of weights that were swapped for others and are back. Else it may
-        differ by the rounding of `dtype`, to which FSDP2 rounds weights in mixed precision.
+        With `strictly` it must be equal to the bit, which holds for weights that were swapped for others and then restored.
+        Otherwise it may differ by the rounding of `dtype`, to which FSDP2 rounds weights in mixed precision.
         """
         rounding = max(EXACT, torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0)
         if isinstance(self._low, Tensor):
@@ -85,7 +86,7 @@ class Watch:
 
 
 class Notice:
-    """The one warning of a model."""
+    """Warns of weights that changed unannounced, once per model."""
 
     def __init__(self) -> None:
         self._given = False
@@ -102,22 +103,22 @@ class Notice:
 
 
 def can_look(W: Tensor) -> bool:
-    """Whether values can be read off tensors here: they are there, and no graph is captured."""
+    """Whether the values of W can be read here: it has values, and no CUDA graph is being captured."""
     return is_real(W) and not (W.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_real(W: Tensor) -> bool:
-    """Whether there are values: not while a compiler or tracer runs the pass, or a mode that sees each operator."""
+    """Whether W has values: not on the meta device, under a compiler or tracer, or in a mode that intercepts operators."""
     return not (
         W.is_meta or torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     )
 
 
 def is_transformed() -> bool:
-    """Whether torch.func (vmap, jvp, grad, ...) or forward-mode differentiation is under way."""
+    """Whether torch.func (vmap, jvp, grad, ...) or forward-mode differentiation is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def versions(weights: list[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Which tensors they are, and how often torch saw each written to; it does not count for those of inference mode."""
+    """(id, version counter) of each tensor; the counter is how often torch saw it written to, 0 in inference mode."""
     return tuple([(id(W), 0 if W.is_inference() else W._version) for W in weights])

@@ -1,8 +1,8 @@
 """z-loss: keeps the normaliser of the output softmax near 1 (Chowdhery et al., "PaLM", 2022, Section 5).
 
-Cross-entropy does not change where a constant is added to all logits, so nothing holds them, and they may drift until they lose
-their precision: the divergence of output logits of Wortsman et al., "Small-scale proxies for large-scale Transformer training
-instabilities" (ICLR 2024), which this term prevents there.
+Cross-entropy does not change when a constant is added to all logits, so they may drift to sizes at which they lose precision.
+Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities" (ICLR 2024), call this the divergence
+of output logits, and prevent it with this term.
 """
 
 import math
@@ -14,21 +14,22 @@ from .scale_by_sigma import wide
 
 
 def z_loss(logits: Tensor, coefficient: float = 1e-4, mask: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
-    """coefficient * mean(log(Z)^2) with Z = sum_i exp(logits_i): what is added to a cross-entropy.
+    """coefficient * mean(log(Z)^2) with Z = sum_i exp(logits_i), to be added to a cross-entropy.
 
-    The logarithm of Z is taken in at least fp32, by logsumexp, so that no softmax is kept for the backward pass.
+    log(Z) is one logsumexp in at least fp32, so that no softmax is kept for the backward pass.
 
     Args:
-        logits: (..., classes), as the softmax of the output gets them.
+        logits: (..., classes), the input of the output softmax.
         coefficient: 1e-4 in both papers.
-        mask: (...), True where a position counts, as those do that the cross-entropy does not ignore; None: all.
-        reduction: "mean" over the positions that count (NaN where none does, as torch's cross-entropy has it) or "sum".
+        mask: (...), boolean, True for positions that count, which should be those that the cross-entropy does not ignore; None
+            counts all.
+        reduction: "mean" over the positions that count (NaN where none does, as in torch's cross-entropy) or "sum".
 
     Returns:
         A scalar, fp32 or float64.
 
     Raises:
-        ValueError: a coefficient below 0 or not finite; another reduction; a mask that has not the logits' positions.
+        ValueError: a coefficient below 0 or not finite; another reduction; a mask of another shape.
     """
     check_coefficient(coefficient)
     if reduction not in ("mean", "sum"):
@@ -39,7 +40,7 @@ def z_loss(logits: Tensor, coefficient: float = 1e-4, mask: Tensor | None = None
         )
     squares = wide(logits).logsumexp(-1).square()
     if mask is not None:
-        squares = squares.masked_fill(~mask, 0)  # not squares[mask], for which a GPU waits and a compiler stops
+        squares = squares.masked_fill(~mask, 0)  # squares[mask] would wait for a GPU and break a compiled graph
     total = squares.sum()
     if reduction == "sum":
         return coefficient * total
@@ -47,24 +48,26 @@ def z_loss(logits: Tensor, coefficient: float = 1e-4, mask: Tensor | None = None
 
 
 def check_coefficient(coefficient: float, name: str = "coefficient") -> None:
-    """Raises ValueError where it is below 0, or not finite."""
+    """Raises ValueError where `coefficient` is below 0 or not finite; `name` is for the error."""
     if not 0 <= coefficient < math.inf:
         raise ValueError(f"{name} = {coefficient!r}: allowed are finite numbers from 0, which is off")
 
 
 class WithZLoss(nn.Module):
-    """loss(logits, target) + z-loss while training, and loss(logits, target) in evaluation, for a loop of your own.
+    """A loss with z-loss added in training, for a loop of your own: loss(logits, target) + z_loss(logits).
+
+    In evaluation it is loss(logits, target) alone.
 
         loss_fn = WithZLoss(nn.CrossEntropyLoss(label_smoothing=0.1))
 
     Args:
-        loss: of a softmax over classes, with the mean over the batch: torch's CrossEntropyLoss, timm's
-            LabelSmoothingCrossEntropy and SoftTargetCrossEntropy. Logits are (batch, classes); targets (batch,), of which the
-            loss's `ignore_index` does not count, or probabilities (batch, classes).
+        loss: a loss with a softmax over classes and the mean over the batch: torch's CrossEntropyLoss, timm's
+            LabelSmoothingCrossEntropy and SoftTargetCrossEntropy. Logits are (batch, classes); targets are classes (batch,),
+            where the loss's `ignore_index` (else -100) does not count, or probabilities (batch, classes).
         coefficient: as for `z_loss`.
 
     Raises:
-        ValueError: as `z_loss`; a binary loss, which has no softmax; one that does not take the mean.
+        ValueError: the coefficient, as for `z_loss`; a binary loss, which has no softmax; a loss with another reduction.
     """
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], coefficient: float = 1e-4) -> None:

@@ -1,4 +1,4 @@
-"""Instruments for transformers in training: entropy and its alarm, QK-clip, sharpness, and the temperature intervention."""
+"""Instruments for transformers in training: a monitor of attention entropy with an alarm, QK-clip, sharpness, temperature."""
 
 from stable_core import __version__ as __version__
 

@@ -1,4 +1,4 @@
-"""The alarm: entropy that falls through a threshold set by how high the layer's has been and by how low it can get."""
+"""The alarm for attention entropy collapse: a layer's entropy falls below a threshold set by its own past and lower bound."""
 
 import bisect
 import math
@@ -17,21 +17,25 @@ from .optimizers import Optimizers, listed, short
 class AlarmConfig:
     """When a layer's attention entropy counts as collapsed.
 
-    The entropy of a layer is that of its median head, so that half of the heads are enough. It has collapsed where it is below
+    The entropy of a layer, in nats, is that of its median head, so that half of the heads suffice. It has collapsed below
 
         threshold = min(bound + fraction * (reference - bound), reference / 2)
 
-    bound is the least entropy that logits of the present size allow [σ, Theorem 3.1]. reference is the highest that the median
-    of the layer's earlier records has been, those below their threshold left out: the highest, because the median itself goes
-    down in a collapse that takes several records. The threshold is at most half of it, because the bound of small logits is
-    close to the entropy of uniform attention, which is no collapse. Entropy that is not a number counts as collapsed, too.
+    bound is the least entropy that logits of their present size allow [σ, Theorem 3.1]. reference is the highest value so far
+    of the median of the layer's earlier records, without collapsed ones; the highest, because the median itself falls in a
+    collapse that takes several records. The threshold is at most reference / 2, because the bound of small logits is close to
+    the entropy of uniform attention, which is no collapse. Entropy that is NaN counts as collapsed.
 
-    A layer raises one alarm when it falls below the threshold, and none again before it has recovered: come back above twice
-    the threshold, or above the middle between threshold and reference if that is lower. So one that hovers raises one alarm.
+    A layer raises one alarm when it falls below the threshold, and no other before it has recovered: above twice the
+    threshold, or above the middle between threshold and reference if that is lower. So a layer that stays near its threshold
+    raises one alarm.
 
     Attributes:
-        fraction: how much of the room between the bound and the past may be left, in (0, 1).
-        patience: how many records a layer must have before it can raise an alarm.
+        fraction: the part of the distance from bound to reference below which entropy has collapsed, in (0, 1).
+        patience: number of records that a layer must have before it can raise an alarm, from 1.
+
+    Raises:
+        ValueError: fraction or patience is not allowed.
     """
 
     fraction: float = 0.1
@@ -46,9 +50,9 @@ class AlarmConfig:
 
 @dataclass(frozen=True)
 class Alarm:
-    """One layer's entropy has fallen through its threshold, or is not a number (NaN); entropies in nats.
+    """The entropy of a layer fell below its threshold, or is NaN. All entropies are in nats, as `AlarmConfig` defines them.
 
-    threshold and reference are NaN where the layer has never had an entropy.
+    threshold and reference are NaN where the layer has too few earlier records for them.
     """
 
     step: int
@@ -69,7 +73,7 @@ class Alarm:
 
 
 class EntropyCollapse(RuntimeError):
-    """Raised by `stop_training`; .alarm says where."""
+    """Raised by `stop_training`; its attribute `alarm` is the Alarm."""
 
     def __init__(self, alarm: Alarm) -> None:
         super().__init__(str(alarm))
@@ -77,18 +81,21 @@ class EntropyCollapse(RuntimeError):
 
 
 def stop_training(alarm: Alarm) -> None:
-    """An `on_alarm` that ends the run: raises EntropyCollapse out of `Monitor.step`."""
+    """For `Monitor(on_alarm=stop_training)`: ends the run by raising EntropyCollapse from `Monitor.step`."""
     raise EntropyCollapse(alarm)
 
 
-class lower_learning_rate:  # an on_alarm with settings
-    """An `on_alarm` that multiplies every learning rate by `factor`, once for each update with alarms.
+class lower_learning_rate:  # a class, but used like the function `stop_training`
+    """For `Monitor(on_alarm=...)`: multiplies every learning rate by `factor`, once for each update with alarms.
 
-    optimizer is one or several in a list, tuple or dict. Schedulers compute learning rates from those they started with: give
-    the scheduler, and these are lowered too.
+    Args:
+        optimizer: one, or several in a list, tuple or dict.
+        factor: between 0 and 1.
+        scheduler: torch's learning rate scheduler, if there is one. It computes learning rates from its base rates, which are
+            lowered, too; else it would undo the change.
 
     Raises:
-        ValueError: factor is not between 0 and 1; optimizer or scheduler are something else.
+        ValueError: factor is not between 0 and 1; optimizer or scheduler are of another type.
     """
 
     def __init__(self, optimizer: Optimizers, factor: float = 0.5, scheduler: Any = None) -> None:
@@ -116,13 +123,13 @@ class lower_learning_rate:  # an on_alarm with settings
 
 
 def _with_parts(scheduler: Any) -> list[Any]:
-    """A scheduler and, where it is made of others, those."""
+    """A scheduler and the schedulers inside it, such as those of SequentialLR; [] for None."""
     parts = [part for inner in getattr(scheduler, "_schedulers", ()) for part in _with_parts(inner)]
     return parts if scheduler is None else [scheduler, *parts]
 
 
 class Watch:
-    """Goes over the records in order and says which alarms each one raises."""
+    """Finds the alarms of records, which it must be shown in order."""
 
     def __init__(self, config: AlarmConfig) -> None:
         self.config = config
@@ -132,10 +139,10 @@ class Watch:
         self._collapsed: set[str] = set()
 
     def look(self, record: dict[str, Any]) -> list[Alarm]:
-        """The alarms of one record, whose layers have lists of numbers, one for each head."""
+        """The alarms that this record of the monitor raises."""
         alarms = []
         for name, layer in record["layers"].items():
-            if not layer.get("entropy") or layer.get("keys", 0) is None:  # no query had a key
+            if not layer.get("entropy") or layer.get("keys", 0) is None:  # every query had all keys masked
                 continue
             past, before = self._past[name], self._records[name]
             self._records[name] += 1
@@ -158,6 +165,6 @@ class Watch:
 
 
 def _median_head(values: list[float | None]) -> float:
-    """The lower median; NaN if one head's is null, because one such head makes everything after it not a number."""
+    """The lower median over heads; NaN if one is null (NaN in a record), as one such head makes all later layers NaN."""
     known = [value for value in values if value is not None]
     return statistics.median_low(known) if known and len(known) == len(values) else math.nan

@@ -1,4 +1,4 @@
-"""One attention as it is about to be computed: what it is made of, whose it is, and its statistics."""
+"""One computation of attention, seen before it runs: its inputs, the module that computes it, and its statistics."""
 
 import functools
 import inspect
@@ -24,26 +24,26 @@ SOURCES = ("key_value_states", "encoder_hidden_states", "encoder_output", "conte
 
 @dataclass(frozen=True)
 class Site:
-    """The module that computes an attention."""
+    """The module that computes an attention, and the arguments of its forward pass."""
 
     name: str
     module: nn.Module
     parent: nn.Module | None  # the module that calls it
-    args: tuple[Any, ...]  # of its forward pass
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def is_cross(self) -> bool:
-        """Whether its keys and queries are of different tokens."""
+        """Whether it is cross-attention: its keys come from other tokens than its queries."""
         return has_other_source(self.module, self.args, self.kwargs)
 
     def arguments(self) -> dict[str, object]:
-        """Of its forward pass, by name."""
+        """The arguments of its forward pass by name."""
         return given(self.module, self.args, self.kwargs)
 
 
 @dataclass(frozen=True)
 class FusedCall:
-    """One `F.scaled_dot_product_attention`. q, k: (..., tokens, head_dim); attn_mask and scale as torch takes them."""
+    """A call of `F.scaled_dot_product_attention`: q, k (..., tokens, head_dim), and its attn_mask, is_causal and scale."""
 
     site: Site
     q: Tensor
@@ -70,9 +70,9 @@ class FusedCall:
         return attention_statistics(q, k, scale=self.scale, attn_mask=mask, is_causal=self.is_causal)
 
     def largest_logits(self, above: float) -> Tensor:
-        """The largest q.k of each row, (batch, heads, queries); -inf in heads that have none above `above`.
+        """The largest scale * q.k of each query, (batch, heads, queries); heads that cannot exceed `above` may have -inf.
 
-        What a mask adds to the logits of keys that it leaves visible does not count.
+        A mask hides keys, but what an additive mask adds to the logits of visible keys is left out.
         """
         q, k, mask = self._by_head()
         if mask is not None and mask.dtype != torch.bool:
@@ -81,11 +81,11 @@ class FusedCall:
 
     @property
     def head_dim(self) -> int:
-        """Features of a query."""
+        """Size of a query vector."""
         return self.q.shape[-1]
 
     def hidden(self) -> Tensor | None:
-        """Where the mask hides a key, broadcastable to (batch, heads, queries, keys); None without a mask."""
+        """True where attn_mask hides a key, broadcastable to (batch, heads, queries, keys); None without a mask."""
         _, _, mask = self._by_head()
         if mask is None:
             return None
@@ -93,11 +93,11 @@ class FusedCall:
         return ~mask if mask.dtype == torch.bool else mask <= MASKED
 
     def _by_head(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """q, k and the mask in four dimensions, heads second."""
+        """q, k and the mask as (batch, heads, ..., ...)."""
         q, k, mask, heads = self.q, self.k, self.attn_mask, num_heads(self.site.module)
         dims = head_dims(heads, q, k)
         shape = list(q.shape[:-2])
-        if len(dims) == 1 and 1 < k.shape[dims[0] - q.ndim] < shape[dims[0]]:  # a key head for several query heads
+        if len(dims) == 1 and 1 < k.shape[dims[0] - q.ndim] < shape[dims[0]]:  # grouped queries: keys have fewer heads
             shape[dims[0]] = k.shape[dims[0] - q.ndim]
         k = k.expand(*shape, *k.shape[-2:])
         if mask is not None and (q.ndim, dims) != (4, (1,)):
@@ -107,11 +107,11 @@ class FusedCall:
 
 @dataclass(frozen=True)
 class SoftmaxCall:
-    """One softmax of attention logits, (batch, heads, queries, keys) or with heads and batch in other dimensions."""
+    """A softmax of attention logits (batch, heads, queries, keys), or with batch and heads in other leading dimensions."""
 
     site: Site
     logits: Tensor
-    is_causal = False  # the mask is in the logits
+    is_causal = False  # a mask was added to the logits before
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -121,7 +121,7 @@ class SoftmaxCall:
     def at_temperature(self, tau: float) -> "SoftmaxCall":
         """The call with its logits divided by tau.
 
-        Where a mask wrote finfo.min they must not become -inf, of which a row of nothing else would be NaN.
+        Masked logits of finfo.min are kept from becoming -inf, because a row with all keys masked would then be NaN.
         """
         return replace(self, logits=(self.logits / tau).clamp(min=torch.finfo(self.logits.dtype).min))
 
@@ -131,13 +131,13 @@ class SoftmaxCall:
         return logit_statistics(logits.masked_fill(self._never(logits), -torch.inf))
 
     def largest_logits(self, above: float) -> Tensor:
-        """The largest logit of each row, (batch, heads, queries), whatever `above` is: they are there."""
+        """The largest logit of each row, (batch, heads, queries). `above` is not used, as all logits are known."""
         return self._by_head().amax(-1).float()
 
-    head_dim = None  # not to be seen here
+    head_dim = None  # logits do not show it
 
     def hidden(self) -> Tensor:
-        """Where a key is hidden, (batch, 1, queries, keys): of one head, as masks are the same for all."""
+        """True where a key is masked, (batch, 1, queries, keys), read off the first head, as masks are the same for all."""
         logits = self._by_head()[:, :1]
         return (logits - logits.amax(-1, keepdim=True) <= MASKED) | self._never(logits)
 
@@ -146,17 +146,17 @@ class SoftmaxCall:
         return with_heads(logits, heads, head_dims(heads, logits))
 
     def _never(self, logits: Tensor) -> Tensor:
-        """Where a logit is so low that a mask must have made it, be it half of finfo.min: some models scale masks, too."""
+        """True where a logit is so low that it must be masked: half of finfo.min is enough, as some models scale masks."""
         return logits <= max(torch.finfo(logits.dtype).min / 2, -1e8)
 
 
 def head_dims(heads: int | None, x: Tensor, *others: Tensor) -> tuple[int, ...]:
-    """Which dimensions of x, that is q or logits (..., m, n), are the heads'; () if heads are folded into the batch.
+    """The dimensions of x, which is q or logits (..., m, n), that count heads; () if heads are folded into the batch.
 
-    Usually it is the second of four. Else it is one as large as the number of heads, if that is known, or two side by side
-    whose product is (key heads, and the queries of each). Where several are as large, as windows of an image may be, it is the
-    one with the shortest stride in x, or in others of its layout: heads lie within a token, and tokens, windows and batches
-    around that.
+    Usually it is the second of four. Otherwise it is the one whose size is `heads`, if that is known, or two neighbours whose
+    product is `heads` (key heads, queries of each). Several may have that size, such as the windows of an image: it is then the
+    one with the smallest stride in x or in `others`, tensors of the same layout, because the features of a token are split into
+    heads, while windows and batches are made of tokens.
     """
     before = x.shape[:-2]
     last = len(before) - 1
@@ -169,14 +169,14 @@ def head_dims(heads: int | None, x: Tensor, *others: Tensor) -> tuple[int, ...]:
     found = [i for i in reversed(range(last + 1)) if before[i] == heads]
     if found:
         return (min(found, key=step),)
-    if last < 2:  # of some of the heads, as under tensor parallelism, or of the whole batch's
+    if last < 2:  # a part of the heads, as under tensor parallelism, or batch * heads
         return (last,) if last and before[1] % heads else ()
     pair = next((i for i in reversed(range(last)) if before[i] * before[i + 1] == heads), None)
     return (last,) if pair is None else (pair, pair + 1)
 
 
 def with_heads(x: Tensor, heads: int | None, dims: tuple[int, ...]) -> Tensor:
-    """(..., m, n) as (batch, heads, m, n). Heads are in those dimensions, or folded into the batch; unknown: all as one."""
+    """x (..., m, n) as (batch, heads, m, n), with heads in `dims`, or folded into the batch; one head if that does not fit."""
     last = x.ndim - 2
     if not dims:
         x = x.flatten(0, last - 1)
@@ -192,15 +192,15 @@ Call = TypeVar("Call", FusedCall, SoftmaxCall)
 
 
 class Handler(Protocol):
-    """What is shown a call, and returns it, or another of its kind to be computed in its place."""
+    """A function that is given a call, and returns it, or another of its type to be computed in its place."""
 
     def __call__(self, call: Call) -> Call: ...
 
 
 def padding(call: AttentionCall, hidden: Tensor | None) -> Tensor | None:
-    """Which queries are padding, (batch, heads or 1, queries): in self-attention those of positions that no query may see.
+    """True for queries that are padding, (batch, heads or 1, queries): in self-attention, positions that no query may see.
 
-    hidden: the call's. None: nothing is known to be padding.
+    `hidden` is `call.hidden()`. None where that is None or this is not self-attention: no query is known to be padding.
     """
     queries, keys = call.tokens
     return None if hidden is None or queries != keys or call.site.is_cross() else hidden.all(dim=2)
@@ -212,19 +212,19 @@ def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, object]:
-    """A module's arguments by name."""
+    """A module's arguments by name, where its `forward` names them."""
     return {**dict(zip(_parameter_names(type(module).forward), args, strict=False)), **kwargs}
 
 
 def has_other_source(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a module's arguments give it keys of other tokens than its queries."""
+    """Whether a module is given a second sequence for its keys, judged by names, shapes and values of its arguments."""
     arguments = given(module, args, kwargs)
     if any(isinstance(arguments.get(name), Tensor) for name in SOURCES):
         return True
     query, key = arguments.get("query"), arguments.get("key")
     if query is None or key is None:
         query, key = (*args, None, None)[:2]
-        # A second sequence: of vectors of the same size, but not as many.
+        # A second sequence: as wide as the first, but of another length.
         return (
             isinstance(query, Tensor)
             and isinstance(key, Tensor)
@@ -234,5 +234,5 @@ def has_other_source(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         )
     if not isinstance(query, Tensor) or not isinstance(key, Tensor) or key.ndim != query.ndim:
         return False
-    # Not by identity alone: where they are one tensor, a wrapper may have cast each by itself, into two.
+    # Values are compared, too: a wrapper may have cast one tensor twice, to two equal ones.
     return key is not query and (key.shape != query.shape or not torch.equal(key, query))

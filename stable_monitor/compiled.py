@@ -1,4 +1,4 @@
-"""Compiled models cannot be looked into: a second, eager forward pass of the same batch can."""
+"""Measures compiled models, whose attention cannot be seen, by an additional eager forward pass of the same batch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from .interception import Interception
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DistributedDataParallel, fairseq's wrappers and the like."""
+    """The model inside wrappers such as those of torch.compile, DistributedDataParallel and fairseq."""
     while len(model._modules) == 1 and (names := model._modules.keys() & {"_orig_mod", "module"}):
         inner: Any = model._modules[names.pop()]
         model = inner
@@ -35,9 +35,19 @@ def probe_before_forward(
     allowed: Callable[[], bool] = lambda: True,
     every_call: bool = False,
 ) -> Iterator[None]:
-    """Within it, the first call of `called` in training mode, or every call, is preceded by an eager one of `model`, the model
-    inside, without gradient, that `interception` sees, if that is allowed. Random numbers and buffers are then as if it had not
-    been; what a forward pass keeps elsewhere, such as a counter in Python, is not."""
+    """A context in which an eager forward pass of `model` without gradient, the probe, runs before the first call of `called`.
+
+    `interception` sees the attention of the probe. Random state and buffers are restored after it; other state that a forward
+    pass changes, such as a counter in Python, is not.
+
+    Args:
+        called: the module that the training loop calls.
+        model: the model inside it, in training mode; there is no probe in evaluation.
+        interception: started for the probe alone.
+        failed: called with the error of a probe that fails.
+        allowed: asked before a probe whether it may run.
+        every_call: probe before every call, not only before the first.
+    """
     done = False
 
     def probe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -54,7 +64,7 @@ def probe_before_forward(
         try:
             with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
                 model(*args, **kwargs)
-        except Exception as error:  # the real forward pass may still go well
+        except Exception as error:  # the real forward pass may still succeed
             failed(error)
         finally:
             interception.stop()
@@ -64,7 +74,7 @@ def probe_before_forward(
                 buffer.copy_(value)
 
     usual_call = called._compiled_call_impl
-    if usual_call is not None:  # model.compile(): hooks would be part of what is compiled
+    if usual_call is not None:  # after model.compile(), which would compile a hook, too
 
         def call(*args: Any, **kwargs: Any) -> Any:
             probe(args, kwargs)

@@ -1,4 +1,4 @@
-"""What the report shows: quantities from the records, and each as one curve per layer."""
+"""The quantities that the report shows, and their curves, one for each layer, from the records of runs."""
 
 import math
 from collections.abc import Callable
@@ -12,12 +12,17 @@ from .records import Run
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 Value = Callable[[dict[str, Any]], float | None]
 ROLES = ("q", "k", "v", "qkv", "kv", "out")
-WHOLE_MODEL = "whole model"  # beside the kinds of attention
+WHOLE_MODEL = "whole model"  # a kind beside the kinds of attention
 
 
 class Quantity(NamedTuple):
-    """What a panel shows. `panel` names it in ids. `scale` is "zero" (linear from 0), "wide" (linear, but logarithmic
-    from 1 on where it exceeds 20) or "log". `of_layer` takes the record of a layer, `of_model` a whole record.
+    """A quantity shown in panels of the report.
+
+    Attributes:
+        panel: its name in the ids of curves.
+        label: of the y axis.
+        scale: "zero" (linear from 0), "wide" (linear; if values exceed 20, linear up to 1 and logarithmic above) or "log".
+        of_layer, of_model: its value from the record of a layer, and from a whole record; None where there is none.
     """
 
     panel: str
@@ -83,7 +88,7 @@ FIGURES = {
 
 
 def thin(x: np.ndarray, y: np.ndarray, bins: int = 100) -> Curve:
-    """At most two points a bin, its least and its greatest, so that no spike is lost; and the two ends."""
+    """The smallest and the largest point of each bin, so that no spike is lost, and both ends; few points are all kept."""
     if len(x) <= 2 * bins:
         return x, y
     keep: set[int] = {0, len(x) - 1}
@@ -94,13 +99,13 @@ def thin(x: np.ndarray, y: np.ndarray, bins: int = 100) -> Curve:
 
 
 def series(records: list[dict[str, Any]], value: Value) -> Curve:
-    """A null is no point: the curve goes straight on between its neighbours."""
+    """The thinned curve of a value over the steps of the records. Nulls are left out, and their neighbours connected."""
     points = [(record["step"], y) for record in records if (y := value(record)) is not None]
     return thin(*np.array(points, float).reshape(-1, 2).T)
 
 
 def curves(quantity: Quantity, run: Run, kind: str) -> dict[str, Curve]:
-    """The curves of one panel by layer, for WHOLE_MODEL the one of that name, without those that hold no point."""
+    """The curves of one panel by layer, or the model's, named WHOLE_MODEL; curves without a point are left out."""
     if kind == WHOLE_MODEL:
         found = {kind: series(run.records, quantity.of_model)}
     else:
@@ -121,7 +126,7 @@ def validation(run: Run) -> Curve:
 
 
 def ceiling(run: Run, kind: str) -> Curve:
-    """log(keys), the entropy of attending to all keys alike; where layers differ the highest. Nats."""
+    """The curve of log(keys), the entropy in nats of uniform attention; of the layer with the most keys."""
 
     def value(record: dict[str, Any]) -> float | None:
         keys = [record["layers"].get(name, {}).get("keys") for name in run.layers.get(kind, [])]

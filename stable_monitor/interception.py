@@ -1,8 +1,8 @@
-"""Every softmax attention of a model as it is about to be computed, however the model spells it, with no edit to the model.
+"""Intercepts every computation of softmax attention in a model, without a change to the model's code.
 
-A `TorchFunctionMode` sees `F.scaled_dot_product_attention`, `F.multi_head_attention_forward` (torch's and fairseq's
-attention) and the softmax of attention written out by hand. Hooks on the modules tell whose call it is. Both are there only
-while somebody is listening.
+A `TorchFunctionMode` sees `F.scaled_dot_product_attention`, `F.multi_head_attention_forward` (torch's and fairseq's attention)
+and the softmax of attention that is written out. Hooks on the modules record which of them are running, and so which one
+computes the attention. The mode and the hooks are installed only while an `Interception` is started.
 """
 
 import functools
@@ -31,7 +31,7 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def without_wrappers(name: str) -> str:
-    """A module's name as it was before parts of the model were wrapped."""
+    """A module's name without the parts that wrappers, such as torch.compile's and FSDP1's, add to it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -39,11 +39,14 @@ Running = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a module that is 
 
 
 class Interception:
-    """Hands the attention calls of a model's forward passes to `handler(call) -> call`, until it is stopped.
+    """Calls `handler(call) -> call` for each attention in forward passes of a model, from `start` to `stop`.
 
-    The handler may return another call, which is computed in its place. Where several interceptions see a call, those with
-    a lower `order` are asked first. finished(output) is called at the end of each forward pass of the whole model, failed()
-    where one ends in an error.
+    Args:
+        model: the model; attention in it is seen where it, or a part of it, is called.
+        handler: gets a FusedCall or SoftmaxCall and returns it, or another one to be computed in its place.
+        order: where several interceptions see a call, those of lower order are asked first.
+        finished: called with the output at the end of each forward pass of `model`.
+        failed: called where a forward pass of `model` ends in an error.
     """
 
     def __init__(
@@ -60,12 +63,12 @@ class Interception:
         self._handles: list[RemovableHandle | Handle] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Interception, (None, None)  # the hooks of a module that is copied or pickled meanwhile do nothing there
+        return Interception, (None, None)  # in a copied or pickled module the hooks do nothing
 
     def start_with_training(self) -> None:
-        """Installs one hook on the model, which installs the others when a forward pass in training mode begins.
+        """Like `start`, but installs the hooks only when a forward pass in training mode begins.
 
-        Validation, and whatever else is done with a model between two updates, is free of them."""
+        Until then only the model itself has a hook, so that validation between two updates runs without them."""
         self._waits = True
         self._handles.append(on_error(self._model, self._undo))
         self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -73,10 +76,10 @@ class Interception:
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is self._model and model.training and not self._names and not torch.compiler.is_compiling():
             self._install()
-            self._enter(model, args, kwargs)  # its own new hook comes too late for this call
+            self._enter(model, args, kwargs)  # the model's own new hook is not called in this pass
 
     def _undo(self, error: BaseException) -> None:
-        """Puts things back as they were before a forward pass that ended in an error, even one at which torch calls no hook."""
+        """Cleans up after a forward pass that ended in an error, also one for which torch calls no hooks, such as Ctrl-C."""
         _thread.remove(self)
         if self._waits:
             self.stop()
@@ -90,7 +93,7 @@ class Interception:
 
     def _install(self) -> None:
         for name, module in self._model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hook
+            if not isinstance(module, torch.jit.ScriptModule):  # these take no hooks
                 self._names[module] = without_wrappers(name)
                 self._handles += [
                     module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -98,7 +101,7 @@ class Interception:
                 ]
 
     def stop(self) -> None:
-        """Takes the hooks out again; a forward pass that is under way goes on unseen."""
+        """Removes the hooks. The rest of a forward pass that is running is not seen."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -107,14 +110,14 @@ class Interception:
         _thread.remove(self)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Compiled code is left as it is: attention could not be seen in it anyway.
+        # Nothing is recorded while code is compiled, in which attention could not be seen anyway.
         if not torch.compiler.is_compiling() and module in self._names:
             if module is self._model:
-                _thread.remove(self)  # what an interrupted forward pass of a part of it left
+                _thread.remove(self)  # entries left by an interrupted call of a part of the model
             _thread.push(self, module, args, kwargs)
 
     def site(self, stack: list[Running], depth: int) -> Site:
-        """Of the attention at one depth of the modules that are running."""
+        """The Site of the module at `depth` in the stack of running modules."""
         module, args, kwargs = stack[depth]
         parent = stack[depth - 1][0] if depth else None
         return Site(self._names[module], module, parent, args, kwargs)
@@ -122,24 +125,24 @@ class Interception:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling() and module in self._names:
             _thread.pop(self, module)
-            if module is self._model and output is not None:  # which it is after an error
+            if module is self._model and output is not None:  # None after an error
                 self._finished(output)
 
 
 class _Thread(threading.local):
     """For each interception, the modules that are running in this thread, outermost first.
 
-    Backward passes, which recompute activations, run in threads of their own.
+    It is kept for each thread because activation checkpointing runs modules again in the threads of the backward pass.
     """
 
     def __init__(self) -> None:
         self.running: dict[Interception, list[Running]] = {}
         self.mode: _Mode | None = None
-        self.handling = False  # a call, during which torch has taken the mode off
+        self.handling = False  # whether a call is being handled, while torch has disabled the mode
 
     def push(self, interception: Interception, *entry: Any) -> None:
         if self.mode is not None and not self.handling and self.mode not in _get_current_function_mode_stack():
-            self.running.clear()  # a backward pass was interrupted, and torch has put modes back as they were before
+            self.running.clear()  # an interrupted backward pass: torch has restored the modes of before
             self.mode = None
         self.running.setdefault(interception, []).append(entry)
         if self.mode is None:
@@ -147,7 +150,7 @@ class _Thread(threading.local):
             self.mode.__enter__()
 
     def pop(self, interception: Interception, module: nn.Module) -> None:
-        """Takes a module off, with what it called and left by an error; one that another's hook kept from running is not on."""
+        """Removes a module from the stack, and modules that it called and that ended in an error; it may not be there."""
         stack = self.running.get(interception, [])
         depth = next((i for i in reversed(range(len(stack))) if stack[i][0] is module), None)
         if depth is not None:
@@ -190,7 +193,7 @@ class _Mode(TorchFunctionMode):
 
 @functools.cache
 def _open_multi_head_attention() -> Callable[..., Any]:
-    """A copy of `F.multi_head_attention_forward` that does not hand itself to the mode, which then sees the calls inside it."""
+    """A copy of `F.multi_head_attention_forward` that skips its own dispatch to the mode, which then sees the calls inside."""
     whole = F.multi_head_attention_forward
     names = {**whole.__globals__, "has_torch_function": lambda tensors: False}
     return types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
@@ -221,11 +224,11 @@ def _fused(
 
 
 def _softmax_input(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:
-    """What to take the softmax of: the input, or what handlers make of it where it is an attention's logits."""
+    """The input of a softmax; if it is the logits of an attention, as the handlers return them."""
     if input.is_nested or input.ndim < 3 or dim not in (-1, input.ndim - 1):
         return input
     for interception, stack in _asked():
-        for depth in reversed(range(len(stack))[-2:]):  # nn.Softmax is called by the attention around it
+        for depth in reversed(range(len(stack))[-2:]):  # the caller may be an nn.Softmax inside the attention
             if find_projections(stack[depth][0]):
                 input = interception.handler(SoftmaxCall(interception.site(stack, depth), input)).logits
                 break
@@ -233,4 +236,5 @@ def _softmax_input(input: Tensor, dim: int | None = None, *_: Any, **__: Any) ->
 
 
 def _asked() -> list[tuple[Interception, list[Running]]]:
+    """The interceptions that see calls in this thread, with their running modules, by `order`."""
     return sorted(_thread.running.items(), key=lambda item: item[0].order)

@@ -1,4 +1,4 @@
-"""The monitor: attention entropy, spectral norms, gradient norms and an alarm, while a model trains as ever."""
+"""The monitor: records attention entropy, spectral norms and gradient norms in training, with an alarm."""
 
 import functools
 import logging
@@ -29,41 +29,45 @@ log = logging.getLogger("stable_monitor")
 
 
 class Monitor:
-    """Measures a model in training every so many updates, and changes nothing in it: losses stay bitwise the same.
+    """Measures a model every so many updates in training, without any effect on it: losses are bitwise the same.
 
         monitor = Monitor(model, every=100, optimizer=optimizer, path="runs/a")
         for batch in loader:
             loss = ...
             loss.backward()
             optimizer.step()
-            monitor.step(loss)  # the one line; before the gradients are cleared
+            monitor.step(loss)  # the only line to add in the loop, before the gradients are cleared
             optimizer.zero_grad()
 
-    A record holds, by the name of the attention module and for each head: the entropy (mean and least over queries and
-    batch, nats), the least entropy its logits allow, the largest attention logit; the spectral norm of its effective query,
-    key, value and output weights; its gradient's l2 and l-inf norms; and the model's loss, learning rate and gradient
-    norms. `python -m stable_monitor.report RUN` draws them.
+    A record holds the model's loss, learning rate and gradient norms (l2, l-inf), and for each attention module, by its name:
 
-    Attention is seen in the first forward pass, in training mode, of a recorded update: the model itself must be called, not
-    a part of it. A module that is used several times in it is seen the first time. Between records there is no hook on the
-    model. Compiled models cannot be looked into: for a record they run forward once more, eagerly and without gradient.
-    With several processes each measures its own batch, and rank 0 writes. Construct it on all of them: norms of weights that
-    are cut up need all, and so does a reaction to an alarm that is every rank's. Under FSDP1, which keeps flat shards, gradient
-    norms are null. `keys` is the number of keys, its geometric mean where queries see different numbers: uniform attention
-    has entropy log(keys).
+    - for each head the entropy in nats (mean and least over batch and queries), the lower bound of the entropy for logits of
+      their size [σ, Theorem 3.1], and the largest attention logit;
+    - the spectral norms of its effective query, key, value and output weights, and its gradient norms;
+    - `keys`, the number of keys, or its geometric mean where queries see different numbers: uniform attention has entropy
+      log(keys).
 
-    Nothing that fails to be measured or written ends the run: it is a warning.
+    `python -m stable_monitor.report RUN` draws the records.
+
+    Attention is measured in the first forward pass, in training mode, of an update with a record. Call the model itself, not a
+    part of it. A module that is used several times in the pass is measured at its first use. Between records the model has no
+    hooks. A compiled model runs forward once more for a record, eagerly and without gradient, as its attention cannot be seen
+    otherwise.
+
+    With several processes each measures its own batch, and rank 0 writes. Construct the monitor on all of them: norms of
+    sharded weights need all, and so does an `on_alarm` that every rank must call. Under FSDP1, with its flat shards, gradient
+    norms are null. What cannot be measured or written is a warning, and does not end the run.
 
     Args:
-        model: what the training loop calls: plain, compiled, or wrapped for distribution.
-        every: updates from one record to the next; the first is of the untrained model, step 0.
-        path: a directory, for `monitor.jsonl` in it, or a .jsonl file. One record a line, flushed. None: no file.
-        optimizer: for the learning rate; of several, in a list, tuple or dict, it is that of the first.
-        step: updates made before, where a run is resumed; what the file tells of them is history for the alarm.
-        alarm: when to raise it.
-        on_alarm: called with each `Alarm`, on every rank that has a monitor with those of rank 0, after it is logged:
-            `stop_training`, `lower_learning_rate(optimizer)` or yours.
-        writers: called with each record, on rank 0; `TensorBoardWriter(directory)`, `WandbWriter()` or yours.
+        model: the module that the training loop calls: plain, compiled, or wrapped for distribution.
+        every: number of updates from one record to the next; the first record is of the untrained model, step 0.
+        path: a .jsonl file, or a directory for `monitor.jsonl`, to which each record is appended as one line. None: no file.
+        optimizer: to read the learning rate from; the first one of several in a list, tuple or dict.
+        step: number of updates made before, where a run is resumed; the alarm's history is read from their records in the file.
+        alarm: settings of the alarm; `AlarmConfig()` if left out.
+        on_alarm: called with each `Alarm` of rank 0, after it is logged, on every rank that has a monitor: `stop_training`,
+            `lower_learning_rate(optimizer)` or your function.
+        writers: functions called with each record on rank 0: `TensorBoardWriter(directory)`, `WandbWriter()` or yours.
 
     Raises:
         ValueError: every or step is not a whole number, or too small; another argument is of another type.
@@ -108,7 +112,7 @@ class Monitor:
         self._on_alarm, self._writers = on_alarm, writers
         self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(self._all_here), False
         self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-        # Its order is late, so that it sees calls as other interceptions changed them.
+        # order=1: it sees calls after other interceptions, such as attention_temperature, have changed them.
         self._interception = Interception(
             self._model, self._see, order=1, finished=self._end_of_forward, failed=self._forget
         )
@@ -127,9 +131,10 @@ class Monitor:
         """Counts one update; call it after backward, before the gradients are cleared. Returns the record, if it made one.
 
         Args:
-            loss: this update's loss. Left out, it is the `loss` of the model's output, where that has one.
-            lr: the learning rate, if the monitor has no optimizer to ask.
-            output_loss_scale: what the output's loss is multiplied by, if it is one batch's share of the update's.
+            loss: this update's loss. Left out, it is the `loss` of the model's output, if that is a dict with one.
+            lr: the learning rate; left out, it is the optimizer's.
+            output_loss_scale: factor for the loss of the model's output, where that was divided by the number of accumulated
+                batches.
         """
         if loss is None and self._loss is not None:
             loss = self._loss * output_loss_scale
@@ -143,7 +148,7 @@ class Monitor:
         return record
 
     def read_gradients(self, scale: float = 1.0) -> None:
-        """Reads the gradients now rather than in `step`, for loops that clip or clear them first. scale: what they carry."""
+        """Reads the gradients now, for loops that clip or clear them before `step`. `scale` is the loss scale in them."""
         if self.is_recording and not self._shards:
             with self._warning("gradients"):
                 if any(isinstance(p.grad, DTensor) for p in self._model.parameters()) and not self._all_here():
@@ -151,11 +156,11 @@ class Monitor:
                 self._gradients = gradient_norms({"": self._model, **self._modules}, scale)
 
     def validated(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
-        """Writes what a validation found to the file, after the updates so far; of all ranks rank 0 does. Writers get none.
+        """Appends the results of a validation to the file, on rank 0; `writers` are not called.
 
         Args:
-            metrics: numbers by name; "loss" is drawn by the report, with the training loss.
-            step: updates of the model that was validated, where they are not those counted here.
+            metrics: numbers by name; the report draws "loss" beside the training loss.
+            step: number of updates of the validated model, if not the number counted so far.
         """
         if self._file is None:
             return
@@ -165,7 +170,7 @@ class Monitor:
             self._file.append({"step": updates, "time": round(time.time(), 3), "validation": plain(found)})
 
     def close(self) -> None:
-        """Ends it: takes the hooks out of the model."""
+        """Ends monitoring, and removes the hooks from the model."""
         self._armed.close()
         self._closed, self.is_recording = True, False
 
@@ -178,7 +183,7 @@ class Monitor:
     # ------------------------------------------------------------------------------------------------ one record
 
     def _prepare(self) -> None:
-        """Makes ready for the next update."""
+        """Prepares for the next update: resets what was measured, and installs hooks if it will have a record."""
         self.is_recording = not self._closed and self.updates % self.every == 0
         self._gradients = {}
         self._forget()
@@ -193,8 +198,8 @@ class Monitor:
             self._armed.callback(self._interception.stop)
 
     def _forget(self) -> None:
-        """What was seen in a forward pass, which the next one begins anew."""
-        self._seen: dict[str, tuple[Any, ...]] = {}  # layer: kind, numbers by head, spectral norms
+        """Resets what was measured in a forward pass."""
+        self._seen: dict[str, tuple[Any, ...]] = {}  # by layer: kind, numbers of each head, spectral norms
         self._modules: dict[str, nn.Module] = {}
         self._loss: Tensor | None = None
 
@@ -202,13 +207,13 @@ class Monitor:
         return any(isinstance(p, DTensor) for p in self._model.parameters())
 
     def _all_here(self) -> bool:
-        """Whether all processes may be asked to take part in something."""
-        if self._processes > 1 and self._ranks is None:  # it was sharded since the monitor was made
+        """Whether all processes have a monitor, so that they can take part in a collective."""
+        if self._processes > 1 and self._ranks is None:  # the model was sharded after the monitor was constructed
             self._ranks = Ranks()
         return self._ranks is None or self._ranks.all_here()
 
     def _may_run_alone(self) -> bool:
-        """Whether those processes that have a monitor can run the model forward, without waiting for the others for ever."""
+        """Whether processes with a monitor can run an additional forward pass without others, or all have one; else warns."""
         together = self._is_cut_up() or any(isinstance(m, nn.SyncBatchNorm) for m in self._model.modules())
         if self._processes == 1 or not together or self._all_here():
             return True
@@ -234,14 +239,14 @@ class Monitor:
 
     @contextmanager
     def _warning(self, what: str) -> Iterator[None]:
-        """What cannot be measured or written must not end the run."""
+        """A context that turns errors into a warning, as a failed measurement must not end the run."""
         try:
             yield
         except Exception as error:
             self._warn(f"{what} not recorded", error)
 
     def _warn(self, message: str, error: Exception | None = None) -> None:
-        """Once for each message, whatever the error."""
+        """Logs a warning, once for each message."""
         if message not in self._warned:
             log.warning("%s", f"{message}: {type(error).__name__}: {error}" if error is not None else message)
             self._warned.add(message)
@@ -280,7 +285,7 @@ class Monitor:
 
     def _publish(self, record: dict[str, Any]) -> None:
         alarms = self._watch.look(record)
-        if self._on_alarm is not None and self._ranks is not None:  # all do what rank 0 decides: one alone cannot stop
+        if self._on_alarm is not None and self._ranks is not None:  # rank 0 decides, as all ranks must stop together
             alarms = self._ranks.decided(alarms)
             if alarms and self._ranks.missing():
                 self._warn("on_alarm is not called on every rank, as some have no monitor: construct it on every rank")
@@ -310,7 +315,7 @@ class Monitor:
         return file
 
     def _number(self, name: str, x: Any) -> float | None:
-        """Of a number, or a tensor or an array that holds one."""
+        """x as a float: a number, or a tensor or array of one; None for None, and with a warning for anything else."""
         with self._warning(name):
             if isinstance(x, Tensor):
                 x = x.detach()

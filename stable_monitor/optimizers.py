@@ -9,10 +9,10 @@ Optimizers = torch.optim.Optimizer | list[Any] | tuple[Any, ...] | dict[Any, Any
 
 
 def listed(optimizers: Optimizers) -> list[Any]:
-    """All of them; what has param_groups is one, as wrappers are.
+    """The optimizers as a list; any object with param_groups counts as one, such as a wrapper.
 
     Raises:
-        ValueError: there is none, or something else among them.
+        ValueError: there is no optimizer, or one of them is something else.
     """
     found = list(optimizers.values()) if isinstance(optimizers, dict) else optimizers
     found = list(found) if isinstance(found, list | tuple) else [found]
@@ -24,6 +24,6 @@ def listed(optimizers: Optimizers) -> list[Any]:
 
 
 def short(x: Any) -> str:
-    """For a message of one line."""
+    """repr(x) for an error of one line; the name of its type where that is too long."""
     text = repr(x)
     return text if len(text) <= 60 and "\n" not in text else type(x).__name__

@@ -32,7 +32,7 @@ STYLE = {
     "path.simplify": False,  # `curves` has thinned them
     "svg.fonttype": "none",
 }
-DEPTH = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))  # the last yellow is lost on white
+DEPTH = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))  # yellow is hard to see on white
 ALARM = "#d7191c"
 VALIDATION = "#2457a6"
 GAP = 0.2  # between panels, inches
@@ -40,15 +40,16 @@ LEFT, RIGHT, TOP, BOTTOM = 0.95, 0.85, 0.7, 0.5  # margins of a figure, inches
 
 
 def curve_id(run: str, panel: str, layer: str) -> str:
-    """Of a curve in the SVG: `run/panel/layer`, each percent-encoded."""
+    """The id of a curve in the SVG: `run/panel/layer`, each percent-encoded."""
     return "/".join(quote(part, safe="") for part in (run, panel, layer))
 
 
 def draw(name: str, runs: list[Run], png: Path) -> str | None:
-    """Draws one of FIGURES for these runs, side by side, into `png`, and returns it as an <svg> element, which can share
-    a page with others. None, and no file, where none of the runs recorded any of it.
+    """Draws one of FIGURES, a column per run, into the file `png`, and returns it as an <svg> element for a page.
+
+    Where no run recorded any of its quantities, it returns None and writes no file.
     """
-    style: Any = {**STYLE, "svg.hashsalt": name}  # the salt keeps the figures' ids of clip paths apart
+    style: Any = {**STYLE, "svg.hashsalt": name}  # makes ids of clip paths unique on a page of several figures
     with rc_context(style):
         figure = draw_figure(name, runs)
         if figure is None:
@@ -57,12 +58,12 @@ def draw(name: str, runs: list[Run], png: Path) -> str | None:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
-    svg = re.sub(r' id="([\w.]+_\d+|image\w+)"', "", svg[svg.index("<svg") :])  # axes_1, ...: used nowhere, not unique
+    svg = re.sub(r' id="([\w.]+_\d+|image\w+)"', "", svg[svg.index("<svg") :])  # axes_1, ...: not unique, and not used
     return re.sub(r'(?<= d=")[^"]+', lambda path: short(path[0]), svg)
 
 
 def short(path: str) -> str:
-    """A path in tenths of a point, finer than pixels, without the blanks it can do without: half the page's bytes."""
+    """An SVG path rounded to tenths of a point, less than a pixel, without needless blanks; this halves the page's size."""
     return re.sub(r"\s*([A-Za-z])\s*", r"\1", re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}", path))
 
 
@@ -89,7 +90,7 @@ def draw_figure(name: str, runs: list[Run]) -> Figure | None:
 
 
 def grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """Margins and panel widths are inches, so that the columns of all figures of a page line up."""
+    """A figure and its axes (rows, columns). Sizes are in inches, so that the columns of all figures of a page line up."""
     panel_width = min(9, max(3.2, 12.2 / columns))
     panel_height = min(2.6, max(1.4, 7 / rows))
     width = LEFT + columns * (panel_width + GAP) - GAP + RIGHT
@@ -108,7 +109,7 @@ def grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
 
 
 def fill(panel: Axes, quantity: Quantity, run: Run, kind: str, found: dict[str, Curve], depth: int) -> None:
-    """Draws the curves of one run, lighter = deeper, and marks its alarms."""
+    """Draws the curves of one run into a panel, deeper layers in lighter colours, and marks its alarms."""
     if not found:
         panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center", color="0.4")
     layers = run.layers.get(kind, [])
@@ -116,7 +117,7 @@ def fill(panel: Axes, quantity: Quantity, run: Run, kind: str, found: dict[str, 
     for name, (x, y) in found.items():
         panel.plot(
             x,
-            y.clip(least) if quantity.scale == "log" else y,  # a zero is drawn as the least that is not
+            y.clip(least) if quantity.scale == "log" else y,  # a zero is drawn at the smallest positive value
             gid=curve_id(run.name, quantity.panel, name),
             color=DEPTH(layers.index(name) / max(depth - 1, 1)) if layers else "black",
             linewidth=1.2 if depth <= 24 else 0.7,
@@ -143,7 +144,7 @@ def fill(panel: Axes, quantity: Quantity, run: Run, kind: str, found: dict[str, 
 
 
 def scale(panel: Axes, name: str, values: np.ndarray) -> None:
-    """Scales a panel, and with it its row, which shares the axis; `values` are all that the row shows."""
+    """Sets the y scale of a panel and, as they share the axis, of its row; `values` are all values in the row."""
     if name == "log":
         panel.set_yscale("log")
         values = values[values > 0]
@@ -162,7 +163,7 @@ def scale(panel: Axes, name: str, values: np.ndarray) -> None:
 
 
 def depth_bar(figure: Figure, panel: Axes, depth: int) -> None:
-    """The legend of a row: the colour of each layer of a kind, from 0, the first."""
+    """Draws the colour bar beside a row: the colour of each layer, 0 for the first."""
     box = panel.get_position()
     width = figure.get_figwidth()
     bar = figure.add_axes((box.x1 + 0.15 / width, box.y0, 0.12 / width, box.height))
@@ -176,6 +177,7 @@ def depth_bar(figure: Figure, panel: Axes, depth: int) -> None:
 
 
 def headings(figure: Figure, axes: np.ndarray, title: str, names: list[str]) -> None:
+    """Writes the title, the names of the runs above their columns, the x label and the legend."""
     width, height = figure.get_size_inches()
     figure.text(LEFT / width, 1 - 0.1 / height, title, fontsize=12, weight="bold", va="top")
     room = int(11 * axes[0, 0].get_position().width * width)  # letters

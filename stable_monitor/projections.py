@@ -1,4 +1,4 @@
-"""The spectral norms of an attention module's query, key, value and output weights."""
+"""Spectral norms of the query, key, value and output weights of attention modules."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +14,9 @@ from stable_core.targets import matrix
 
 
 class SpectralNorms:
-    """sigma of a model's attention weights, found from the last record's singular vectors, within 1e-3.
+    """Spectral norms of a model's attention weights, within 1e-3, each found from the singular vector of the last call.
 
-    A weight that is cut up over processes is put together, in which all of them must take part: where may_gather() says that
-    not all do, its norms are NaN.
+    A sharded weight is gathered, in which all processes must take part; its norm is NaN where may_gather() returns False.
     """
 
     def __init__(self, may_gather: Callable[[], bool] = lambda: True) -> None:
@@ -26,10 +25,11 @@ class SpectralNorms:
 
     @torch.no_grad()
     def measure(self, name: str, attention: nn.Module, parent: nn.Module | None) -> dict[str, dict[str, Tensor]]:
-        """{"sigma": {"q": ..., "k": ..., "v": ..., "out": ...}, "lag": ...}: the spectral norm of each effective weight of one
-        attention module, and, of those that σReparam makes, by what part the running estimate of sigma is below sigma.
+        """{"sigma": {"q": ..., "k": ..., "v": ..., "out": ...}, "lag": {...}} of one attention module, as scalar tensors.
 
-        Packed projections are told apart where they are equal parts one after the other, else they are one "qkv".
+        sigma is the spectral norm of each effective weight. lag, of weights under σReparam, is 1 - estimate / sigma(W), where
+        the estimate is the sigma that σReparam divides by. Packed projections are measured one by one where they are square
+        blocks one after the other, else as one "qkv".
         """
         places, output = find_projections(attention), find_output(attention, parent)
         sigmas, lags = {}, {}
@@ -45,7 +45,7 @@ class SpectralNorms:
         return {"sigma": sigmas, "lag": lags}
 
     def _matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
-        """A layer's weight, as it is on all processes together, as (out, in)."""
+        """A layer's whole weight as (out, in), gathered if sharded."""
         W = W.detach()
         if isinstance(W, DTensor):
             W = W.full_tensor() if self._may_gather() else torch.full(W.shape, torch.nan, device=W.device)
@@ -59,13 +59,14 @@ class SpectralNorms:
             return torch.dot(u, torch.mv(W.float(), self._vectors[key]))
 
     def _lags(self, name: str, layer: nn.Module, chain: Any, W: Tensor, sigmas: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the parts of W_hat, whose norms are `sigmas`. W_hat = gamma / estimate * W, so that estimate / sigma is
-        gamma / |W_hat|."""
+        """The lag of each part of W_hat, whose norms are `sigmas`.
+
+        As W_hat = gamma / estimate * W, estimate / sigma(W) = gamma / sigma(W_hat)."""
         members = chain[0].members()
         leader = next(member[0] for member in members if hasattr(member[0], "gamma"))
         gammas, norms = leader.gamma.detach().float().abs(), list(sigmas.values())
         parts = [W]
-        if len(members) > 1 or len(gammas) != len(norms):  # they share a sigma, that of all on top of each other
+        if len(members) > 1 or len(gammas) != len(norms):  # several parts share a sigma, that of their stack
             if len(members) > 1:
                 with _unchanged(*members):
                     parts = [self._matrix(layer, member()) for member in members]
@@ -76,19 +77,19 @@ class SpectralNorms:
         lags = {}
         for part in sigmas:
             block = next(i for i, end in enumerate(ends) if row < end)
-            lags[part] = (1 - gammas[block] / norms[block]).clamp(min=0)  # not below 0 but by rounding
+            lags[part] = (1 - gammas[block] / norms[block]).clamp(min=0)  # negative only by rounding
             row += W.shape[0] // len(sigmas)
         return lags
 
 
 def _is_sigma_reparam(chain: Any) -> bool:
-    """Whether σReparam makes a weight, and nothing after it; by what it has, as a model's own source has classes of its own."""
+    """Whether a weight has σReparam and no other parametrization. Not by isinstance: models may ship copies of the classes."""
     return len(chain) == 1 and hasattr(chain[0], "members")
 
 
 @contextmanager
 def _unchanged(*chains: nn.Module) -> Iterator[None]:
-    """Parametrizations in evaluation mode: torch's spectral norm iterates at every access in training mode."""
+    """A context with parametrizations in evaluation mode, as torch's spectral norm iterates at each access in training."""
     parts = [part for chain in chains for part in chain.modules()]
     before = [part.training for part in parts]
     for part in parts:

@@ -1,6 +1,6 @@
-"""QK-clip of a model in training: an update's largest attention logits are watched, and heads above the threshold clipped.
+"""QK-clip in training: measures each head's largest attention logit, and scales down weights of heads above a threshold.
 
-The arithmetic is in stable_core/qk_clip.py; here is what sees the logits, and when.
+The scaling is in stable_core/qk_clip.py; this file finds the logits.
 """
 
 import logging
@@ -24,36 +24,40 @@ from .interception import UNSEEN, Interception, without_wrappers
 from .optimizers import Optimizers, listed, short
 
 log = logging.getLogger("stable_monitor")
-VAIN = 2  # clips in a row after which a logit that stays far above the threshold is reported
+VAIN = 2  # clips in a row without effect on a logit far above the threshold before a warning
 
 
 class QKClip:
-    """After an update, shrinks W_q and W_k of each head whose largest attention logit in it exceeded a threshold [Kimi K2].
+    """After an update, scales down W_q and W_k of each head whose largest attention logit was above a threshold [Kimi K2].
 
-        clip = QKClip(model, threshold=100.0, optimizer=optimizer)  # that is all; or, without an optimizer:
+        clip = QKClip(model, threshold=100.0, optimizer=optimizer)  # clips after each step of the optimizer
 
+    or, without an optimizer,
+
+        clip = QKClip(model, threshold=100.0)
+        ...
         loss.backward()
         optimizer.step()
         clip.step()
 
-    W_q is multiplied by (t / S)^alpha and W_k by (t / S)^(1 - alpha). S is the largest q.k, scaled and without what a
-    mask adds, over the forward passes in training mode since the last update: of all accumulated batches, and of all processes,
-    each of which must hold the same model and have a QKClip. (Where softmax is written out, learned tables of position, as
-    Swin's, count; ALiBi and T5's are refused there.) stable_core/qk_clip.py says how shared keys, latent attention, biases of
-    layers and σReparam are treated.
+    W_q of a head is multiplied by (t / S)^alpha and its W_k by (t / S)^(1 - alpha). S is the head's largest scaled q.k, without
+    the values of additive masks, in the forward passes in training mode since the last update: the maximum over all
+    accumulated batches, and over all processes, each of which must hold the same model and have a QKClip. Where softmax is
+    written out, S includes learned position biases such as Swin's; ALiBi's and T5's raise ValueError there.
+    stable_core/qk_clip.py says how grouped queries, latent attention, biases of layers and σReparam are treated.
 
-    The model itself must be called, not a part of it. Nothing but the clipped weights changes, and there is nothing to save.
-    Logits are formed, in chunks, only in heads where lengths of queries and keys allow one above the threshold. A compiled
-    model cannot be looked into: it runs forward once more for each batch, eagerly and without gradient; set every to 10 there.
-    Where the optimizer steps copies of the weights (fp32 masters), what is clipped is overwritten; it is not for those.
+    Call the model itself, not a part of it. Only the clipped weights are changed, and there is no state to save. Logits are
+    formed, in chunks, only for heads where |q| |k| allows one above the threshold. A compiled model runs forward once more for
+    each batch, eagerly and without gradient, as its attention cannot be seen otherwise; use every=10 there. Do not use it
+    with an optimizer of copies of the weights (fp32 masters), which would overwrite the clipped weights.
 
     Args:
-        model: what the training loop calls: plain, compiled, or wrapped for distribution.
-        threshold: t, in logits; 100 in Kimi K2.
-        alpha: the queries' part.
-        every: only the batches of every n-th update are watched, and clipped after it.
-        optimizer: after whose steps it clips by itself; of several (Muon and AdamW), in a list, after all of them stepped.
-        filter_fn: filter_fn(module, name) -> bool, which attention modules; by default all.
+        model: the module that the training loop calls: plain, compiled, or wrapped for distribution.
+        threshold: t, a logit above 0; 100 in Kimi K2.
+        alpha: share of the queries in the factor, from 0 to 1.
+        every: logits are measured in every n-th update only, after which heads are clipped.
+        optimizer: heads are clipped after its steps; of several in a list (Muon and AdamW), when all have made a step.
+        filter_fn: filter_fn(module, name) -> bool picks attention modules; by default all.
 
     Raises:
         ValueError: a setting that is not allowed; an attention that cannot be clipped, by name (QK-norm, unknown projections);
@@ -95,7 +99,7 @@ class QKClip:
         self._armed = ExitStack()
         self._handles: list[RemovableHandle] = []
         self._warned: set[str] = set()
-        self._vain: dict[str, tuple[float, int]] = {}  # by layer, its largest logit and how often it had not fallen
+        self._vain: dict[str, tuple[float, int]] = {}  # by layer: largest logit, clips in a row without effect
         self._closed = False
         self._watched_by: Any = None  # hooks, or a probe
         self._fit: set[str] = set()  # layers whose logits are known to be q.k of their weights
@@ -104,8 +108,9 @@ class QKClip:
         self._prepare()
 
     def step(self) -> dict[str, list[float]]:
-        """Counts one update and clips. Returns, by layer, the largest logit of each head where one exceeded the threshold;
-        heads that were not looked at have -inf."""
+        """Counts one update and clips.
+
+        Returns {layer: S of each head} of the clipped layers; S is -inf for heads that cannot have exceeded the threshold."""
         clipped: dict[str, list[float]] = {}
         if self._watched_by is not None:
             for name, S in self._over_ranks(self._largest).items():
@@ -120,7 +125,7 @@ class QKClip:
         return clipped
 
     def close(self) -> None:
-        """Ends it: takes the hooks out of the model and the optimizer."""
+        """Ends clipping, and removes the hooks from the model and the optimizer."""
         self._closed = True
         self._prepare()
         for handle in self._handles:
@@ -133,8 +138,8 @@ class QKClip:
         self.close()
 
     def _prepare(self) -> None:
-        """Makes ready for the next update."""
-        self._largest: dict[str, Tensor] = {}  # by layer, of each head
+        """Prepares for the next update: resets S, and installs or removes what measures it."""
+        self._largest: dict[str, Tensor] = {}  # by layer: S of each head
         self._seen, before, self._watched_by = False, self._watched_by, None
         if not self._closed and (self.updates + 1) % self.every == 0:
             self._watched_by = "probe" if is_compiled(self._called) else "hooks"
@@ -156,7 +161,7 @@ class QKClip:
     @torch.no_grad()
     def _see(self, call: Call) -> Call:
         name, module = call.site.name, call.site.module
-        # Activation checkpointing computes again in the backward pass what was seen before.
+        # Not in the backward pass, where activation checkpointing computes the same attention again.
         if not self._model.training or torch._C._current_graph_task_id() != -1:
             return call
         self._seen = True
@@ -188,7 +193,7 @@ class QKClip:
         return call
 
     def _over_ranks(self, largest: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The maxima over all processes, some of which may not have used a layer."""
+        """The maximum of each S over all processes; a layer may have been used in some of them only."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return largest
         device = next(self._model.parameters()).device
@@ -201,7 +206,7 @@ class QKClip:
         return {name: S for name, S in zip(self._sites, every.split(sizes), strict=True) if len(S)}
 
     def _follow(self, optimizers: list[Any]) -> None:
-        """Has every step of all of these be one of its own."""
+        """Hooks the optimizers, so that `step` is called when each of them has made a step."""
         stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         for name, module in self._sites.items():
             if any(id(W) not in stepped for W in weights_to_clip(module)):
@@ -227,7 +232,7 @@ class QKClip:
                 ) from None
 
     def _look_for_vain(self, clipped: dict[str, list[float]]) -> None:
-        """Warns where logits far above the threshold do not fall though they were clipped."""
+        """Warns where a logit above 1.5 times the threshold does not fall by a tenth in VAIN clips in a row."""
         now = {name: max(s for s in S if s < math.inf) for name, S in clipped.items()}
         before, self._vain = self._vain, {}
         for name, worst in now.items():
@@ -242,7 +247,7 @@ class QKClip:
                 )
 
     def _warn(self, message: str) -> None:
-        """Once for each message."""
+        """Logs a warning, once for each message."""
         if message not in self._warned:
             self._warned.add(message)
             log.warning("%s", message)

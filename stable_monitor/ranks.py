@@ -1,4 +1,4 @@
-"""The processes that have a monitor, which need not be all."""
+"""Communication between the processes that have a monitor, which may be only some of all processes."""
 
 import itertools
 import pickle
@@ -8,17 +8,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-PATIENCE = timedelta(seconds=30)  # for a process that is slower to make its monitor
-KEPT = 100  # decisions that a slower process may still ask for
+PATIENCE = timedelta(seconds=30)  # how long to wait for other processes to construct their monitors
+KEPT = 100  # number of decisions kept for slower processes
 
 _joined = itertools.count()
 
 
 class Ranks:
-    """What the processes with a monitor tell each other, through the key-value store of the process group.
+    """What the processes with a monitor tell each other, by the key-value store of the process group.
 
-    There nobody has to wait for a process without a monitor. A collective hangs where only some processes take part, so the
-    monitor makes one only where `all_here`.
+    Reading the store does not wait for processes without a monitor. A collective would hang if only some processes took part,
+    so the monitor uses collectives only if `all_here()`.
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,11 @@ class Ranks:
             self._store.set("main", "")
 
     def missing(self) -> int:
-        """How many have none so far."""
+        """The number of processes that have no monitor yet."""
         return self.size - self._store.add("here", 0)
 
     def all_here(self) -> bool:
-        """Whether all have one; what the first that asks finds holds for all of them, and for good."""
+        """Whether all processes have a monitor. The answer of the first process that asks is kept, and used by all."""
         if self._all_here is None:
             deadline = time.monotonic() + self._patience.total_seconds()
             while (missing := self.missing()) and time.monotonic() < deadline:
@@ -50,7 +50,7 @@ class Ranks:
         return self._all_here
 
     def decided(self, mine: Any) -> Any:
-        """What rank 0 decided, if it has a monitor, else mine; the first call on one rank meets the first on the others."""
+        """Rank 0's value of `mine`, if it has a monitor, else one's own; the n-th calls of all ranks belong together."""
         key, old = (f"decision/{self._decisions - back}" for back in (0, KEPT))
         self._decisions += 1
         if self.rank == 0:

@@ -1,6 +1,6 @@
-"""The records of monitored runs: the file that the monitor appends to, a JSON object a line, and what is read back from it.
+"""Writes and reads `monitor.jsonl`, the file of a monitored run, with one JSON object per line.
 
-A line is a record, of an update, or a validation: its step and numbers by name.
+A line is the record of an update, or a validation: {"step": ..., "validation": {name: number}}.
 """
 
 import json
@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "monitor.jsonl"
-NUMBERS = ("time", "loss", "lr", "grad_l2", "grad_linf", "entropy", "threshold")  # of a record or of an alarm
+NUMBERS = ("time", "loss", "lr", "grad_l2", "grad_linf", "entropy", "threshold")  # keys of a record or an alarm
 BY_HEAD = ("entropy", "entropy_min", "max_logit", "bound")
 log = logging.getLogger("stable_monitor")
 
 
 class RecordFile:
-    """A run's file, to append to. It is opened for each record: nothing waits in memory for a close, which a full disk would
-    make fail, and a folder that was deleted meanwhile is noticed."""
+    """Appends records to the file of a run.
+
+    The file is opened for each record, so that none is lost in a buffer when the disk is full, and a deleted folder is an error
+    at once."""
 
     def __init__(self, run: str | Path) -> None:
         self.path = Path(run)
@@ -28,11 +30,11 @@ class RecordFile:
             self.path /= FILE_NAME
 
     def prepare(self) -> bool:
-        """Makes its folder, and it, and takes off what a kill left of a line. Whether it holds something."""
+        """Creates the folder and the file, and removes an unfinished last line. Returns whether the file holds any lines."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab"):
             pass
-        if not self.path.is_file():  # a device
+        if not self.path.is_file():  # a device, such as /dev/null
             return False
         whole = self.path.read_bytes()
         end = whole.rfind(b"\n") + 1
@@ -41,7 +43,7 @@ class RecordFile:
         return bool(whole[:end].strip())
 
     def append(self, record: dict[str, Any]) -> None:
-        """The whole line or, where there is no room for it, none of it."""
+        """Appends the record as a line. If the disk is full, it removes the part that was written, and raises OSError."""
         line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
         with self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -60,11 +62,18 @@ def read(run: str | Path) -> list[dict[str, Any]]:
 
 
 def load(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records and validations of a run (a directory that holds `monitor.jsonl`, or such a file of any name), steps ascending.
+    """(records, validations) of a run in ascending order of steps.
 
-    The writer may have been killed: a last line that was cut short is left out. It may have gone on from an earlier
-    checkpoint: a line replaces those of the same kind and step before it, and all of later steps. Other lines are left out
-    with a warning that names them. Raises FileNotFoundError if there is no such file, ValueError for one without records.
+    An unfinished last line, of a writer that was killed, is left out. Where the run was resumed from an earlier checkpoint, a
+    line replaces earlier lines of its own kind with the same step, and all earlier lines with later steps. Lines that are
+    neither records nor validations are left out with a warning that names them.
+
+    Args:
+        run: a directory with `monitor.jsonl`, or such a file of any name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no record.
     """
     path = Path(run)
     if path.is_dir():
@@ -98,12 +107,14 @@ def load(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def in_words(entropy: float | None, unit: str = "") -> str:
-    """An entropy of an alarm, or of a layer that has one."""
+    """An entropy as text; null in a record is NaN, "not a number"."""
     return "not a number" if entropy is None else f"{entropy:.3g}{unit}"
 
 
 @dataclass(frozen=True)
 class Run:
+    """A run of the report: its name, and its records and validations as `load` returns them."""
+
     name: str
     records: list[dict[str, Any]]
     validations: list[dict[str, Any]]
@@ -121,11 +132,11 @@ class Run:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line's record or validation; None where it is neither."""
+    """The record or validation in a line; None if it is neither."""
     try:
         record = json.loads(
             line, parse_constant=lambda name: None
-        )  # NaN and infinity are no JSON, but people write them
+        )  # NaN and Infinity, which are not JSON, but which json writes, become null
     except (ValueError, RecursionError):
         return None
     step = record.get("step") if isinstance(record, dict) else None
@@ -161,5 +172,5 @@ def _has_numbers(values: dict[str, Any]) -> bool:
 
 
 def _is_number(x: Any) -> bool:
-    """Or null."""
+    """Whether x is a number, or null, as a record may hold in place of one."""
     return x is None or (isinstance(x, int | float) and abs(x) < 1e308)

@@ -1,7 +1,7 @@
 """`python -m stable_monitor.report RUN [RUN ...] -o report.html`: the records of monitored runs, side by side on one page.
 
-RUN is a directory that holds `monitor.jsonl`, or such a file. The page needs no network: its figures are inline SVG, the
-same as PNGs lie beside it.
+RUN is a directory that holds `monitor.jsonl`, or such a file. The page needs no network: its figures are inline SVG. PNG files
+of the same figures are written beside it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from .curves import FIGURES, Value, mean_entropy, number, validation_loss
 from .plots import draw
 from .records import FILE_NAME, Run, in_words, load
 
-ALARM_ROWS = 1000  # more on a page would help nobody
+ALARM_ROWS = 1000  # the most alarms in the table
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -88,7 +88,11 @@ document.addEventListener("pointermove", event => {{
 
 
 def unique_names(paths: list[Path]) -> list[str]:
-    """The name of each run's directory, with as many of its parents as it takes to tell all apart."""
+    """The name of each run's directory, with as many parent directories as make all names differ.
+
+    Raises:
+        ValueError: the same run is given twice.
+    """
     parts = [(path.parent if path.name == FILE_NAME else path).absolute().parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
@@ -103,7 +107,7 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def last_loss(lines: list[dict[str, Any]], loss: Value) -> str:
-    """The last that was measured and finite, with its step if that is not the last."""
+    """The last finite loss as text, with its step unless that is the last."""
     for line in reversed(lines):
         if (known := loss(line)) is not None:
             since = "" if line is lines[-1] else f" at {line['step']}, none since"
@@ -112,7 +116,7 @@ def last_loss(lines: list[dict[str, Any]], loss: Value) -> str:
 
 
 def least_entropy(run: Run) -> str:
-    """Of the last record; a layer where it is not a number comes first."""
+    """The layer with the smallest mean entropy in the last record, as text; a NaN counts as the smallest."""
     entropies = [
         (-1 if value is None else value, f"{name}: {in_words(value, ' nats')}")
         for name, layer in run.records[-1]["layers"].items()
@@ -156,8 +160,8 @@ def alarm_section(runs: list[Run]) -> str:
 def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambda path: None) -> None:
     """Writes the page to `out` and `<out's stem>_<figure>.png` beside it; calls `written` with each file, the page last.
 
-    Raises ValueError or OSError, with one line that names the file, for a run that cannot be read or an `out` that
-    cannot be written.
+    Raises:
+        ValueError, OSError: a run cannot be read, or `out` cannot be written; one line that names the file.
     """
     if out.suffix != ".html":
         raise ValueError(f"{out}: the page's name must end in .html")

@@ -27,36 +27,38 @@ def sharpness(
     """The k eigenvalues of largest magnitude of the Hessian of the training loss.
 
     H = d^2 L / d theta^2, H v_i = lambda_i v_i (Appendix B.1, eq. 24); the paper's sharpness is |lambda_1|. L is the mean
-    over `batches` of `loss_fn(model, batch)`, theta every parameter that requires grad. Lanczos on Hessian-vector products,
-    some 20 to 50 of them, each about three times a training step's forward and backward pass over all batches.
+    over `batches` of `loss_fn(model, batch)`, and theta all parameters that require grad. The eigenvalues are found by Lanczos'
+    method with some 20 to 50 Hessian-vector products, each of which takes about as long as three training steps over all
+    batches.
 
-    With `optimizer`, those of P^-1/2 H P^-1/2, P = sqrt(v_hat) + eps the divisor of Adam's update: the same eigenvalues as
-    P^-1 H, to which `adamw_stability_threshold` applies. An entry that has had no gradient yet, such as the embedding of a
-    word not yet seen, has P = eps and so a huge curvature: measure on batches the optimizer knows.
+    With `optimizer` they are the eigenvalues of P^-1/2 H P^-1/2, where P = sqrt(v_hat) + eps is the divisor of Adam's update.
+    These are those of P^-1 H, to which `adamw_stability_threshold` applies. A parameter entry that has had no gradient yet,
+    such as the embedding of a word not yet seen, has P = eps and so a huge curvature: measure on batches that were trained on.
 
     The model is measured in evaluation mode, so without dropout and with BatchNorm's running statistics, and left as it
     was, gradients, buffers and random state included. Attention runs on torch's math kernel and compiled code runs eagerly,
     as fused kernels and compiled graphs have no second derivative.
 
-    σReparam holds u constant between two optimizer steps, and so does this Hessian, which is therefore symmetric (to
-    fp32 rounding, 1e-7). It lacks sigma's own curvature, dL/dsigma d^2 sigma/dW^2, which grows without bound as the two
-    largest singular values meet; but power iteration is as slow there, and training does not feel it. Gradient descent
-    with Algorithm 1, linearised in W, gamma, u and v together, lost its stability at a step size of 2/lambda, lambda the
-    largest positive eigenvalue, to within 8 % in 54 small models (v was constant too then; it is W^T u / |W^T u| now);
-    sigma's curvature made lambda up to 500 times as large.
+    For σReparam, u is a constant of this Hessian, as it is in training between two optimizer steps, so that the Hessian is
+    symmetric (to fp32 rounding, 1e-7). It lacks the curvature of the exact norm, dL/dsigma d^2 sigma/dW^2, which grows
+    without bound as the two largest singular values approach each other. There power iteration hardly moves u in a step, so
+    that this curvature does not act on training. This was checked in 54 small models: gradient descent with Algorithm 1,
+    linearised in W, gamma, u and v together, lost its stability at a step size of 2/lambda to within 8 %, where lambda is the
+    largest positive eigenvalue of this Hessian (v was a constant then, too; it is W^T u / |W^T u| now). With the curvature of
+    the exact norm, lambda was up to 500 times as large.
 
     Args:
         model: in float32 or float64 and in one process (of DDP, its `.module`).
-        loss_fn: (model, batch) -> scalar, the mean loss of the batch. What it draws from torch's generators is the same for
-            each product.
-        batches: kept in a list, handed to loss_fn one at a time; cut an endless loader with `itertools.islice`. All count
-            alike. A batch may be just an index if loss_fn loads it.
-        k: how many, fewer than there are parameters.
+        loss_fn: (model, batch) -> scalar, the mean loss of the batch. Its random numbers from torch are the same in each
+            product.
+        batches: kept in a list and given to loss_fn one at a time, with equal weights; cut an endless loader with
+            `itertools.islice`. A batch may be an index, if loss_fn loads the data.
+        k: number of eigenvalues, fewer than there are parameters.
         optimizer: torch's Adam or AdamW, after a step on every parameter.
 
     Returns:
-        (k,) on the CPU, by falling magnitude and signed, to three digits or better, in loss per squared unit of theta. The
-        same call gives the same result. Lanczos keeps 20 vectors (2k + 1 if that is more) as long as theta on the host.
+        (k,) on the CPU, signed and by falling magnitude, to three digits or better, in loss per squared unit of theta. The
+        same call gives the same result. Lanczos' method keeps 20 vectors of the size of theta (2k + 1 if more) on the host.
 
     Raises:
         ValueError: k, batches, a parameter's dtype or the optimizer not as above; more parameters than ARPACK can index; a
@@ -65,7 +67,7 @@ def sharpness(
     """
     named: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     weights = list(named.values())
-    with _fork_rng(weights):  # a loader draws from it
+    with _fork_rng(weights):  # a loader may draw random numbers
         batches = list(batches)
     size = sum(weight.numel() for weight in weights)
     basis_limit = (2**31 - 1) // max(size, 1)  # ARPACK indexes its basis, (size, basis), in 32 bits
@@ -107,7 +109,7 @@ def sharpness(
         torch.compiler.set_stance("force_eager"),
     ):
         start = product(start)
-        if not start.any():  # which ARPACK refuses
+        if not start.any():  # H = 0, which ARPACK refuses
             return torch.zeros(k, dtype=dtype)
         try:
             values = eigsh(
@@ -148,7 +150,7 @@ def adamw_stability_threshold(lr: float, beta1: float = 0.9) -> float:
 def _hessian_vector_product(
     model: nn.Module, loss_fn: LossFn, batches: list[Any], weights: list[Tensor], vector: list[Tensor]
 ) -> list[Tensor]:
-    """H v = d(g . v)/d theta, g = dL/d theta; zero for parameters that the loss does not touch."""
+    """H v = d(g . v)/d theta with g = dL/d theta, by parameter; zeros for those that the loss does not depend on."""
     total = [torch.zeros_like(weight) for weight in weights]
     for index, batch in enumerate(batches):
         loss = loss_fn(model, batch)
@@ -187,7 +189,7 @@ def _fork_rng(weights: Iterable[Tensor]) -> AbstractContextManager[None]:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Sets the flags itself: some models' own train() and eval() do more, and a part may be in another mode than the rest."""
+    """A context with all modules in evaluation mode, set by their flags: some models' own eval() does more than that."""
     before = {module: module.training for module in model.modules()}
     try:
         for module in before:

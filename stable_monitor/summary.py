@@ -1,4 +1,4 @@
-"""Tensors into the few numbers of a record."""
+"""Reduces the statistics of an attention, and gradients, to the numbers of a record."""
 
 import math
 from typing import Any, TypeGuard
@@ -9,16 +9,17 @@ from torch.distributed.tensor import DTensor
 
 from .calls import AttentionCall, padding
 
-DIGITS = 6  # significant ones, in the file
+DIGITS = 6  # significant digits of a number in the file
 
 
 @torch.no_grad()
 def by_head(call: AttentionCall) -> tuple[str, Tensor]:
-    """The kind of an attention ("encoder", "decoder", that is causal, or "cross"), and its numbers, (5, heads).
+    """The kind of an attention ("encoder", "decoder", which is causal, or "cross"), and its numbers, (5, heads).
 
-    The numbers: mean entropy, least entropy, largest logit, mean of the entropy's lower bound, and of its upper bound, the
-    log of the number of keys. They are over batch and queries, less rows without a key, and in self-attention less the
-    queries of padding: of positions that no query may see. The least entropy is over rows with a choice, of two keys or more.
+    The numbers are the mean entropy, least entropy, largest logit, mean lower bound of the entropy, and mean upper bound, which
+    is the log of the number of keys; all but the logit in nats. They are taken over batch and queries, without queries that see
+    no key, and in self-attention without padding, that is queries at positions that no query may see. The least entropy is
+    over queries that see two or more keys, as it is always 0 with one.
     """
     rows, hidden = call.statistics(), call.hidden()
     queries = call.tokens[0]
@@ -43,7 +44,7 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
 
 
 def _is_causal(hidden: Tensor, queries: int) -> bool:
-    """Whether a mask (queries or 1, keys) hides every later key, and not all keys."""
+    """Whether a mask, True where (queries or 1, keys) is hidden, hides all later keys of each query, but not all keys."""
     if queries == 1 or hidden.shape[0] == 1:
         return False
     later = torch.ones_like(hidden).triu(1)
@@ -52,9 +53,9 @@ def _is_causal(hidden: Tensor, queries: int) -> bool:
 
 @torch.no_grad()
 def gradient_norms(modules: dict[str, nn.Module], scale: float = 1.0) -> dict[str, Tensor]:
-    """The l2 and l-inf norms of the gradients of all parameters of each module, divided by scale, (2,); NaN without any.
+    """By name, (l2, l-inf) norms of the gradients of all parameters of each module, divided by `scale`; NaN without gradients.
 
-    In fp32, one parameter at a time: squares overflow in half precision, and a copy of all gradients may not fit.
+    Norms are computed in fp32, as squares overflow in half precision, and one parameter at a time, to save memory.
     """
     norms: dict[nn.Parameter, Tensor] = {}
     totals = {}
@@ -72,15 +73,15 @@ def gradient_norms(modules: dict[str, nn.Module], scale: float = 1.0) -> dict[st
 
 
 def _has_empty_shard(x: Tensor) -> TypeGuard[DTensor]:
-    """Whether some rank holds nothing of x: its l-inf norm raises there, and the other ranks would wait for it."""
+    """Whether some rank's shard of x is empty: the l-inf norm would raise there, while the other ranks wait."""
     if not isinstance(x, DTensor):
         return False
     rows, ranks = x.shape[0], x.device_mesh.size()
-    return -(-rows // -(-rows // ranks)) < ranks  # in parts as torch.chunk makes them
+    return -(-rows // -(-rows // ranks)) < ranks  # shards are as torch.chunk makes them
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: tensors, in lists and dicts too, as rounded numbers, and null for those that are not finite."""
+    """`value` for JSON: tensors as lists, floats rounded, those that are not finite as null; also inside lists and dicts."""
     if isinstance(value, dict):
         return {key: plain(x) for key, x in value.items()}
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The causal tool: attention at another temperature, to bring about an entropy collapse and watch what follows."""
+"""Attention at another temperature: an intervention that causes an entropy collapse, to see what follows from it."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -11,21 +11,21 @@ from .interception import UNSEEN, Interception
 
 
 class attention_temperature:  # a context manager, used as a function
-    """A context in which every attention of `model` computes softmax(a / tau) for softmax(a) [σ, App. B.1, eq. 22].
+    """A context in which every attention of `model` computes softmax(a / tau) in place of softmax(a) [σ, App. B.1, eq. 22].
 
-    A low tau sharpens attention: tau = 0.1 is the paper's intervention. tau can be set within the context, so one context
-    around the training loop makes a sharp intervention at any step:
+    A low tau lowers the entropy: tau = 0.1 is the paper's intervention. tau can be changed within the context, so that one
+    context around the training loop can intervene at any step:
 
         with attention_temperature(model) as temperature:
             for step, batch in enumerate(loader):
                 temperature.tau = 0.1 if step >= 1000 else 1.0
 
-    Backward passes belong inside: activation checkpointing computes the attention again there. Compiled models run eagerly
-    meanwhile.
+    Run backward passes inside the context, too, as activation checkpointing computes attention again in them. Compiled models
+    run eagerly within the context.
 
     Raises:
         ValueError: tau is not a positive finite number.
-        RuntimeError: at the end, if the model ran and no attention was seen, so that nothing was changed.
+        RuntimeError: at the end, if the model ran but no attention was seen, so that tau had no effect.
     """
 
     def __init__(self, model: nn.Module, tau: float = 1.0) -> None:

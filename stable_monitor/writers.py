@@ -1,4 +1,4 @@
-"""Where records go besides the file: TensorBoard and Weights & Biases, for those who have them."""
+"""Writers of the monitor's records to TensorBoard and Weights & Biases, two packages that are optional."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +9,16 @@ from .records import in_words
 
 
 def by_layer(record: dict[str, Any], key: str, over_heads: Callable[[list[float]], float]) -> dict[str, float]:
-    """One number for each layer that has any."""
+    """{layer: over_heads(layer[key])}, for layers with any number that is not null."""
     known = {name: [x for x in layer[key] if x is not None] for name, layer in record["layers"].items()}
     return {name: over_heads(heads) for name, heads in known.items() if heads}
 
 
 def headline(record: dict[str, Any]) -> dict[str, float]:
-    """What fits in a log line: "entropy", the mean over layers and heads, "entropy_min", that of the layer with the least
-    (both in nats), and "logit_max", the largest logit of all. Empty where no attention was measured."""
+    """A summary of a record for a log line; empty where no attention was measured.
+
+    "entropy" is the mean over layers and heads and "entropy_min" that of the layer with the least, both in nats; "logit_max" is
+    the largest logit of all."""
     entropies, logits = by_layer(record, "entropy", fmean).values(), by_layer(record, "max_logit", max).values()
     if not entropies or not logits:
         return {}
@@ -24,8 +26,9 @@ def headline(record: dict[str, Any]) -> dict[str, float]:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """A record as flat names and numbers: "entropy/encoder.layers.0.self_attn" is the mean over the heads, and so on, min
-    or max for what is a least or a largest; what was not measured is left out."""
+    """A record as {name: number}, such as "entropy/encoder.layers.0.self_attn".
+
+    Entropy and its bound are means over heads, entropy_min and max_logit the least and the largest; nulls are left out."""
     flat = {name: record[name] for name in ("loss", "lr", "grad_l2", "grad_linf")}
     for key, over_heads in (("entropy", fmean), ("bound", fmean), ("entropy_min", min), ("max_logit", max)):
         flat.update((f"{key}/{name}", value) for name, value in by_layer(record, key, over_heads).items())
@@ -37,7 +40,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardWriter:
-    """Writes records for TensorBoard. Needs the package tensorboard."""
+    """Writes records to a directory for TensorBoard. Needs the package tensorboard."""
 
     def __init__(self, directory: str | Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +56,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Logs records to a run of Weights & Biases; the one that `wandb.init` began, if none is given. Needs the package wandb."""
+    """Logs records to a Weights & Biases run; without one, to that of `wandb.init`. Needs the package wandb."""
 
     def __init__(self, run: Any = None) -> None:
         if run is None:
