@@ -49,15 +49,14 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # All of an optimizer's weights count as changed, because nothing tells which ones did: some optimizers clear gradients, and
     # others (fairseq's Adam) write to `.data`, which version counters do not see.
-    changed: dict[SigmaReparam, None] = {}
     around: set[int] = set()
     for outer in _steps_around():
         around.update(id(p) for group in outer.param_groups for p in group["params"])
+    rest: dict[SigmaReparam, bool] = {}  # whether all groups that hold a weight of it do; weights may share a sigma
     for group in optimizer.param_groups:
         for parametrization in _followed(p for p in group["params"] if id(p) not in around):
-            if not _rests(group) or _changed_at_rest(parametrization):
-                changed[parametrization] = None
-    _advance(changed)
+            rest[parametrization] = rest.get(parametrization, True) and _rests(group)
+    _advance([found for found, rests in rest.items() if not rests or _changed_at_rest(found)])
 
 
 def _steps_around() -> Iterator[torch.optim.Optimizer]:

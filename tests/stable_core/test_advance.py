@@ -55,6 +55,28 @@ def test_a_step_with_a_learning_rate_of_zero_leaves_the_state_alone(lr):
     assert not equal(state(model), before)
 
 
+@pytest.mark.parametrize("qkv", ["separate", "qk_joint", "joint"])
+def test_a_sigma_that_several_weights_share_rests_where_all_of_them_do(qkv):
+    model = nn.ModuleDict({name: nn.Linear(32, 32) for name in ("q_proj", "k_proj", "v_proj")})
+    sigma_reparam(model, SigmaReparamConfig(qkv=qkv))
+    by_layer = [{"params": list(layer.parameters())} for layer in model.values()]
+    optimizer = torch.optim.SGD(by_layer, lr=0.1)
+
+    def step(*rates: float) -> bool:
+        """Whether a u moved."""
+        for group, lr in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+        before = [layer.u.clone() for layer in reparametrised(model)]
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        return not all(torch.equal(layer.u, u) for layer, u in zip(reparametrised(model), before, strict=True))
+
+    assert step(0.1, 0.1, 0.1)  # one iteration behind the top singular vectors: another would move u
+    assert not step(0, 0, 0)
+    assert step(0, 0.1, 0)
+
+
 def test_evaluation_and_checkpointing_leave_the_state_alone():
     model = mlp()
     before = state(model)
