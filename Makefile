@@ -6,9 +6,9 @@ BIN := $(STABLE_VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 UV := .venv-uv/bin/uv
 export OMP_NUM_THREADS ?= 1
-# One more than there are cores, as many tests wait for processes of their own. A file, or a class, stays in one process, whose
+# Two more than there are cores, as many tests wait for processes of their own. A file, or a class, stays in one process, whose
 # fixtures its tests share. A process that dies is not started again: each that follows would die of the same test.
-WORKERS := 3
+WORKERS := 4
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --max-worker-restart 0
 
 .PHONY: help venv lock quickstart test test-all test-newest test-oldest lint bench docs clean

@@ -38,6 +38,7 @@ What each file is for, in the order in which to read them:
     attention_entropy.py    attention entropy without the attention matrix; kernels_attention.py has it in Triton
     theory.py               the papers' bounds: least entropy, largest logit, size of an Adam update
     qk_clip.py              QK-clip: smaller weights for heads whose logits grew too large
+    bounding.py             σReparam for queries and keys whose entropy has collapsed, with gamma in bounds
     interrupted.py          what is undone where a forward pass ends in an error
 """
 

@@ -43,27 +43,33 @@ def clip_factors(largest: Tensor, key_heads: int, threshold: float, alpha: float
     return queries, keys
 
 
-@torch.no_grad()
 def clip_heads(attention: nn.Module, largest: Tensor, threshold: float, alpha: float) -> None:
     """Multiplies the query and key weights and biases of an attention by `clip_factors`.
 
-    The attention must have passed `check_attention` and `check_heads`. The effective weights are scaled. Under σReparam, rows
-    of the original W are, u is computed anew, and gamma is multiplied by sigma(W) after / sigma(W) before. So gamma / sigma is
-    the same as before, and with it the other rows of W_hat and the weights that share the sigma. Under torch's weight norm,
-    rows of g are scaled. Where W_q or W_k is frozen, the other one gets the whole factor.
+    The attention must have passed `check_attention` and `check_heads`. Where W_q or W_k is frozen, the other one gets the whole
+    factor.
 
     Args:
         attention: the module that holds the projections.
         largest, threshold, alpha: as for `clip_factors`.
     """
-    places = _query_and_key_places(attention)
-    rows = _rows(attention, places) or {}
-    alpha = {(True, False): 1.0, (False, True): 0.0}.get(_learn(places), alpha)
+    rows = rows_of_queries_and_keys(attention)
+    alpha = {(True, False): 1.0, (False, True): 0.0}.get(_learn(query_and_key_places(attention)), alpha)
     key_heads = rows["k"].numel() * len(largest) // rows["q"].numel()
-    queries, keys = clip_factors(largest, key_heads, threshold, alpha)
-    factors = {"q": queries, "k": keys, "q_shared": queries * keys.repeat_interleave(len(queries) // key_heads)}
-    for held, place in places.items():
-        factor = torch.ones(matrix_shape(*place)[0], device=largest.device)
+    scale_heads(attention, *clip_factors(largest, key_heads, threshold, alpha))
+
+
+@torch.no_grad()
+def scale_heads(attention: nn.Module, queries: Tensor, keys: Tensor) -> None:
+    """Multiplies the queries of each head, (heads,), and the keys of each key head, (key_heads,), by way of their weights.
+
+    Effective weights are multiplied, and biases. Under σReparam, rows of the original W are, u is computed anew, and gamma is
+    multiplied by sigma(W) after / sigma(W) before. So gamma / sigma is the same as before, and with it the other rows of W_hat
+    and the weights that share the sigma. Under torch's weight norm, rows of g are multiplied. Frozen weights stay.
+    """
+    factors = {"q": queries, "k": keys, "q_shared": queries * keys.repeat_interleave(len(queries) // len(keys))}
+    for held, place in query_and_key_places(attention).items():
+        factor = torch.ones(matrix_shape(*place)[0], device=queries.device)
         for role, own in (rows_of(attention, held, matrix_shape(*place)) or {}).items():
             if role in factors:
                 factor[own.reshape(len(factors[role]), -1)] = factors[role][:, None]
@@ -81,7 +87,7 @@ def check_attention(name: str, attention: nn.Module) -> None:
         ValueError: the projections, or the order of their rows, are not known; QK-norm, which undoes the scaling; queries and
             keys made by the same weight; a parametrization that fixes the norm of the weight, or that is not known.
     """
-    places = _query_and_key_places(attention)
+    places = query_and_key_places(attention)
     if not places:
         raise ValueError(
             f"{name}: its query and key projections have no known names (stable_core/layers.py); {LEAVE_OUT}"
@@ -91,7 +97,7 @@ def check_attention(name: str, attention: nn.Module) -> None:
             f"{name}: QK-norm ({', '.join(norms)}): its logits do not grow with W_q and W_k, so that QK-clip would change "
             f"nothing; lower the gain of the norm, or {LEAVE_OUT}"
         )
-    if _rows(attention, places) is None:
+    if any(rows_of(attention, held, matrix_shape(*place)) is None for held, place in places.items()):
         raise ValueError(f"{name}: it is not known which rows of its packed weight are queries and keys; {LEAVE_OUT}")
     for layer, tensor in places.values():
         chain = chain_of(layer, tensor)
@@ -117,7 +123,7 @@ def check_heads(name: str, attention: nn.Module, heads: int, head_dim: int | Non
     Raises:
         ValueError: heads or head_dim do not divide the rows of the weights so, as under L2 attention or tensor parallelism.
     """
-    rows = _rows(attention, _query_and_key_places(attention)) or {}
+    rows = rows_of_queries_and_keys(attention)
     queries, keys = (rows[role].numel() for role in "qk")
     fits = queries % heads == 0 and keys % (queries // heads) == 0 and heads % (keys * heads // queries) == 0
     if "q_shared" in rows:
@@ -132,21 +138,19 @@ def check_heads(name: str, attention: nn.Module, heads: int, head_dim: int | Non
 
 def weights_to_clip(attention: nn.Module) -> list[Tensor]:
     """The parameters that hold the query and key weights, without frozen ones, which QK-clip does not change."""
-    return [W for place in _query_and_key_places(attention).values() if (W := _parameter(*place)).requires_grad]
+    return [W for place in query_and_key_places(attention).values() if (W := _parameter(*place)).requires_grad]
 
 
-def _query_and_key_places(attention: nn.Module) -> dict[str, Place]:
+def query_and_key_places(attention: nn.Module) -> dict[str, Place]:
+    """Where the weights are that hold queries, keys or both, by what they hold."""
     return {held: place for held, place in find_projections(attention).items() if held != "v"}
 
 
-def _rows(attention: nn.Module, places: dict[str, Place]) -> dict[str, Tensor] | None:
-    """`rows_of` for all of the weights in `places` together; None where it is not known for one."""
+def rows_of_queries_and_keys(attention: nn.Module) -> dict[str, Tensor]:
+    """`rows_of` for all of the weights that hold queries or keys together."""
     found: dict[str, Tensor] = {}
-    for held, place in places.items():
-        rows = rows_of(attention, held, matrix_shape(*place))
-        if rows is None:
-            return None
-        found |= rows
+    for held, place in query_and_key_places(attention).items():
+        found |= rows_of(attention, held, matrix_shape(*place)) or {}
     return found
 
 

@@ -5,6 +5,7 @@ from stable_core import __version__ as __version__
 from .alarm import Alarm, AlarmConfig, EntropyCollapse, lower_learning_rate, stop_training
 from .monitor import Monitor
 from .qk_clip import QKClip
+from .rescue import Rescue, Rescued, rescue
 from .sharpness import adamw_stability_threshold, sharpness
 from .temperature import attention_temperature
 from .writers import TensorBoardWriter, WandbWriter, headline
@@ -15,12 +16,15 @@ __all__ = [
     "EntropyCollapse",
     "Monitor",
     "QKClip",
+    "Rescue",
+    "Rescued",
     "TensorBoardWriter",
     "WandbWriter",
     "adamw_stability_threshold",
     "attention_temperature",
     "headline",
     "lower_learning_rate",
+    "rescue",
     "sharpness",
     "stop_training",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .optimizers import Optimizers, listed, short
+from .optimizers import Optimizers, listed, short, with_parts
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,9 @@ class lower_learning_rate:  # a class, but used like the function `stop_training
                 if id(group[name]) not in lowered:  # groups may share one tensor: it is lowered once
                     group[name] *= self.factor
                     lowered |= {id(group[name])} if isinstance(group[name], torch.Tensor) else set()
-        for scheduler in _with_parts(self.scheduler):
+        for scheduler in with_parts(self.scheduler):
             if hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [lr * self.factor for lr in scheduler.base_lrs]
-
-
-def _with_parts(scheduler: Any) -> list[Any]:
-    """A scheduler and the schedulers inside it, such as those of SequentialLR; [] for None."""
-    parts = [part for inner in getattr(scheduler, "_schedulers", ()) for part in _with_parts(inner)]
-    return parts if scheduler is None else [scheduler, *parts]
 
 
 class Watch:
@@ -136,7 +130,7 @@ class Watch:
         self._past: dict[str, list[float]] = defaultdict(list)  # sorted
         self._highest: dict[str, float] = defaultdict(float)
         self._records: dict[str, int] = defaultdict(int)
-        self._collapsed: set[str] = set()
+        self.collapsed: set[str] = set()
 
     def look(self, record: dict[str, Any]) -> list[Alarm]:
         """The alarms that this record of the monitor raises."""
@@ -146,25 +140,25 @@ class Watch:
                 continue
             past, before = self._past[name], self._records[name]
             self._records[name] += 1
-            entropy, bound = _median_head(layer["entropy"]), _median_head(layer.get("bound", []))
+            entropy, bound = median_head(layer["entropy"]), median_head(layer.get("bound", []))
             bound = 0.0 if math.isnan(bound) else bound
             reference = threshold = math.nan
             if len(past) >= self.config.patience:
                 reference = self._highest[name] = max(self._highest[name], past[(len(past) - 1) // 2])
                 threshold = min(bound + self.config.fraction * (reference - bound), reference / 2)
             if entropy < threshold or (math.isnan(entropy) and before >= self.config.patience):
-                if name not in self._collapsed:
+                if name not in self.collapsed:
                     alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound))
-                self._collapsed.add(name)
+                self.collapsed.add(name)
                 continue
             if not entropy <= min(2 * threshold, (threshold + reference) / 2):
-                self._collapsed.discard(name)
+                self.collapsed.discard(name)
             if not math.isnan(entropy):
                 bisect.insort(past, entropy)
         return alarms
 
 
-def _median_head(values: list[float | None]) -> float:
+def median_head(values: list[float | None]) -> float:
     """The lower median over heads; NaN if one is null (NaN in a record), as one such head makes all later layers NaN."""
     known = [value for value in values if value is not None]
     return statistics.median_low(known) if known and len(known) == len(values) else math.nan

@@ -27,6 +27,23 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 @contextmanager
+def unnoticed(model: nn.Module) -> Iterator[None]:
+    """For forward passes of the model that training does not know of: eager, without gradient, and afterwards random numbers
+    and buffers are what they were; what the model keeps elsewhere, such as a counter in Python, is not."""
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, before in buffers:
+            module._buffers.update(before)
+        for buffer, value in values:
+            buffer.copy_(value)
+
+
+@contextmanager
 def probe_before_forward(
     called: nn.Module,
     model: nn.Module,
@@ -35,10 +52,9 @@ def probe_before_forward(
     allowed: Callable[[], bool] = lambda: True,
     every_call: bool = False,
 ) -> Iterator[None]:
-    """A context in which an eager forward pass of `model` without gradient, the probe, runs before the first call of `called`.
+    """A context in which an eager forward pass of `model`, the probe, runs `unnoticed` before the first call of `called`.
 
-    `interception` sees the attention of the probe. Random state and buffers are restored after it; other state that a forward
-    pass changes, such as a counter in Python, is not.
+    `interception` sees the attention of the probe.
 
     Args:
         called: the module that the training loop calls.
@@ -52,26 +68,19 @@ def probe_before_forward(
 
     def probe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal done
-        if done or not model.training:
+        if done or not (model.training and torch.is_grad_enabled()):
             return
         done = not every_call
         if not allowed():
             return
-        buffers = [(module, dict(module._buffers)) for module in model.modules()]
-        values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
         interception.start()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            with unnoticed(model):
                 model(*args, **kwargs)
         except Exception as error:  # the real forward pass may still succeed
             failed(error)
         finally:
             interception.stop()
-            for module, before in buffers:
-                module._buffers.update(before)
-            for buffer, value in values:
-                buffer.copy_(value)
 
     usual_call = called._compiled_call_impl
     if usual_call is not None:  # after model.compile(), which would compile a hook, too

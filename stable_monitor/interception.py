@@ -74,7 +74,8 @@ class Interception:
         self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if model is self._model and model.training and not self._names and not torch.compiler.is_compiling():
+        trains = model.training and torch.is_grad_enabled()
+        if model is self._model and trains and not self._names and not torch.compiler.is_compiling():
             self._install()
             self._enter(model, args, kwargs)  # the model's own new hook is not called in this pass
 

@@ -23,6 +23,7 @@ from .optimizers import Optimizers, listed, short
 from .projections import SpectralNorms
 from .ranks import Ranks
 from .records import RecordFile, read
+from .rescue import Rescued, rescue
 from .summary import by_head, gradient_norms, plain
 
 log = logging.getLogger("stable_monitor")
@@ -169,6 +170,19 @@ class Monitor:
             updates = self.updates if step is None else step
             self._file.append({"step": updates, "time": round(time.time(), 3), "validation": plain(found)})
 
+    def rescue(self, forward: Callable[[], Any], **settings: Any) -> list[Rescued]:
+        """`stable_monitor.rescue` of the monitored model, which is written down; the layers that raised an alarm and have not
+        recovered since are rescued whatever their entropy.
+
+        Raises:
+            ValueError: the monitor has no optimizer or no record yet; as `rescue`.
+        """
+        if not self._optimizers or self.last is None:
+            raise ValueError("rescue needs a monitor with an optimizer, after its first record")
+        done = rescue(self._called, self._optimizers, forward, layers=sorted(self._watch.collapsed), **settings)
+        self._mark(done)
+        return done
+
     def close(self) -> None:
         """Ends monitoring, and removes the hooks from the model."""
         self._armed.close()
@@ -300,7 +314,16 @@ class Monitor:
             if self._is_main:
                 log.warning("%s", alarm)
             if self._on_alarm is not None:
-                self._on_alarm(alarm)
+                self._mark(self._on_alarm(alarm))
+
+    def _mark(self, done: Any) -> None:
+        """Adds to the last record what a rescue after it did, by writing it again."""
+        if self.last is None or not (isinstance(done, list) and all(isinstance(one, Rescued) for one in done) and done):
+            return
+        self.last["rescues"] = self.last.get("rescues", []) + [plain(asdict(one)) for one in done]
+        if self._file is not None:
+            with self._warning(str(self._file.path)):
+                self._file.append(self.last)
 
     def _open(self, path: str | Path, step: int) -> RecordFile:
         file = RecordFile(path)

@@ -1,9 +1,10 @@
 """One optimizer, or several in a list, tuple or dict."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 Optimizers = torch.optim.Optimizer | list[Any] | tuple[Any, ...] | dict[Any, Any]
 
@@ -21,6 +22,52 @@ def listed(optimizers: Optimizers) -> list[Any]:
             f"optimizer = {short(optimizers)}: allowed are an optimizer, or several in a list, tuple or dict"
         )
     return found
+
+
+def place_without_decay(
+    optimizers: list[Any], beside: list[nn.Parameter], scheduler: Any
+) -> Callable[[list[nn.Parameter]], None]:
+    """Finds where new parameters belong that are trained with those of `beside`, at the same learning rate but without decay.
+
+    That is a group which is so already; or else a new one, of which a scheduler must be told, as it keeps a number for each.
+
+    Returns:
+        What adds parameters there. Nothing is changed before it is called.
+
+    Raises:
+        ValueError: no optimizer has `beside`; a new group is needed, a scheduler is at work, and was not given.
+    """
+    wanted = {id(p) for p in beside}
+    found = [(o, g) for o in optimizers for g in o.param_groups if any(id(p) in wanted for p in g["params"])]
+    if not found:
+        name = short(optimizers[0] if len(optimizers) == 1 else optimizers)
+        raise ValueError(f"optimizer = {name}: it does not train the layers' queries and keys; give the one that does")
+    optimizer, own = found[0]
+    for group in (own, *optimizer.param_groups):
+        if not group.get("weight_decay") and group.get("lr") == own.get("lr"):
+            return group["params"].extend
+    if "initial_lr" in own and scheduler is None:
+        raise ValueError(
+            "scheduler = None: every group of the optimizer has weight decay, which gammas must not have, and its scheduler "
+            "must learn of a new group"
+        )
+    index = next(i for i, group in enumerate(optimizer.param_groups) if group is own)
+
+    def add(parameters: list[nn.Parameter]) -> None:
+        if parameters:
+            optimizer.add_param_group({**own, "params": parameters, "weight_decay": 0.0})
+            for part in with_parts(scheduler):
+                for name in ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs"):
+                    if isinstance(numbers := getattr(part, name, None), list):
+                        numbers.append(numbers[index])
+
+    return add
+
+
+def with_parts(scheduler: Any) -> list[Any]:
+    """A scheduler and, where it is made of others, those."""
+    parts = [part for inner in getattr(scheduler, "_schedulers", ()) for part in with_parts(inner)]
+    return parts if scheduler is None else [scheduler, *parts]
 
 
 def short(x: Any) -> str:

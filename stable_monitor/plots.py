@@ -35,6 +35,7 @@ STYLE = {
 DEPTH = ListedColormap(colormaps["viridis"](np.linspace(0, 0.93, 256)))  # yellow is hard to see on white
 ALARM = "#d7191c"
 VALIDATION = "#2457a6"
+RESCUE = "#1a9641"
 GAP = 0.2  # between panels, inches
 LEFT, RIGHT, TOP, BOTTOM = 0.95, 0.85, 0.7, 0.5  # margins of a figure, inches
 
@@ -138,6 +139,8 @@ def fill(panel: Axes, quantity: Quantity, run: Run, kind: str, found: dict[str, 
         if lost := [step for step, entropy in marks if entropy is None]:  # on the lower edge
             gid, cross = curve_id(run.name, "not a number", kind), {**cross, "transform": panel.get_xaxis_transform()}
             panel.plot(lost, [0] * len(lost), **cross, clip_on=False, gid=gid, label="alarm: not a number")
+    for step in {rescue["step"] for rescue in run.rescues}:
+        panel.axvline(step, color=RESCUE, linewidth=0.9, linestyle="-.", zorder=3, label="rescue")
     if run.alarms:
         first = run.alarms[0]["step"]
         panel.axvline(first, color=ALARM, linewidth=0.9, linestyle=":", zorder=3, label="first alarm")

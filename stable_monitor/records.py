@@ -93,7 +93,7 @@ def load(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         same, others = (validations, records) if "validation" in parsed else (records, validations)
         while same and same[-1]["step"] >= parsed["step"]:
             same.pop()
-        while others and others[-1]["step"] > parsed["step"]:
+        while others and others[-1]["step"] > parsed["step"] and "rescues" not in parsed:  # it was written again
             others.pop()
         same.append(parsed)
     if wrong and wrong[-1] == len(lines) and not whole.endswith(b"\n"):
@@ -130,6 +130,11 @@ class Run:
         """All alarms in order, each with its "step"."""
         return [{"step": record["step"], **alarm} for record in self.records for alarm in record["alarms"]]
 
+    @cached_property
+    def rescues(self) -> list[dict[str, Any]]:
+        """All rescued layers in order, each with the "step" of the record after which it was."""
+        return [{"step": record["step"], **rescue} for record in self.records for rescue in record.get("rescues", [])]
+
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """The record or validation in a line; None if it is neither."""
@@ -145,10 +150,11 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     if "validation" in record:
         found = record["validation"]
         return record if isinstance(found, dict) and all(map(_is_number, found.values())) else None
-    layers, alarms = record.get("layers"), record.get("alarms")
+    layers, alarms, rescues = record.get("layers"), record.get("alarms"), record.get("rescues", [])
     if not isinstance(layers, dict) or not all(map(_is_layer, layers.values())):
         return None
-    return record if isinstance(alarms, list) and all(map(_is_alarm, alarms)) else None
+    listed = isinstance(alarms, list) and isinstance(rescues, list)
+    return record if listed and all(map(_is_alarm, alarms)) and all(map(_is_rescue, rescues)) else None
 
 
 def _is_layer(layer: Any) -> bool:
@@ -165,6 +171,13 @@ def _is_layer(layer: Any) -> bool:
 
 def _is_alarm(alarm: Any) -> bool:
     return isinstance(alarm, dict) and isinstance(alarm.get("layer"), str) and _has_numbers(alarm)
+
+
+def _is_rescue(rescue: Any) -> bool:
+    if not isinstance(rescue, dict) or not isinstance(rescue.get("layer"), str):
+        return False
+    pairs = [rescue.get(key) for key in ("entropy", "queries", "keys")]
+    return all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in pairs)
 
 
 def _has_numbers(values: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from .curves import FIGURES, Value, mean_entropy, number, validation_loss
 from .plots import draw
 from .records import FILE_NAME, Run, in_words, load
 
+RESCUED = ("entropy", "queries", "keys")
 ALARM_ROWS = 1000  # the most alarms in the table
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -157,6 +158,16 @@ def alarm_section(runs: list[Run]) -> str:
     )
 
 
+def rescue_section(runs: list[Run]) -> str:
+    rows = [
+        [run.name, rescue["step"], rescue["layer"], *(" → ".join(map(in_words, rescue[key])) for key in RESCUED)]
+        for run in runs
+        for rescue in run.rescues
+    ]
+    head = ["run", "after update", "layer", "entropy (nats)", "norm of W_q", "norm of W_k"]
+    return f'<details id="rescues" open><summary>Rescues</summary>{table(head, rows)}</details>' if rows else ""
+
+
 def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambda path: None) -> None:
     """Writes the page to `out` and `<out's stem>_<figure>.png` beside it; calls `written` with each file, the page last.
 
@@ -168,7 +179,7 @@ def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambd
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
     runs = [Run(name, *load(path)) for name, path in zip(unique_names(paths), paths, strict=True)]
-    sections = [alarm_section(runs)]
+    sections = [alarm_section(runs), rescue_section(runs)]
     for name, (title, _) in FIGURES.items():
         png = out.with_name(f"{out.stem}_{name}.png")
         svg = draw(name, runs, png)

@@ -1,0 +1,200 @@
+"""Rescue: a run whose attention entropy has collapsed goes on, with its queries and keys bounded.
+
+What broke in a collapse is the size of W_q and W_k; all else that was learned is kept. `stable_core.bounding` says what is done
+to a layer, and recipes/rescue what it is worth beside other remedies.
+"""
+
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stable_core.bounding import bound_queries_and_keys, parameters_of_queries_and_keys
+from stable_core.sigma_layers import sigma_layers
+
+from .alarm import Alarm, median_head
+from .calls import Call
+from .compiled import unnoticed, unwrap
+from .interception import UNSEEN, Interception
+from .optimizers import Optimizers, listed, place_without_decay
+from .summary import by_head
+
+log = logging.getLogger("stable_monitor")
+
+
+@dataclass(frozen=True)
+class Rescued:
+    """What was done to one layer.
+
+    Attributes:
+        layer: the attention module's name.
+        entropy: of its median head, before and now, nats.
+        uniform: log(keys), which is the entropy of attending to all keys alike.
+        queries, keys: spectral norms of W_q and of W_k, before and now.
+    """
+
+    layer: str
+    entropy: tuple[float, float]
+    uniform: float
+    queries: tuple[float, float]
+    keys: tuple[float, float]
+
+    def __str__(self) -> str:
+        entropy, queries, keys = ("{:.3g} -> {:.3g}".format(*pair) for pair in (self.entropy, self.queries, self.keys))
+        return f"rescued {self.layer}: entropy {entropy} of {self.uniform:.3g} nats; |W_q| {queries}, |W_k| {keys}, by σReparam"
+
+
+def rescue(
+    model: nn.Module,
+    optimizer: Optimizers,
+    forward: Callable[[], Any],
+    *,
+    layers: Iterable[str] = (),
+    fraction: float = 0.3,
+    logit: float = 100.0,
+    limit: float = 1.0,
+    scheduler: Any = None,
+) -> list[Rescued]:
+    """Bounds the queries and keys of the layers whose attention entropy has collapsed, in place, and returns what it did.
+
+    Between two updates of a run that goes on afterwards, with the same model and optimizer. Each layer's W_q and W_k get
+    σReparam and a spectral norm of at most `limit`; the optimizer gets their gammas, without weight decay, and forgets the
+    moments of these weights and their biases. Everything else, moments too, stays what it is bit for bit. Call it on every
+    process: rank 0 decides which layers.
+
+    Args:
+        model: what the training loop calls: plain, compiled, or in DistributedDataParallel.
+        optimizer: what trains it, one or several.
+        forward: runs the model on a batch, in training mode; what it returns does not matter. It is called twice, without
+            gradient, and random numbers and buffers are afterwards what they were.
+        layers: attention modules by name, to be rescued whatever their entropy.
+        fraction: a layer has collapsed where the entropy of its median head is below this part of log(keys).
+        logit: where one has collapsed, those with a larger attention logit than this are taken to be on the way there. The
+            default is the threshold of MuonClip's QK-clip.
+        limit: the largest spectral norm that W_q and W_k are left with.
+        scheduler: of the optimizer's learning rates; needed where no group of the optimizer is without weight decay.
+
+    Raises:
+        ValueError: no attention was seen; a layer that is not there; entropy that is not a number; weights that are cut up
+            over processes, or that `bound_queries_and_keys` does not take; the scheduler is missing.
+    """
+    inner, optimizers = unwrap(model), listed(optimizer)
+    before = _look(inner, forward)
+    for name in (named := list(layers)):
+        if name not in before:
+            raise ValueError(f"layers = {name!r}: no such attention was seen; there are {', '.join(before)}")
+    low = {name for name, seen in before.items() if name in named or seen.entropy < fraction * seen.uniform}
+    large = {name for name, seen in before.items() if seen.largest_logit > logit} if low else set()
+    picked = _decided_by_rank_0([name for name in before if name in low | large])
+    if not picked:
+        log.warning("nothing to rescue: no layer's entropy is below %g of log(keys)", fraction)
+        return []
+    attentions, known = {name: before[name].module for name in picked}, {id(p) for p in inner.parameters()}
+    changed = [p for attention in attentions.values() for p in parameters_of_queries_and_keys(attention)]
+    add = place_without_decay(optimizers, changed, scheduler)
+    bounded = bound_queries_and_keys(inner, attentions, limit)
+    gammas: list[Any] = [sigma.gamma for _, sigma in sigma_layers(inner) if id(sigma.gamma) not in known]
+    add(gammas)
+    for p in changed:
+        for trained_by in optimizers:
+            trained_by.state.pop(p, None)
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            _average_gradients(gammas, module.process_group)
+    after = _look(inner, forward)
+    done = []
+    for name in picked:
+        entropy = before[name].entropy, after[name].entropy
+        done.append(Rescued(name, entropy, before[name].uniform, bounded[name].queries, bounded[name].keys))
+        log.warning("%s", done[-1])
+    return done
+
+
+class Rescue:
+    """An `on_alarm` that calls `rescue` with its arguments, and rescues the layers that raised alarms whatever their entropy.
+
+        monitor = Monitor(model, every=10, optimizer=optimizer, on_alarm=Rescue(model, optimizer, lambda: model(batch)))
+
+    The monitor writes down what was done.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizers, forward: Callable[[], Any], **settings: Any) -> None:
+        unknown = settings.keys() - inspect.signature(rescue).parameters.keys()
+        if unknown:
+            raise TypeError(f"{unknown.pop()} is no setting of rescue")
+        self._rescue = functools.partial(rescue, model, optimizer, forward, **settings)
+        self._done: tuple[int, set[str]] = (-1, set())  # an update with alarms, and the layers rescued in it
+
+    def __call__(self, alarm: Alarm) -> list[Rescued]:
+        step, layers = self._done
+        if step != alarm.step:
+            layers = set()
+        if alarm.layer in layers:
+            return []
+        found = self._rescue(layers=[alarm.layer])
+        self._done = alarm.step, layers | {rescued.layer for rescued in found}
+        return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    module: nn.Module
+    entropy: float  # of its median head
+    uniform: float
+    largest_logit: float
+
+
+def _look(model: nn.Module, forward: Callable[[], Any]) -> dict[str, _Seen]:
+    """Every attention of one forward pass, by name."""
+    found: dict[str, _Seen] = {}
+
+    def see(call: Call) -> Call:
+        if call.site.name not in found:
+            entropy, _, logits, _, log_keys = by_head(call)[1].tolist()
+            found[call.site.name] = _Seen(call.site.module, median_head(entropy), fmean(log_keys), max(logits))
+        return call
+
+    interception = Interception(model, see)
+    interception.start()
+    try:
+        with unnoticed(model):
+            forward()
+    finally:
+        interception.stop()
+    if not found:
+        raise ValueError(f"{UNSEEN}. forward must call the model")
+    for name, seen in found.items():
+        if math.isnan(seen.entropy):
+            raise ValueError(
+                f"{name}: its entropy is not a number, and cannot be rescued: go back to a sound checkpoint"
+            )
+    return found
+
+
+def _decided_by_rank_0(names: list[str]) -> list[str]:
+    """Processes see different batches."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return names
+    told = [names]
+    dist.broadcast_object_list(told)
+    return told[0]
+
+
+def _average_gradients(gammas: list[nn.Parameter], group: Any) -> None:
+    """DistributedDataParallel knows the parameters that were there when it was made. A gamma's gradient, accumulated or not,
+    becomes the mean over processes as theirs do."""
+    for gamma in gammas:
+
+        def average(p: Any) -> None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+        gamma.register_post_accumulate_grad_hook(average)
