@@ -236,6 +236,7 @@ def test_nothing_stays_after_a_forward_pass_that_is_broken_off(error, where, set
     handle = interrupt(model, error, where)
     with pytest.raises(type(error)):
         model(*batch(9))
+    error.__traceback__ = None  # in torch before 2.14 it keeps the hooks of a checkpoint that is broken off
     handle.remove()
     assert _get_current_function_mode_stack() == []
     assert hooks(model) == 1  # which waits for training
