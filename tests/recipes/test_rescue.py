@@ -36,7 +36,7 @@ def test_each_remedy_goes_on_from_the_same_training(data, tmp_path, capsys):
     ("settings", "error"),
     [
         (
-            ["--remedies", "pray"],
+            {"remedies": ("pray",)},
             "remedies = 'pray': allowed are go_on, half, back, qk_clip, sigma, rescue, rescue_all",
         ),
         ({"at": 20}, "at = 20: allowed are whole numbers from 21"),
