@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -64,3 +65,10 @@ def alive_after_forward(model: nn.Module, x: torch.Tensor) -> int:
         gc.collect()
         assert y.requires_grad
         return sum(not W_hat.expired() for W_hat in made)
+
+
+def fused(kind: type) -> type:
+    """A class of transformers' models; a skip where the installed release computes its attention without SDPA."""
+    if not kind._supports_sdpa:
+        pytest.skip(f"{kind.__name__} of transformers {transformers.__version__} has no fused attention; newer ones do")
+    return kind

@@ -9,6 +9,7 @@ from torch import nn
 
 from stable_core import SigmaReparamConfig, sigma_reparam
 from stable_core.layers import find_projections, is_transposed, rows_of
+from tests.stable_core.models import fused
 
 SMALL = {"vocab_size": 20, "n_positions": 16, "n_embd": 64, "n_layer": 1, "n_head": 4}
 SMALL |= {"bos_token_id": 0, "eos_token_id": 0}
@@ -127,10 +128,15 @@ def persimmon():
     ))  # fmt: skip
 
 
+def codegen(heads: int):
+    config = transformers.CodeGenConfig(**{**SMALL, "n_head": heads}, rotary_dim=4)
+    return fused(transformers.CodeGenModel)(config)
+
+
 MODELS = {
     "GPT-2, thirds": lambda: transformers.GPT2Model(transformers.GPT2Config(**SMALL)),
-    "CodeGen, four parts": lambda: transformers.CodeGenModel(transformers.CodeGenConfig(**SMALL, rotary_dim=4)),
-    "CodeGen, 8 heads": lambda: transformers.CodeGenModel(transformers.CodeGenConfig(**{**SMALL, "n_head": 8}, rotary_dim=4)),
+    "CodeGen, four parts": lambda: codegen(4),
+    "CodeGen, 8 heads": lambda: codegen(8),
     "GPTBigCode": lambda: transformers.GPTBigCodeModel(transformers.GPTBigCodeConfig(**SMALL, multi_query=False)),
     "GPTBigCode, one key head": lambda: transformers.GPTBigCodeModel(transformers.GPTBigCodeConfig(**SMALL)),
     "GPT-NeoX, head by head": gpt_neox,

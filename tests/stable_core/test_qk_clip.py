@@ -18,6 +18,7 @@ from stable_core.layers import find_projections
 from stable_core.qk_clip import check_attention, check_heads, clip_factors, clip_heads, weights_to_clip
 from stable_core.reference import attention_logits
 from stable_core.reference import qk_clip as clip_by_head
+from tests.stable_core.models import fused
 
 S = torch.tensor([50.0, 400.0, 100.0, 101.0])
 
@@ -91,7 +92,7 @@ def gpt2():
 
 
 def codegen():
-    return transformers.CodeGenModel(transformers.CodeGenConfig(**SMALL, rotary_dim=4))
+    return fused(transformers.CodeGenModel)(transformers.CodeGenConfig(**SMALL, rotary_dim=4))
 
 
 def llama():

@@ -16,6 +16,7 @@ from stable_core.layers import find_projections
 from stable_core.qk_clip import clip_heads
 from stable_core.reference import attention_logits
 from stable_monitor import Monitor, QKClip
+from tests.stable_core.models import fused
 from tests.stable_monitor.models import batch, gpt, train
 
 THRESHOLD = 0.02  # which models that are not trained exceed
@@ -328,7 +329,7 @@ def t5(attention: str):
         dropout_rate=0.0,
         attn_implementation=attention,
     )
-    model = transformers.T5EncoderModel(config).train()
+    model = fused(transformers.T5EncoderModel)(config).train()
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
     nn.init.normal_(bias.weight, 500.0, 50.0)
     return model
