@@ -1,5 +1,6 @@
 """The Triton kernels against float64 and its autograd; on the CPU under Triton's interpreter, in a process of its own."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -18,8 +19,10 @@ BF16 = 2**-7 if INTERPRETED else 2**-8  # the interpreter cuts bits off where a 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_all_kernels_under_the_interpreter(chosen):
     """Here and not in a file of its own, as pytest-xdist leaves the files with the fewest tests to the end."""
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     done = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, *FILES, TRITON_INTERPRET="1")
+    if triton.__version__ < "3.8" and "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip(f"the interpreter of triton {triton.__version__} does not know numpy {np.__version__}; 3.8 does")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
