@@ -127,9 +127,7 @@ class Rescue:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizers, forward: Callable[[], Any], **settings: Any) -> None:
-        unknown = settings.keys() - inspect.signature(rescue).parameters.keys()
-        if unknown:
-            raise TypeError(f"{unknown.pop()} is no setting of rescue")
+        inspect.signature(rescue).bind(model, optimizer, forward, **settings)  # a TypeError now, not at the alarm
         self._rescue = functools.partial(rescue, model, optimizer, forward, **settings)
         self._done: tuple[int, set[str]] = (-1, set())  # an update with alarms, and the layers rescued in it
 

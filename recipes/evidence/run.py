@@ -5,7 +5,6 @@ An interrupted command goes on with the run that it was at; finished runs are in
 
 import os
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -16,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from recipes.command import command
 from recipes.runs import run_all
 
 from .experiments import EXPERIMENTS, ROOT, Experiment, Run
@@ -134,9 +134,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on where it stopped")
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"evidence: {error}")
+    command(main, errors=(RuntimeError, ValueError), name="evidence")

@@ -5,7 +5,6 @@ A line of JSON for each run; a run that is there already is left alone, so that 
 
 import itertools
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import tyro
 from torch import Tensor
 
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
+from recipes.command import command
 from stable_core import muon_param_groups, param_groups
 
 SHAPES = {  # blocks, heads, width
@@ -126,9 +126,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on where it stopped")
-    except (OSError, ValueError) as error:
-        sys.exit(f"muon: {error}")
+    command(main)

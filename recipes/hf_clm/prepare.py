@@ -3,7 +3,6 @@
 OpenWebText with GPT-2's tokenizer, split as nanoGPT splits it (about 17 GB); or your text, with a byte-level BPE trained on it.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,6 +12,8 @@ import numpy as np
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from recipes.command import command
 
 END = "<|endoftext|>"
 
@@ -113,9 +114,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare: {error}")
+    command(main, stopped="")

@@ -7,7 +7,6 @@ several GPUs. An interrupted command goes on after its last checkpoint.
 import logging
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from hf_stable import MonitorCallback, StableGPTForCausalLM, fold
+from recipes.command import command
 
 from .curves import draw, series
 from .data import AllBlocks, RandomBlocks
@@ -173,9 +173,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     logging.getLogger("stable_monitor").setLevel(logging.ERROR)  # alarms are in the log, and warnings would cut the bar
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on after the last checkpoint")
-    except (Stopped, OSError, ValueError) as error:
-        sys.exit(f"train: {error}")
+    command(main, "; the same command goes on after the last checkpoint", (Stopped, OSError, ValueError))

@@ -28,6 +28,8 @@ from stable_monitor.report import report
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from recipes.command import command
+
 ROOT = Path(__file__).resolve().parents[2]
 LOG_INTERVAL = 5
 MONITOR_EVERY = 10
@@ -258,9 +260,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from the last checkpoint")
-    except RuntimeError as error:
-        sys.exit(f"quickstart: {error}")
+    command(main, "; the same command goes on from the last checkpoint", (RuntimeError,))

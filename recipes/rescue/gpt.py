@@ -6,7 +6,6 @@ A line of JSON for each run; a run that is there already is left alone, so that 
 import copy
 import itertools
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
+from recipes.command import command
 from recipes.gpt.muon import BETAS, CLIP, LENGTH, SHAPES, WEIGHT_DECAY, batches, validate
 from stable_core import SigmaReparamConfig, param_groups, sigma_reparam
 from stable_monitor import Monitor, QKClip, rescue
@@ -190,9 +190,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on where it stopped")
-    except (OSError, ValueError) as error:
-        sys.exit(f"gpt: {error}")
+    command(main)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from recipes.vision.data import Data, load, test_transform
-from recipes.vision.engine import FitSettings, command, fit, start
+from recipes.vision.engine import FitSettings, fit, run_command, start
 from recipes.vision.train import evaluator, keyword_arguments
 
 from .encoder import encoder
@@ -143,4 +143,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from recipes.vision.data import Data, load, test_transform, train_transform
-from recipes.vision.engine import FitSettings, command, fit, load_export, read_settings, start
+from recipes.vision.engine import FitSettings, fit, load_export, read_settings, run_command, start
 from recipes.vision.train import evaluator
 
 from . import pretrain
@@ -108,4 +108,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

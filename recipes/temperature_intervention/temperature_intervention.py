@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,6 +29,8 @@ from stable_monitor import Monitor, adamw_stability_threshold, attention_tempera
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from recipes.command import command
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 1797  # to train on: all of them, as the paper looks at training performance
@@ -304,9 +305,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     logging.getLogger("stable_monitor").setLevel(logging.ERROR)  # alarms are what is expected here; the log holds them
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on after the last finished run")
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"temperature_intervention: {error}")
+    command(main, "; the same command goes on after the last finished run", (RuntimeError, ValueError))

@@ -6,7 +6,6 @@ RUN/corruptions.json.
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from recipes.command import command
 
 from . import train
 from .data import CLASSES, Arrays, Data, load, test_transform
@@ -130,9 +131,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on after the last finished corruption")
-    except (OSError, ValueError) as error:
-        sys.exit(f"corruptions: {error}")
+    command(main, "; the same command goes on after the last finished corruption")

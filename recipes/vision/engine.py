@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from recipes.command import command
 from stable_core import converge, fold
 from stable_monitor import EntropyCollapse, Monitor, stop_training
 
@@ -119,15 +119,11 @@ class FitSettings:
 Kind = TypeVar("Kind", bound=FitSettings)
 
 
-def command(main: Callable[[], int]) -> NoReturn:
-    """Runs a recipe's main: one line for what goes wrong, and for an interruption what to do next."""
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """`command` for a trainer."""
     logging.getLogger("stable_monitor").setLevel(logging.ERROR)  # alarms are in the log, and warnings would cut the bar
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on after the last whole epoch")
-    except (Diverged, EntropyCollapse, OSError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+    ends = Diverged, EntropyCollapse, OSError, ValueError
+    command(main, "; the same command goes on after the last whole epoch", ends)
 
 
 class Diverged(RuntimeError):

@@ -7,7 +7,6 @@ warm-ups, each from several seeds. An interrupted grid goes on where it stopped.
 import json
 import os
 import statistics
-import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -20,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from recipes.command import command
 from recipes.runs import last_line, python, run_all
 from recipes.small_data import ROOT
 from stable_monitor.records import read
@@ -272,9 +272,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on where it stopped")
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"grid: {error}")
+    command(main, errors=(RuntimeError, ValueError))

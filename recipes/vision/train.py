@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import timm_stable  # noqa: F401  which registers the models
 
 from .data import Data, load, test_transform, train_transform
-from .engine import FitSettings, command, fit, start
+from .engine import FitSettings, fit, run_command, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,4 +182,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch.nn.functional import normalize
 
 from stable_core import kernels
@@ -21,7 +22,7 @@ def test_all_kernels_under_the_interpreter(chosen):
     """Here and not in a file of its own, as pytest-xdist leaves the files with the fewest tests to the end."""
     triton = pytest.importorskip("triton")
     done = in_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", chosen, *FILES, TRITON_INTERPRET="1")
-    if triton.__version__ < "3.8" and "only 0-dimensional arrays can be converted" in done.stdout:
+    if Version(triton.__version__) < Version("3.8") and "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip(f"the interpreter of triton {triton.__version__} does not know numpy {np.__version__}; 3.8 does")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

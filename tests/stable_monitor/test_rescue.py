@@ -95,6 +95,24 @@ def test_the_run_goes_on_and_comes_back_and_folds():
     torch.testing.assert_close(fold(model)(*batch(5))[0], logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(tmp_path):
+    """Built as ever, rescued as the record says, and loaded."""
+    model, optimizer = collapsed(1)
+    named = [done.layer for done in rescue(model, optimizer, forward_of(model))]
+    train(model, 2, optimizer=optimizer, first=2)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    train(model, 3, optimizer=optimizer, first=4)
+    again = gpt(1)
+    theirs = torch.optim.AdamW(groups(again), lr=1e-2)
+    rescue(again, theirs, forward_of(again), layers=named)
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    again.load_state_dict(saved["model"])
+    theirs.load_state_dict(saved["optimizer"])
+    train(again, 3, optimizer=theirs, first=4)
+    for (name, ours), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, other), name
+
+
 def test_a_layer_that_is_reparametrised_already_keeps_its_parameters():
     model, optimizer = collapsed(1)
     rescue(model, optimizer, forward_of(model))
@@ -172,7 +190,7 @@ def test_what_is_wrong_is_one_line():
         rescue(model, optimizer, lambda: None)
     with pytest.raises(ValueError, match="it does not train the layers' queries and keys"):
         rescue(model, torch.optim.SGD(gpt().parameters(), 0.1), forward_of(model))
-    with pytest.raises(TypeError, match="fractoin is no setting of rescue"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fractoin'"):
         Rescue(model, optimizer, forward_of(model), fractoin=0.1)
     assert not list(sigma_layers(model))
     with torch.no_grad():
