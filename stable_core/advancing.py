@@ -129,6 +129,7 @@ def advance(parameters: Iterable[Tensor]) -> None:
     _advance(dict.fromkeys(found for owner in owners if (found := owner.parametrization()) is not None))
 
 
+@torch._disable_dynamo  # in a compiled `optimizer.step`; unlike torch.compiler.disable it imports dynamo only when it is called
 def _advance(parametrizations: "Iterable[SigmaReparam]") -> None:
     fused, together = defaultdict(list), defaultdict(list)
     # In the order of the parameters, which is the same on every rank, as sharded weights are summed over the ranks.

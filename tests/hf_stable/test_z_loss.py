@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -46,6 +47,13 @@ def translation() -> SigmaTransformerForConditionalGeneration:
     return SigmaTransformerForConditionalGeneration(SigmaTransformerConfig(vocab_size=99, **sizes, **heads))
 
 
+def modern_bert() -> ModernBertForMaskedLM:
+    try:
+        return ModernBertForMaskedLM(ModernBertConfig(**SMALL, pad_token_id=0))
+    except StrictDataclassError as e:  # transformers 5.10 refuses the rope settings that it puts there itself
+        pytest.skip(f"this transformers cannot make a ModernBertConfig: {e}")
+
+
 def by_hand(logits: torch.Tensor, counts: torch.Tensor) -> float:
     rows = [row for row, kept in zip(logits.flatten(0, -2).tolist(), counts.flatten().tolist(), strict=True) if kept]
     return sum(math.log(sum(map(math.exp, row))) ** 2 for row in rows) / len(rows)
@@ -57,7 +65,7 @@ def by_hand(logits: torch.Tensor, counts: torch.Tensor) -> float:
         (gpt2, True),
         (stable_gpt, True),
         (lambda: LlamaForCausalLM(LlamaConfig(**SMALL)), True),
-        (lambda: ModernBertForMaskedLM(ModernBertConfig(**SMALL, pad_token_id=0)), False),
+        (modern_bert, False),
         (translation, False),
     ],
 )

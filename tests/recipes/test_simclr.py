@@ -342,7 +342,8 @@ def test_the_probe_beside_pretraining_reports_the_accuracy_of_its_weights(varian
     (checkpoint,) = run.glob("checkpoint-*")
     learned = torch.load(checkpoint / "custom_checkpoint_0.pkl")
     accuracy = accuracy_by_hand(variant, load_file(run / "model.safetensors"), learned)
-    assert rows(run)[-1]["probe_top1"] == pytest.approx(accuracy, abs=1e-4)
+    one_image = 100 / len(few_digits().test.labels)  # whose two best logits may differ by a rounding
+    assert rows(run)[-1]["probe_top1"] == pytest.approx(accuracy, abs=one_image + 1e-4)
     validations = [(line["step"], line["validation"]["probe_top1"]) for line in monitored(run)[1]]
     assert validations == [(row["updates"], pytest.approx(row["probe_top1"], rel=1e-5)) for row in rows(run)]
 
