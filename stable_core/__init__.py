@@ -33,6 +33,7 @@ What each file is for, in the order in which to read them:
     kernels.py              the same arithmetic in Triton; kernels_sigma.py has the kernels
     sigma_layers.py         finds the layers that have σReparam
     param_groups.py         optimizer groups: gamma without weight decay, Muon's matrices
+    unfolding.py            a plain checkpoint for a model with σReparam
     folding.py              back to plain layers; fold_checkpoint.py is the command, checkpoint_file.py reads the file
 
     attention_entropy.py    attention entropy without the attention matrix; kernels_attention.py has it in Triton
@@ -59,6 +60,7 @@ from .theory import (
     qk_norm_logit_bound,
     stable_attention_logit_bound,
 )
+from .unfolding import unfold_optimizer_state, unfold_state_dict
 from .z_loss import WithZLoss, z_loss
 
 __version__ = "0.1.0"
@@ -85,5 +87,7 @@ __all__ = [
     "sigma_reparam",
     "stable_attention_logit_bound",
     "stable_init_",
+    "unfold_optimizer_state",
+    "unfold_state_dict",
     "z_loss",
 ]

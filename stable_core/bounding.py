@@ -68,13 +68,13 @@ def bound_queries_and_keys(
         if any(map(is_sharded, weights_to_clip(attention))):
             raise ValueError(f"{name}: its weights are sharded already; bound them before fully_shard")
     if plain:
-        with _in_place(model):
+        with in_place(model):
             sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"), lambda module, name: id(module) in plain)
     return {name: _bound(attention, limit) for name, attention in attentions.items()}
 
 
 @contextmanager
-def _in_place(model: nn.Module) -> Iterator[None]:
+def in_place(model: nn.Module) -> Iterator[None]:
     """Has torch's `register_parametrization` not set a parameter to itself, after which a DistributedDataParallel that has it
     waits for its gradient in vain. The new gammas, which that does not know, are the caller's to average."""
     parameters: list[Any] = list(model.parameters())

@@ -6,6 +6,7 @@ from .alarm import Alarm, AlarmConfig, EntropyCollapse, lower_learning_rate, sto
 from .monitor import Monitor
 from .qk_clip import QKClip
 from .rescue import Rescue, Rescued, rescue
+from .resume import prepare_to_resume
 from .sharpness import adamw_stability_threshold, sharpness
 from .temperature import attention_temperature
 from .writers import TensorBoardWriter, WandbWriter, headline
@@ -24,6 +25,7 @@ __all__ = [
     "attention_temperature",
     "headline",
     "lower_learning_rate",
+    "prepare_to_resume",
     "rescue",
     "sharpness",
     "stop_training",

@@ -56,12 +56,17 @@ def place_without_decay(
     def add(parameters: list[nn.Parameter]) -> None:
         if parameters:
             optimizer.add_param_group({**own, "params": parameters, "weight_decay": 0.0})
-            for part in with_parts(scheduler):
-                for name in ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs"):
-                    if isinstance(numbers := getattr(part, name, None), list):
-                        numbers.append(numbers[index])
+            tell_scheduler(scheduler, index)
 
     return add
+
+
+def tell_scheduler(scheduler: Any, index: int) -> None:
+    """Has a scheduler treat the optimizer's last group, which is new, as it treats group `index`."""
+    for part in with_parts(scheduler):
+        for name in ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs"):
+            if isinstance(numbers := getattr(part, name, None), list):
+                numbers.append(numbers[index])
 
 
 def with_parts(scheduler: Any) -> list[Any]:

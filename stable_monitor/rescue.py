@@ -15,9 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from stable_core.bounding import bound_queries_and_keys, parameters_of_queries_and_keys
+from stable_core.bounding import Bounded, bound_queries_and_keys, parameters_of_queries_and_keys
 from stable_core.sigma_layers import sigma_layers
 
 from .alarm import Alarm, median_head
@@ -25,6 +24,7 @@ from .calls import Call
 from .compiled import unnoticed, unwrap
 from .interception import UNSEEN, Interception
 from .optimizers import Optimizers, listed, place_without_decay
+from .resume import average_gradients, note_gammas
 from .summary import by_head
 
 log = logging.getLogger("stable_monitor")
@@ -97,18 +97,7 @@ def rescue(
     if not picked:
         log.warning("nothing to rescue: no layer's entropy is below %g of log(keys)", fraction)
         return []
-    attentions, known = {name: before[name].module for name in picked}, {id(p) for p in inner.parameters()}
-    changed = [p for attention in attentions.values() for p in parameters_of_queries_and_keys(attention)]
-    add = place_without_decay(optimizers, changed, scheduler)
-    bounded = bound_queries_and_keys(inner, attentions, limit)
-    gammas: list[Any] = [sigma.gamma for _, sigma in sigma_layers(inner) if id(sigma.gamma) not in known]
-    add(gammas)
-    for p in changed:
-        for trained_by in optimizers:
-            trained_by.state.pop(p, None)
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            _average_gradients(gammas, module.process_group)
+    bounded = bound_and_train(model, optimizers, {name: before[name].module for name in picked}, limit, scheduler)
     after = _look(inner, forward)
     done = []
     for name in picked:
@@ -116,6 +105,27 @@ def rescue(
         done.append(Rescued(name, entropy, before[name].uniform, bounded[name].queries, bounded[name].keys))
         log.warning("%s", done[-1])
     return done
+
+
+def bound_and_train(
+    model: nn.Module, optimizers: list[Any], attentions: dict[str, nn.Module], limit: float, scheduler: Any = None
+) -> dict[str, Bounded]:
+    """`bound_queries_and_keys`, after which the optimizers, if there are any, train what is new and forget what changed."""
+    inner = unwrap(model)
+    known = {id(p) for p in inner.parameters()}
+    changed = [p for attention in attentions.values() for p in parameters_of_queries_and_keys(attention)]
+    add = place_without_decay(optimizers, changed, scheduler) if optimizers else None
+    bounded = bound_queries_and_keys(inner, attentions, limit)
+    new = {name: sigma for name, sigma in sigma_layers(inner) if id(sigma.gamma) not in known}
+    gammas: list[Any] = [sigma.gamma for sigma in new.values()]
+    if add is not None:
+        add(gammas)
+        note_gammas(optimizers, dict(zip(new, gammas, strict=True)))
+    for p in changed:
+        for trained_by in optimizers:
+            trained_by.state.pop(p, None)
+    average_gradients(model, gammas)
+    return bounded
 
 
 class Rescue:
@@ -184,15 +194,3 @@ def _decided_by_rank_0(names: list[str]) -> list[str]:
     told = [names]
     dist.broadcast_object_list(told)
     return told[0]
-
-
-def _average_gradients(gammas: list[nn.Parameter], group: Any) -> None:
-    """DistributedDataParallel knows the parameters that were there when it was made. A gamma's gradient, accumulated or not,
-    becomes the mean over processes as theirs do."""
-    for gamma in gammas:
-
-        def average(p: Any) -> None:
-            dist.all_reduce(p.grad, group=group)
-            p.grad /= dist.get_world_size(group)
-
-        gamma.register_post_accumulate_grad_hook(average)
