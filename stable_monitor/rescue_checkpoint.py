@@ -1,4 +1,4 @@
-"""`python -m stable_monitor.rescue_checkpoint CHECKPOINT OUT`: a checkpoint of a collapsed run -> one that the run goes on from.
+"""`python -m stable_monitor.rescue_checkpoint CHECKPOINT OUT`: a checkpoint of a collapsed run -> one to go on from.
 
 CHECKPOINT is fairseq's or nanoGPT's file, a Trainer's or a vision recipe's folder, or with --model any file of torch.save that
 holds a state dict. The command that trained it resumes OUT, as it resumes a run that was rescued under way: OUT says which
