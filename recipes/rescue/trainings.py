@@ -1,0 +1,237 @@
+"""The trainings that collapse: what is trained, on which batches, and how it is validated. Each is of another stack."""
+
+import copy
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from nanogpt_patch.model import GPT, STOCK, GPTConfig
+from recipes.gpt.muon import BETAS, CLIP, LENGTH, SHAPES, WEIGHT_DECAY, batches
+from recipes.quickstart.quickstart import NARROW, ROOT, prepare
+from recipes.vision.data import load
+from stable_core import param_groups
+
+VALIDATED = 10  # batches
+
+
+class Training:
+    """A model, its optimizer, and which update it is at.
+
+    Attributes:
+        lr: at its highest; `factor` has the schedule.
+        clip: largest norm of the gradient, or 0.
+    """
+
+    clip = CLIP
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, seed: int) -> None:
+        self.model, self.optimizer, self.lr, self.seed = model, optimizer, lr, seed
+        self.update, self.records = 0, []
+
+    def batches(self, seed: int) -> Iterator[Any]:
+        """Training batches without end."""
+        raise NotImplementedError
+
+    def validation(self) -> list[Any]:
+        """The same batches for every run."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any) -> Tensor:
+        """Mean loss of a batch."""
+        raise NotImplementedError
+
+    def factor(self, update: int) -> float:
+        return 1.0
+
+    def copy(self) -> "Training":
+        new = copy.copy(self)
+        new.model, new.optimizer = copy.deepcopy((self.model, self.optimizer))
+        new.records = list(self.records)
+        return new
+
+    def step(self, batch: Any) -> Tensor:
+        """One update but for clearing the gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.factor(self.update)
+        loss = self.loss(batch)
+        loss.backward()
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.update += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss in nats."""
+        self.model.eval()
+        losses = [self.loss(batch).item() for batch in self.validation()]
+        self.model.train()
+        return sum(losses) / len(losses)
+
+
+@cache
+def characters(data: Path) -> dict[str, np.ndarray]:
+    return {name: np.fromfile(data / f"{name}.bin", np.uint16) for name in ("train", "val")}
+
+
+class Characters(Training):
+    """nanoGPT's GPT, 0.8M parameters."""
+
+    def __init__(self, data: Path, lr: float, seed: int) -> None:
+        self.parts = characters(data)
+        torch.manual_seed(seed)
+        n_layer, n_head, n_embd = SHAPES["small"]
+        vocab_size = int(max(part.max() for part in self.parts.values())) + 1
+        model = self.build(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size)
+        optimizer = torch.optim.AdamW(param_groups(model, lr, WEIGHT_DECAY), betas=BETAS)
+        super().__init__(model, optimizer, lr, seed)
+
+    def build(self, **sizes: int) -> nn.Module:
+        return GPT(GPTConfig(**sizes, block_size=LENGTH, **STOCK))
+
+    def batches(self, seed: int) -> Iterator[Any]:
+        return batches(self.parts["train"], 8, seed)
+
+    def validation(self) -> list[Any]:
+        return list(itertools.islice(batches(self.parts["val"], 8, 0), VALIDATED))
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.model(*batch)[1]
+
+
+class GPT2(Characters):
+    """transformers' GPT-2 of the same size."""
+
+    def build(self, **sizes: int) -> nn.Module:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=LENGTH, **dropout))
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.model(input_ids=x).logits.flatten(0, 1), y.flatten())
+
+
+@cache
+def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images (n, 3, 8, 8) and labels (n,), for training and for validation."""
+    data = load("digits")
+    parts = [
+        (torch.from_numpy(part.images).permute(0, 3, 1, 2) / 127.5 - 1, torch.as_tensor(part.labels, dtype=torch.long))
+        for part in (data.train, data.test)
+    ]
+    return parts[0], parts[1]
+
+
+class Vision(Training):
+    """timm's ViT: 6 blocks of width 64, 64 patches of a pixel."""
+
+    clip = 0.0
+
+    def __init__(self, data: Path, lr: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        sizes = {"img_size": 8, "patch_size": 1, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 10}
+        model = timm.create_model("vit_small_patch16_224", **sizes)
+        super().__init__(model, torch.optim.AdamW(param_groups(model, lr, 0.05)), lr, seed)
+
+    def batches(self, seed: int) -> Iterator[Any]:
+        (images, labels), _ = digits()
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            picked = torch.randint(len(images), (64,), generator=generator)
+            yield images[picked], labels[picked]
+
+    def validation(self) -> list[Any]:
+        return [digits()[1]]
+
+    def loss(self, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+
+@cache
+def number_words(data: Path) -> tuple[Any, Any, Any]:
+    """fairseq's task of the quickstart, what it builds models from, and a validation in batches."""
+    from fairseq import options, tasks, utils
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    plugin = ["--user-dir", str(ROOT / "plugins" / "fairseq_sigma")]
+    narrow = [str(option) for option in NARROW]
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq says all, and lets matplotlib do so
+    utils.import_user_module(options.get_training_parser().parse_known_args(plugin)[0])
+    arguments = [str(prepare(data)), *plugin, "--arch", "preln_transformer_18l", *narrow, "--dropout", "0"]
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), arguments))
+    task = tasks.setup_task(cfg.task)
+    for split in ("train", "valid"):
+        task.load_dataset(split)
+    return task, cfg, list(_batches_of(task, "valid", 0, 1))
+
+
+def _batches_of(task: Any, split: str, seed: int, epoch: int) -> Iterator[Any]:
+    iterator = task.get_batch_iterator(task.dataset(split), max_sentences=24, seed=seed, epoch=epoch)
+    return iterator.next_epoch_itr(shuffle=split == "train")
+
+
+class Translation(Training):
+    """fairseq's translation, 18L-18L pre-LN of width 64, of number words; 40 updates of warm-up, then 1 / sqrt(update)."""
+
+    clip = 0.0
+
+    def __init__(self, data: Path, lr: float, seed: int) -> None:
+        self.task, cfg, self.valid = number_words(data)
+        torch.manual_seed(seed)
+        model, self.criterion = self.task.build_model(cfg.model), self.task.build_criterion(cfg.criterion)
+        super().__init__(model, torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.98)), lr, seed)
+
+    def batches(self, seed: int) -> Iterator[Any]:
+        for epoch in itertools.count(1):
+            yield from _batches_of(self.task, "train", seed, epoch)
+
+    def validation(self) -> list[Any]:
+        return self.valid[:VALIDATED]
+
+    def loss(self, batch: Any) -> Tensor:
+        loss, tokens, logged = self.criterion(self.model, batch)
+        return loss / tokens if self.model.training else logged["nll_loss"] / tokens
+
+    def factor(self, update: int) -> float:
+        return min((update + 1) / 40, math.sqrt(40 / (update + 1)))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A training and its setting: a rate at which attention collapses, and when.
+
+    Attributes:
+        lr: of the optimizer.
+        good: the update of the last good checkpoint.
+        at: the update after which the remedy is applied, by default.
+        after: updates from there to the end.
+        every: updates from one record to the next.
+    """
+
+    build: Callable[[Path, float, int], Training]
+    lr: float
+    good: int
+    at: int
+    after: int
+    every: int
+
+
+KINDS = {
+    "gpt": Kind(Characters, lr=0.016, good=20, at=120, after=160, every=20),
+    "gpt2": Kind(GPT2, lr=0.03, good=10, at=120, after=160, every=10),
+    "vit": Kind(Vision, lr=0.03, good=20, at=100, after=150, every=10),
+    "translation": Kind(Translation, lr=2e-2, good=15, at=60, after=100, every=5),
+}
