@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from stable_core.bounding import Bounded, bound_queries_and_keys, parameters_of_queries_and_keys
+from stable_core.qk_clip import weights_to_clip
+from stable_core.sharding import is_sharded
 from stable_core.sigma_layers import sigma_layers
 
 from .alarm import Alarm, median_head
@@ -112,6 +114,11 @@ def bound_and_train(
 ) -> dict[str, Bounded]:
     """`bound_queries_and_keys`, after which the optimizers, if there are any, train what is new and forget what changed."""
     inner = unwrap(model)
+    if sharded := [name for name, attention in attentions.items() if any(map(is_sharded, weights_to_clip(attention)))]:
+        raise ValueError(
+            f"{sharded[0]}: its weights are cut up over processes, and cannot be rescued in place; save a checkpoint, rescue that "
+            "(python -m stable_monitor.rescue_checkpoint), and resume from it"
+        )
     known = {id(p) for p in inner.parameters()}
     changed = [p for attention in attentions.values() for p in parameters_of_queries_and_keys(attention)]
     add = place_without_decay(optimizers, changed, scheduler) if optimizers else None

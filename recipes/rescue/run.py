@@ -17,7 +17,6 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import nn
 
 from recipes.command import command
 from stable_core import SigmaReparamConfig, sigma_reparam
@@ -101,7 +100,7 @@ def apply(remedy: str, training: Training) -> list[str]:
         QKClip(model, 30.0, optimizer=optimizer)
     elif remedy == "sigma":
         before = set(model.parameters())
-        sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"), _untied(model))
+        sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))
         new = [p for p in model.parameters() if p not in before]
         optimizer.add_param_group({**optimizer.param_groups[0], "params": new, "weight_decay": 0.0})
     elif remedy.startswith("rescue"):
@@ -109,12 +108,6 @@ def apply(remedy: str, training: Training) -> list[str]:
         fraction = 1.1 if remedy == "rescue_all" else 0.3
         return [str(one) for one in rescue(model, optimizer, lambda: training.loss(batch), fraction=fraction)]
     return []
-
-
-def _untied(model: nn.Module) -> Callable[[nn.Module, str], bool]:
-    """All linear layers but those that share the embedding's weight."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return lambda module, name: id(getattr(module, "weight", None)) not in embeddings
 
 
 def runs_of(seed: int, settings: Settings, missing: list[str], advance: Callable[[], None]):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from recipes.gpt import prepare
-from recipes.rescue import gpt
+from recipes.rescue import run
 
-RECIPE = Path(gpt.__file__).parent
+RECIPE = Path(run.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,10 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_each_remedy_goes_on_from_the_same_training(data, tmp_path, capsys):
-    options = ["--data", str(data), "--output", str(tmp_path), "--at", "21", "--after", "1", "--seeds", "1"]
-    assert gpt.main([*options, "--remedies", "go_on", "rescue_all"]) == 0
+    options = ["gpt", "--data", str(data), "--output", str(tmp_path), "--at", "21", "--after", "1", "--seeds", "1"]
+    assert run.main([*options, "--remedies", "go_on", "rescue_all"]) == 0
     first = (tmp_path / "log.jsonl").read_text()
-    assert gpt.main([*options, "--remedies", "go_on", "half", "rescue_all"]) == 0
+    assert run.main([*options, "--remedies", "go_on", "half", "rescue_all"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert (tmp_path / "log.jsonl").read_text().startswith(first)
     assert [line["remedy"] for line in lines] == ["go_on", "rescue_all", "half"]
@@ -30,6 +30,18 @@ def test_each_remedy_goes_on_from_the_same_training(data, tmp_path, capsys):
     assert lines[0]["eval_changed"] == lines[2]["eval_changed"] == lines[0]["eval_before"]
     assert len(lines[1]["said"]) == 4 and "half the rate" in capsys.readouterr().out
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "vit"])
+def test_a_rescue_is_of_the_layers_that_have_collapsed_in_each_stack(data, tmp_path, kind):
+    training = run.KINDS[kind].build(data, 1e-3, 1)
+    attention = "transformer.h.1.attn.c_attn" if kind == "gpt2" else "blocks.1.attn.qkv"
+    weight = training.model.get_submodule(attention).weight.detach()
+    (weight[:, :128] if kind == "gpt2" else weight[:64]).mul_(1e4)
+    (said,) = run.apply("rescue", training)
+    assert said.startswith(f"rescued {attention.rpartition('.')[0]}: entropy ")
+    run.train(training, 1, 1)
+    assert training.records[0][2] > 0.9  # entropy / log(keys)
 
 
 @pytest.mark.parametrize(
@@ -40,12 +52,13 @@ def test_each_remedy_goes_on_from_the_same_training(data, tmp_path, capsys):
             "remedies = 'pray': allowed are go_on, half, back, qk_clip, sigma, rescue, rescue_all",
         ),
         ({"at": 20}, "at = 20: allowed are whole numbers from 21"),
-        ({"after": 0}, "after = 0, lr = 0.016: allowed are positive numbers"),
+        ({"after": 0}, "after = 0, lr = None: allowed are positive numbers"),
+        ({"data": Path("nowhere")}, "data = nowhere: allowed are folders that recipes.gpt.prepare wrote"),
     ],
 )
 def test_wrong_settings_are_named(data, tmp_path, settings, error):
     with pytest.raises(ValueError, match=error):
-        gpt.Settings(data=data, output=tmp_path, **settings)
+        run.Settings(**{"kind": "gpt", "data": data, "output": tmp_path, **settings})
 
 
 @pytest.mark.parametrize("path", sorted((RECIPE / "results").glob("*.jsonl")), ids=lambda path: path.stem)
@@ -53,5 +66,5 @@ def test_the_tables_of_the_readme_are_those_of_the_logs(path):
     log = [json.loads(line) for line in path.read_text().splitlines()]
     text = (RECIPE / "README.md").read_text()
     assert {line["seed"] for line in log} == {1, 2, 3} and path.with_suffix(".png").exists()
-    for row in gpt.rows(log):
+    for row in run.rows(log):
         assert f"| {' | '.join(row)} |" in text
