@@ -116,8 +116,8 @@ def bound_and_train(
     inner = unwrap(model)
     if sharded := [name for name, attention in attentions.items() if any(map(is_sharded, weights_to_clip(attention)))]:
         raise ValueError(
-            f"{sharded[0]}: its weights are cut up over processes, and cannot be rescued in place; save a checkpoint, rescue that "
-            "(python -m stable_monitor.rescue_checkpoint), and resume from it"
+            f"{sharded[0]}: its weights are cut up over processes, and cannot be rescued in place; save a checkpoint, rescue "
+            "that (python -m stable_monitor.rescue_checkpoint), and resume from it"
         )
     known = {id(p) for p in inner.parameters()}
     changed = [p for attention in attentions.values() for p in parameters_of_queries_and_keys(attention)]
