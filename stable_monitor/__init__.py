@@ -7,6 +7,7 @@ from .monitor import Monitor
 from .qk_clip import QKClip
 from .rescue import Rescue, Rescued, rescue
 from .resume import prepare_to_resume
+from .sensitivity import learning_rate_sensitivity
 from .sharpness import adamw_stability_threshold, sharpness
 from .temperature import attention_temperature
 from .writers import TensorBoardWriter, WandbWriter, headline
@@ -24,6 +25,7 @@ __all__ = [
     "adamw_stability_threshold",
     "attention_temperature",
     "headline",
+    "learning_rate_sensitivity",
     "lower_learning_rate",
     "prepare_to_resume",
     "rescue",

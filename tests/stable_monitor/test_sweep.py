@@ -1,0 +1,177 @@
+"""Learning-rate sensitivity by hand and from the paper's definition; a sweep that is killed, continued and collected."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stable_monitor import learning_rate_sensitivity, sweep
+from stable_monitor.outcomes import Outcome, summarise, table
+from stable_monitor.records import RecordFile
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+GPT2 = (2.429, 2.299, 2.251, 2.613, 2.787, 2.970, 2.971)
+
+# A "training" whose loss is lr off 0.01, in decades; it dies at rates above 1 and notes how often it was started.
+SCRIPT = """
+import math, sys, time
+lr, seed, out, *flags = sys.argv[1:]
+with open("started.txt", "a") as file:
+    file.write(f"{lr} {seed} {' '.join(flags)}\\n")
+time.sleep(float(flags[0]) if flags else 0)
+print("loss 4.0")
+if float(lr) > 1:
+    sys.exit("not a number")
+print(f"loss {2 + abs(math.log10(float(lr) / 0.01)) + 0.1 * float(seed)}")
+"""
+LOSS = ["--loss", r"loss (\S+)"]
+
+
+def command(tmp_path, monkeypatch) -> list[str]:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    return ["--", sys.executable, "train.py", "{lr}", "{seed}", "{out}", "{variant}"]
+
+
+def started(tmp_path) -> list[str]:
+    return sorted((tmp_path / "started.txt").read_text().splitlines())
+
+
+def test_the_measure_by_hand():
+    final = dict(zip(RATES, GPT2, strict=True))
+    assert learning_rate_sensitivity(final, 4.17) == pytest.approx(0.366, abs=5e-4)
+    assert learning_rate_sensitivity({1e-3: 2.0, 1e-2: math.nan, 1e-1: 9.0, 1.0: math.inf}, 5.0) == pytest.approx(2.25)
+    assert learning_rate_sensitivity({1e-3: 2.0, 1e-2: 2.0}, 5.0) == 0
+    for final, initial, error in (
+        ({1e-3: 2.0}, 5.0, "two learning rates"),
+        ({1e-3: 2, 1e-2: 2}, math.nan, "initial = nan"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            learning_rate_sensitivity(final, initial)
+
+
+def test_a_seed_without_all_rates_has_no_sensitivity_and_the_best_mean_is_bold():
+    outcomes = [Outcome("a", lr, 1, 5.0, loss) for lr, loss in ((1e-3, 3.0), (1e-2, 2.0), (1e-1, math.nan))]
+    outcomes.append(Outcome("a", 1e-2, 2, 5.0, 2.4))
+    (row,) = summarise(outcomes)
+    assert row.best == {1: 2.0, 2: 2.4} and row.sensitivity == {1: pytest.approx(4 / 3)}
+    assert table([row]).splitlines()[-1] == "| a | 3.000 | **2.200** | 5.000 | 2.000 / 2.400 | 1.333 |"
+
+
+def test_runs_that_are_there_stay_and_a_diverged_one_counts_as_the_first_loss(tmp_path, monkeypatch, capsys):
+    arguments = ["--out", "swept", "--seed", "1", "2", *LOSS]
+    end = command(tmp_path, monkeypatch)
+    assert sweep.main([*arguments, "--lr", "0.01", "0.1", *end]) == 0
+    assert sweep.main([*arguments, "--lr", "0.01", "0.1", "10", "--jobs", "2", *end]) == 0
+    assert len(started(tmp_path)) == 6
+    said = capsys.readouterr().out
+    assert "plain at 10, seed 2: ended with status 1" in said
+    row = (tmp_path / "swept/table.md").read_text().splitlines()[-1]
+    assert row == "| plain | **2.150** | 3.150 | 4.000 | 2.100 / 2.200 | 0.967 / 0.933 |"
+    assert (tmp_path / "swept/sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    died = [json.loads(line) for line in (tmp_path / "swept/outcomes.jsonl").read_text().splitlines()]
+    assert [line["final"] for line in died if line["lr"] == 10] == [None, None]
+
+
+def test_a_sweep_that_is_killed_goes_on(tmp_path, monkeypatch):
+    end = command(tmp_path, monkeypatch)
+    options = [
+        "--out",
+        "swept",
+        "--lr",
+        "0.01",
+        "0.1",
+        "--seed",
+        "1",
+        "--variant",
+        "plain=",
+        "--variant",
+        "slow=2.5",
+        *LOSS,
+    ]
+    whole = [sys.executable, "-m", "stable_monitor.sweep", *options, *end]
+    process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "started.txt").exists() or len(started(tmp_path)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
+    assert not (tmp_path / "swept/slow-0.01-1/status").exists()
+    assert sweep.main([*options, *end]) == 0
+    assert len(started(tmp_path)) == 5  # the one that was interrupted twice
+
+
+def test_commands_for_a_scheduler_and_what_they_left(tmp_path, monkeypatch, capsys):
+    end = command(tmp_path, monkeypatch)
+    arguments = ["--out", "a folder", "--lr", "0.01", "0.1", "--seed", "1", "--variant", "b=0 'two words'", *LOSS]
+    assert sweep.main([*arguments, "--commands", *end]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and not (tmp_path / "started.txt").exists()
+    subprocess.run(["bash", "-c", lines[0]], check=True)
+    assert started(tmp_path) == ["0.01 1 0 two words"]
+    assert sweep.main([*arguments, "--collect", *end]) == 0
+    assert "1 runs have not ended" in capsys.readouterr().out
+    assert sweep.main([*arguments, "--commands", *end]) == 0
+    assert capsys.readouterr().out.splitlines() == lines[1:]
+
+
+def test_the_monitors_losses(tmp_path, monkeypatch):
+    """The last validation's, else the mean of the last ten; the first is of the untrained model."""
+    monkeypatch.chdir(tmp_path)
+    swept, _ = sweep.parse(["--out", "swept", "--lr", "0.1", "1", "--seed", "1", "--", "train", "{lr}", "{out}"])
+    for run, validations in zip(swept.runs(), ([], [3.0, 2.5]), strict=True):
+        file = RecordFile(run.folder)
+        file.prepare()
+        for step in range(20):
+            file.append({"step": step, "loss": 4.0 if step < 10 else 2.0 + step % 2, "layers": {}, "alarms": []})
+        for loss in validations:
+            file.append({"step": 20, "validation": {"loss": loss}})
+        (run.folder / "status").write_text("0\n")
+    assert [(o.initial, o.final) for o in map(sweep.Run.outcome, swept.runs())] == [(4.0, 2.5), (4.0, 2.5)]
+    (tmp_path / "swept/plain-1-1/status").write_text("1\n")
+    assert math.isnan(swept.runs()[1].outcome().final)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--lr", "0.1", "0.1", "--", "x", "{lr}", "{out}"], "lr = [0.1, 0.1]: allowed are different positive numbers"),
+        (["--lr", "0.1", "--", "x", "{out}"], "the command has no {lr} in it: x '{out}'"),
+        (
+            ["--lr", "0.1", "--seed", "1", "2", "--", "x", "{lr}", "{out}"],
+            "the command has no {seed} in it, and its runs",
+        ),
+        (["--lr", "0.1", "--loss", "loss", "--", "x", "{lr}"], "loss = 'loss': allowed are patterns with one group"),
+        (["--lr", "0.1", "--variant", "a/b=", "--", "x", "{lr}", "{out}"], "variant = 'a/b=': allowed is NAME=FLAGS"),
+        (
+            ["--lr", "0.1", "--seed", "1", "--", sys.executable, "-c", "print('oh')", "{lr}", "{out}"],
+            "no monitor.jsonl with a loss there; it ended with status 0, and said at last: oh",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path, capsys, arguments, error):
+    assert sweep.main(["--out", str(tmp_path / "swept"), *arguments]) == 1
+    said = capsys.readouterr().err
+    assert error in said and said.count("\n") == 1
+
+
+def test_another_command_or_other_flags_need_another_name(tmp_path, monkeypatch, capsys):
+    end = command(tmp_path, monkeypatch)
+    start = ["--out", "swept", "--lr", "0.01", "--seed", "1", *LOSS, "--variant"]
+    assert sweep.main([*start, "a=0", *end]) == 0
+    assert sweep.main([*start, "a=1", *end]) == 1
+    assert "its variant a has '0'; give it another name" in capsys.readouterr().err
+    assert sweep.main([*start, "a=0", *end, "more"]) == 1
+    assert "take another --out" in capsys.readouterr().err
+
+
+def test_the_help_shows_the_example(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--help"])
+    assert re.search(r"-- python train.py --learning_rate=\{lr\}", capsys.readouterr().out)
