@@ -1,5 +1,6 @@
 """How a recipe's command ends: its exit status, one line for what went wrong, or what to do after an interruption."""
 
+import ast
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,3 +28,17 @@ def command(
         sys.exit(f"\nstopped{stopped}")
     except errors as error:
         sys.exit(f"{name or Path(sys.argv[0]).stem}: {error}")
+
+
+def keyword_arguments(pairs: tuple[str, ...], setting: str = "model_kwargs") -> dict:
+    """{"alpha": 0.25} of ("alpha=0.25",)."""
+    result = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"{setting} = {pair!r}: allowed are NAME=VALUE")
+        try:
+            result[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[name] = value
+    return result

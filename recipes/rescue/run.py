@@ -19,10 +19,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from recipes.command import command
+from recipes.trainings import KINDS, Kind, Training
 from stable_core import SigmaReparamConfig, sigma_reparam
 from stable_monitor import Monitor, QKClip, rescue
-
-from .trainings import KINDS, Kind, Training
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -18,9 +18,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from recipes.command import keyword_arguments
 from recipes.vision.data import Data, load, test_transform
 from recipes.vision.engine import FitSettings, fit, run_command, start
-from recipes.vision.train import evaluator, keyword_arguments
+from recipes.vision.train import evaluator
 
 from .encoder import encoder
 from .loss import contrastive

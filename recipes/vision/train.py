@@ -4,7 +4,6 @@ One process trains as it is; `accelerate launch -m recipes.vision.train` takes a
 its last whole epoch.
 """
 
-import ast
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import timm_stable  # noqa: F401  which registers the models
+from recipes.command import keyword_arguments
 
 from .data import Data, load, test_transform, train_transform
 from .engine import FitSettings, fit, run_command, start
@@ -71,20 +71,6 @@ class Settings(FitSettings):
             self._check(name, getattr(self, name) >= 1, "whole numbers from 1")
         self._check("weights", self.weights is None or self.weights.is_file(), "files")
         keyword_arguments(self.model_kwargs)
-
-
-def keyword_arguments(pairs: tuple[str, ...]) -> dict:
-    """{"alpha": 0.25} of ("alpha=0.25",)."""
-    result = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise ValueError(f"model_kwargs = {pair!r}: allowed are NAME=VALUE")
-        try:
-            result[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            result[name] = value
-    return result
 
 
 def build(settings: Settings, data: Data) -> nn.Module:

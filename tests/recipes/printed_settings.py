@@ -26,11 +26,11 @@ from fairseq_sigma.ctc_model import SpeechEncoder
 from fairseq_sigma.speech_dataset import dictionary
 from nanogpt_patch.launch import _assigned, _value, check
 from nanogpt_patch.model import GPTConfig
+from recipes.command import keyword_arguments
 from recipes.hf_clm.settings import Settings as HuggingFace
 from recipes.simclr.encoder import encoder
 from recipes.simclr.pretrain import Settings as SimCLR
 from recipes.vision.train import Settings as Vision
-from recipes.vision.train import keyword_arguments
 from stable_core import StableNorm
 from stable_core.attentions import stable_tau
 

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from recipes.command import keyword_arguments
 from recipes.vision import corruptions, data, diverged, engine, grid, train
 from stable_monitor.records import load
 from tests.warm import WARM
@@ -301,7 +302,7 @@ def test_the_ablations_of_the_grid_change_one_part(tmp_path):
 
     def built(name: str) -> nn.Module:
         model = grid.MODELS[name]
-        kwargs = train.keyword_arguments((*model.kwargs, "depth=2", "patch_size=8", "img_size=32"))
+        kwargs = keyword_arguments((*model.kwargs, "depth=2", "patch_size=8", "img_size=32"))
         torch.manual_seed(0)
         return timm.create_model(model.name, **kwargs)
 
@@ -359,7 +360,7 @@ def test_logits_over_the_number_of_heads(tmp_path, monkeypatch, what, ratio):
     for heads in (4, 16):
         (given,) = recipe(tmp_path, f"ablations.sh {what.format(heads)}", HEADS="" if "{" in what else str(heads))
         torch.manual_seed(0)
-        kwargs = train.keyword_arguments((*given.model_kwargs, "depth=1", "img_size=32", "num_classes=2"))
+        kwargs = keyword_arguments((*given.model_kwargs, "depth=1", "img_size=32", "num_classes=2"))
         model = timm.create_model(given.model, **kwargs).eval()
         attention = model.blocks[0].attn
         assert attention.num_heads == heads and isinstance(model.norm, nn.LayerNorm) and not attention.qkv.bias.any()
@@ -420,7 +421,7 @@ def test_the_readmes_heads_are_those_of_the_log():
     runs = map(json.loads, (RECIPES / "results" / "small.jsonl").read_text().splitlines())
     rows = []
     for run in runs:
-        kwargs = train.keyword_arguments(run["settings"]["model_kwargs"])
+        kwargs = keyword_arguments(run["settings"]["model_kwargs"])
         name, top1 = (
             {"dot": "dot product", "stable": "StableAtten"}.get(kwargs.get("attention")),
             run["rows"][-1]["top1"],
@@ -446,7 +447,7 @@ def test_small_recipes_build_small_models(tmp_path, command):
     (given,) = recipe(tmp_path, command, SMALL="1")
     assert given.data in ("cifar10", "digits") and given.lr_base_size is None
     size = 32 if given.data == "cifar10" else given.img_size
-    model = timm.create_model(given.model, img_size=size, **train.keyword_arguments(given.model_kwargs))
+    model = timm.create_model(given.model, img_size=size, **keyword_arguments(given.model_kwargs))
     assert sum(p.numel() for p in model.parameters()) < 1e6
     loss = nn.functional.cross_entropy(model(torch.randn(2, 3, size, size)), torch.tensor([0, 1]))
     assert loss.isfinite()

@@ -1,26 +1,27 @@
-"""The trainings that collapse: what is trained, on which batches, and how it is validated. Each is of another stack."""
+"""Small trainings of each stack, in a plain loop: what is trained, on which batches, and how it is validated.
+
+A stack is imported where its training is made: all of them take eight seconds.
+"""
 
 import copy
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
 from recipes.gpt.muon import BETAS, CLIP, LENGTH, SHAPES, WEIGHT_DECAY, batches
-from recipes.quickstart.quickstart import NARROW, ROOT, prepare
-from recipes.vision.data import load
-from stable_core import param_groups
+from stable_core import WithZLoss, param_groups
 
+Options = Mapping[str, Any]  # of `stable_core.options.Options`, and z_loss
 VALIDATED = 10  # batches
 
 
@@ -88,17 +89,18 @@ def characters(data: Path) -> dict[str, np.ndarray]:
 class Characters(Training):
     """nanoGPT's GPT, 0.8M parameters."""
 
-    def __init__(self, data: Path, lr: float, seed: int) -> None:
+    def __init__(self, data: Path, lr: float, seed: int, options: Options = STOCK) -> None:
         self.parts = characters(data)
         torch.manual_seed(seed)
         n_layer, n_head, n_embd = SHAPES["small"]
         vocab_size = int(max(part.max() for part in self.parts.values())) + 1
-        model = self.build(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size)
+        sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab_size}
+        model = self.build(sizes, options)
         optimizer = torch.optim.AdamW(param_groups(model, lr, WEIGHT_DECAY), betas=BETAS)
         super().__init__(model, optimizer, lr, seed)
 
-    def build(self, **sizes: int) -> nn.Module:
-        return GPT(GPTConfig(**sizes, block_size=LENGTH, **STOCK))
+    def build(self, sizes: dict[str, int], options: Options) -> nn.Module:
+        return GPT(GPTConfig(**sizes, block_size=LENGTH, **{**STOCK, **options}))
 
     def batches(self, seed: int) -> Iterator[Any]:
         return batches(self.parts["train"], 8, seed)
@@ -113,7 +115,7 @@ class Characters(Training):
 class GPT2(Characters):
     """transformers' GPT-2 of the same size."""
 
-    def build(self, **sizes: int) -> nn.Module:
+    def build(self, sizes: dict[str, int], options: Options) -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -127,6 +129,8 @@ class GPT2(Characters):
 @cache
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Images (n, 3, 8, 8) and labels (n,), for training and for validation."""
+    from recipes.vision.data import load
+
     data = load("digits")
     parts = [
         (torch.from_numpy(part.images).permute(0, 3, 1, 2) / 127.5 - 1, torch.as_tensor(part.labels, dtype=torch.long))
@@ -136,14 +140,21 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 class Vision(Training):
-    """timm's ViT: 6 blocks of width 64, 64 patches of a pixel."""
+    """timm's ViT, or with options ours: 6 blocks of width 64, 64 patches of a pixel."""
 
     clip = 0.0
 
-    def __init__(self, data: Path, lr: float, seed: int) -> None:
+    def __init__(self, data: Path, lr: float, seed: int, options: Options | None = None) -> None:
+        import timm
+
+        import timm_stable  # noqa: F401  which registers StableViT
+
         torch.manual_seed(seed)
         sizes = {"img_size": 8, "patch_size": 1, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 10}
-        model = timm.create_model("vit_small_patch16_224", **sizes)
+        methods = {**STOCK, **(options or {})}
+        self.criterion = WithZLoss(nn.CrossEntropyLoss(), methods.pop("z_loss", 0.0))
+        name = "vit_small_patch16_224" if options is None else "stablevit_small"
+        model = timm.create_model(name, **sizes, **({} if options is None else methods))
         super().__init__(model, torch.optim.AdamW(param_groups(model, lr, 0.05)), lr, seed)
 
     def batches(self, seed: int) -> Iterator[Any]:
@@ -157,20 +168,23 @@ class Vision(Training):
         return [digits()[1]]
 
     def loss(self, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+        self.criterion.train(self.model.training)
+        return self.criterion(self.model(batch[0]), batch[1])
 
 
 @cache
-def number_words(data: Path) -> tuple[Any, Any, Any]:
+def number_words(data: Path, *flags: str) -> tuple[Any, Any, Any]:
     """fairseq's task of the quickstart, what it builds models from, and a validation in batches."""
     from fairseq import options, tasks, utils
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    from recipes.quickstart.quickstart import NARROW, ROOT, prepare
 
     plugin = ["--user-dir", str(ROOT / "plugins" / "fairseq_sigma")]
     narrow = [str(option) for option in NARROW]
     logging.getLogger().setLevel(logging.WARNING)  # fairseq says all, and lets matplotlib do so
     utils.import_user_module(options.get_training_parser().parse_known_args(plugin)[0])
-    arguments = [str(prepare(data)), *plugin, "--arch", "preln_transformer_18l", *narrow, "--dropout", "0"]
+    arguments = [str(prepare(data)), *plugin, *narrow, "--arch", "preln_transformer_18l", *flags]
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), arguments))
     task = tasks.setup_task(cfg.task)
     for split in ("train", "valid"):
@@ -184,12 +198,18 @@ def _batches_of(task: Any, split: str, seed: int, epoch: int) -> Iterator[Any]:
 
 
 class Translation(Training):
-    """fairseq's translation, 18L-18L pre-LN of width 64, of number words; 40 updates of warm-up, then 1 / sqrt(update)."""
+    """fairseq's translation, pre-LN of width 64, of number words; 40 updates of warm-up, then 1 / sqrt(update).
+
+    18L-18L, or with options 3L-3L.
+    """
 
     clip = 0.0
 
-    def __init__(self, data: Path, lr: float, seed: int) -> None:
-        self.task, cfg, self.valid = number_words(data)
+    def __init__(self, data: Path, lr: float, seed: int, options: Options | None = None) -> None:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in (options or {}).items()]
+        if options is not None:
+            flags += ["--encoder-layers=3", "--decoder-layers=3"]
+        self.task, cfg, self.valid = number_words(data, *flags)
         torch.manual_seed(seed)
         model, self.criterion = self.task.build_model(cfg.model), self.task.build_criterion(cfg.criterion)
         super().__init__(model, torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.98)), lr, seed)
