@@ -12,6 +12,7 @@ from typing import Literal
 import tyro
 
 from recipes.command import command
+from recipes.trainings import number_words
 from stable_monitor import sweep
 
 from .train import STACKS
@@ -54,6 +55,8 @@ class Settings:
 def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="python -m recipes.lr_sensitivity.run", description=__doc__)
     data = settings.data or settings.output / "data"
+    if settings.stack == "translation":
+        number_words(data)  # written once, before several runs look for it
     training = [
         sys.executable,
         "-m",

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from recipes.gpt import prepare
-from recipes.rescue import run
+from recipes.rescue import blow_up, run
 
 RECIPE = Path(run.__file__).parent
+BLOW_UP = RECIPE / "results" / "blow_up.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,21 @@ def test_wrong_settings_are_named(data, tmp_path, settings, error):
         run.Settings(**{"kind": "gpt", "data": data, "output": tmp_path, **settings})
 
 
-@pytest.mark.parametrize("path", sorted((RECIPE / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted({*(RECIPE / "results").glob("*.jsonl")} - {BLOW_UP}), ids=lambda path: path.stem
+)
 def test_the_tables_of_the_readme_are_those_of_the_logs(path):
     log = [json.loads(line) for line in path.read_text().splitlines()]
     text = (RECIPE / "README.md").read_text()
     assert {line["seed"] for line in log} == {1, 2, 3} and path.with_suffix(".png").exists()
     for row in run.rows(log):
         assert f"| {' | '.join(row)} |" in text
+
+
+def test_the_loss_of_a_blow_up_is_far_above_its_first_where_entropy_is_whole(data, capsys):
+    assert blow_up.main(["--data", str(data), "--seeds", "1"]) == 0
+    now = json.loads(capsys.readouterr().out)
+    for line in (now, *map(json.loads, BLOW_UP.read_text().splitlines())):
+        pairs = zip(line["loss"], line["entropy"], strict=True)
+        assert any(loss > 1.5 * line["loss"][0] and entropy > 0.99 for loss, entropy in pairs)
+        assert line["entropy"][-1] < 0.5
