@@ -135,7 +135,7 @@ class _Block:
         if config.init_std is not None:
             for module in self.modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=config.init_std)
+                    nn.init.normal_(module.weight, std=config.init_std)
         init_(self, chosen)
         scale_branches_(self, residual.beta)
         reparametrise(self, chosen)

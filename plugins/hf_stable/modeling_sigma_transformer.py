@@ -47,7 +47,7 @@ class SigmaTransformerPreTrainedModel(StablePreTrainedModel):
 
     def draw_stock_(self, module: nn.Module, weight: Tensor) -> None:
         if self.config.init_std is not None:
-            nn.init.trunc_normal_(weight, std=self.config.init_std)
+            nn.init.normal_(weight, std=self.config.init_std)
         elif module.gain is not None:
             nn.init.xavier_uniform_(weight, module.gain)
         else:

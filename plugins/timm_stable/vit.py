@@ -89,9 +89,11 @@ class StableVisionTransformer(VisionTransformer):
 
     @torch.no_grad()
     def _rescale(self, scale: float) -> None:
+        # Not trunc_normal_, whose cut at 2 is at hundreds of std: older torch draws -2 once in 2^24 numbers, and in bfloat16 2
+        # or -2 once in 500.
         for target in layers(self):
             if target.module is self.patch_embed.proj:
-                nn.init.trunc_normal_(target.weight, std=self.patch_std)
+                nn.init.normal_(target.weight, std=self.patch_std)
             elif scale != 1:  # as drawing them anew takes a third of the time of the build
                 target.weight.mul_(scale)
 
@@ -108,7 +110,7 @@ class StableVisionTransformer(VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         if num_classes > 0:
             if self.draws_by_width:
-                nn.init.trunc_normal_(self.head.weight, std=self.weight_std)
+                nn.init.normal_(self.head.weight, std=self.weight_std)
             init_(self.head, self.options)
             if not folded:
                 self._reparametrise(lambda module, name: module is self.head, qkv="separate")
