@@ -33,6 +33,7 @@ REMEDIES = {
     "qk_clip": ("QK-clip at 30", "tab:green"),
     "sigma": ("σReparam, gamma = sigma", "tab:purple"),
     "rescue": ("rescue", "tab:blue"),
+    "rescue_half": ("rescue, half the rate", "tab:red"),
     "rescue_all": ("rescue of every layer", "tab:cyan"),
 }
 
@@ -93,9 +94,9 @@ def train(training: Training, until: int, every: int) -> None:
 def apply(remedy: str, training: Training) -> list[str]:
     """Returns what a rescue said."""
     model, optimizer = training.model, training.optimizer
-    if remedy in ("half", "back"):
+    if remedy in ("half", "back", "rescue_half"):
         training.lr /= 2
-    elif remedy == "qk_clip":
+    if remedy == "qk_clip":
         QKClip(model, 30.0, optimizer=optimizer)
     elif remedy == "sigma":
         before = set(model.parameters())

@@ -50,7 +50,7 @@ def test_a_rescue_is_of_the_layers_that_have_collapsed_in_each_stack(data, tmp_p
     [
         (
             {"remedies": ("pray",)},
-            "remedies = 'pray': allowed are go_on, half, back, qk_clip, sigma, rescue, rescue_all",
+            "remedies = 'pray': allowed are go_on, half, back, qk_clip, sigma, rescue, rescue_half, rescue_all",
         ),
         ({"at": 20}, "at = 20: allowed are whole numbers from 21"),
         ({"after": 0}, "after = 0, lr = None: allowed are positive numbers"),
