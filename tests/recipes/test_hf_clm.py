@@ -282,7 +282,7 @@ def test_two_processes_are_one_with_the_whole_batch(engine, folder, sigma, tmp_p
     "options, message",
     [
         ("--lr 1e20 --monitor-every 50", r"stopped after 10 updates: the loss is (nan|inf)"),
-        ("--lr 1 --stop-on-alarm", r"stopped after \d updates: attention entropy collapsed"),
+        ("--lr 1 --on-alarm stop", r"stopped after \d updates: attention entropy collapsed"),
     ],
 )
 def test_a_run_that_fails_is_stopped_and_says_why(options, message, folder, tmp_path):
