@@ -24,7 +24,8 @@ def data(size: int = 64) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, eval_dataset=None, **settings):
+def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, optimizer=None, eval_dataset=None,
+          **settings):  # fmt: skip
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**CONFIG))
     prepare(model)
@@ -32,7 +33,8 @@ def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, 
                  "max_steps": steps, "report_to": "none", "use_cpu": True, "disable_tqdm": True, **settings}  # fmt: skip
     arguments = transformers.TrainingArguments(str(folder), **arguments)
     of = {"train_dataset": data(), "eval_dataset": eval_dataset, "callbacks": list(callbacks)}
-    trainer = transformers.Trainer(model, arguments, **of)
+    optimizers = (optimizer and optimizer(model), None)
+    trainer = transformers.Trainer(model, arguments, optimizers=optimizers, **of)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -8,11 +8,12 @@ import transformers
 
 import hf_stable
 from hf_stable import MonitorCallback
+from stable_core import SigmaReparamConfig
 from stable_core.folding import is_reparametrised
 from stable_monitor import AlarmConfig
 from stable_monitor.records import read
 
-from .test_monitor import CONFIG, data, train
+from .test_monitor import CONFIG, data, losses, train
 
 LAYER = "transformer.h.1.attn"
 
@@ -106,3 +107,102 @@ def test_an_adapter_is_not_rescued(tmp_path, caplog):
     assert trainer.state.global_step == 3 and (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
     (line,) = [r.message for r in caplog.records if r.message.startswith("not rescued")]
     assert line.endswith("model.merge_and_unload(), and train what it returns")
+
+
+# ---------------------------------------------------------------------------------------------------------------- resuming
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 4, "weight_decay": 0.1, "lr_scheduler_type": "cosine"}
+
+
+def one_group(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("optimizer", [None, one_group])
+def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(optimizer, tmp_path):
+    """The script builds a plain model as ever. With decay everywhere gammas have a group of their own."""
+    whole = rescued(tmp_path, **SAVING, steps=7, optimizer=optimizer)
+    again = train(tmp_path / "again", steps=7, resume=str(tmp_path / "checkpoint-4"), optimizer=optimizer, **SAVING)
+    same_runs(again, whole)
+    assert again.model.config.quantization_config == whole.model.config.quantization_config
+    assert losses(again) == losses(whole)
+
+
+def same_runs(one, other) -> None:
+    """Parameters and buffers, the optimizer's groups and moments: bitwise."""
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    ours, theirs = one.optimizer.state_dict(), other.optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"] and ours["state"].keys() == theirs["state"].keys()
+    for index, moments in ours["state"].items():
+        assert all(torch.equal(x, theirs["state"][index][name]) for name, x in moments.items())
+
+
+def test_without_the_optimizers_state_the_model_is_what_was_saved(tmp_path):
+    whole = rescued(tmp_path, save_strategy="steps", save_steps=4, save_only_model=True)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    (tmp_path / "checkpoint-4" / "model.safetensors").rename(tmp_path / "checkpoint-4" / "shard.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(whole.model.state_dict(), "shard.safetensors")}
+    (tmp_path / "checkpoint-4" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    class Loaded(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            loaded.update({name: x.clone() for name, x in model.state_dict().items()})
+
+    loaded = {}
+    again = train(tmp_path / "again", Loaded(), steps=5, resume=str(tmp_path / "checkpoint-4"))
+    assert saved.keys() == loaded.keys() and all(torch.equal(x, loaded[name]) for name, x in saved.items())
+    gamma = again.model.transformer.h[1].attn.c_attn.parametrizations.weight[0].gamma
+    assert not torch.equal(gamma, loaded[f"{LAYER}.c_attn.parametrizations.weight.0.gamma"])
+
+
+def test_the_best_model_may_be_from_before_the_rescue(tmp_path):
+    evaluated = {"eval_dataset": data(8), "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+                 "save_steps": 1, "metric_for_best_model": "loss", "load_best_model_at_end": True}  # fmt: skip
+    trainer = rescued(tmp_path, **evaluated, greater_is_better=True)  # the worst
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-1") and reparametrised(trainer.model) == [f"{LAYER}.c_attn"]
+    tokens = data(2)[0]["input_ids"][None]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(best).eval()
+    torch.testing.assert_close(trainer.model.eval()(tokens).logits, plain(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_rescue_did_not_do_is_asked_for(tmp_path):
+    train(tmp_path, steps=2, prepare=hf_stable.sigma_reparam, save_strategy="steps", save_steps=2)
+    with pytest.raises(
+        ValueError, match=r"transformer\.h\.0\.attn\.c_attn\.weight has σReparam in the checkpoint, and not by a"
+    ):
+        train(tmp_path / "again", resume=str(tmp_path / "checkpoint-2"))
+
+
+# ---------------------------------------------------------------------------------------- a plain checkpoint, with σReparam
+
+
+def test_a_plain_checkpoint_goes_into_a_model_with_sigma_reparam(tmp_path):
+    """Its function, and the moments of every weight."""
+
+    def prepare(model):
+        hf_stable.sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))
+
+    class Loaded(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+            names = {id(p): name for name, p in model.named_parameters()}
+            for p, moments in optimizer.state.items():
+                found[names[id(p)].replace("parametrizations.weight.original", "weight")] = moments["exp_avg"].clone()
+
+    whole = train(tmp_path, steps=5, save_strategy="steps", save_steps=4, weight_decay=0.1)
+    found = {}
+    again = train(
+        tmp_path / "again", Loaded(), steps=5, resume=str(tmp_path / "checkpoint-4"), prepare=prepare, weight_decay=0.1
+    )
+    assert losses(again)[-1] == pytest.approx(losses(whole)[-1], rel=1e-5)  # of the first update since
+    assert len(reparametrised(again.model)) == 8
+    saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt")
+    plain = whole.model
+    decayed = set(whole.get_decay_parameter_names(plain))
+    names = [name for name, _ in plain.named_parameters() if name in decayed]
+    names += [name for name, _ in plain.named_parameters() if name not in decayed]
+    assert found.keys() == set(names)
+    for index, name in enumerate(names):
+        assert torch.equal(found[name], saved["state"][index]["exp_avg"]), name
