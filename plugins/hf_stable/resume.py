@@ -21,8 +21,8 @@ from stable_core.unfolding import unfold_optimizer_state, unfold_state_dict
 from stable_monitor import prepare_to_resume
 from stable_monitor.resume import reparametrise_named
 
-from .rescue import cut_up
 from .reparametrised import record
+from .rescue import cut_up
 from .weights import read_weights, weight_names
 
 log = logging.getLogger(__name__)
