@@ -10,7 +10,7 @@ import hf_stable
 from hf_stable import MonitorCallback
 from stable_core import SigmaReparamConfig
 from stable_core.folding import is_reparametrised
-from stable_monitor import AlarmConfig
+from stable_monitor import AlarmConfig, rescue, rescue_checkpoint
 from stable_monitor.records import read
 
 from .test_monitor import CONFIG, data, losses, train
@@ -63,7 +63,12 @@ def test_the_alarm_rescues_and_the_model_is_saved_as_it_is(tmp_path):
 
 
 def test_a_compiled_model_is_rescued(tmp_path):
-    trainer = rescued(tmp_path, prepare=lambda model: model.compile(backend="eager"), steps=4)
+    """As `model.compile()` has it called, without the seconds that compiling takes; a hook would not be called."""
+
+    def compile_in_place(model):
+        model._compiled_call_impl = type(model).forward.__get__(model)
+
+    trainer = rescued(tmp_path, prepare=compile_in_place, steps=4)
     assert reparametrised(trainer.model) == [f"{LAYER}.c_attn"]
     assert [len(record.get("rescues", [])) for record in read(tmp_path)] == [0, 0, 1, 0]
 
@@ -206,3 +211,54 @@ def test_a_plain_checkpoint_goes_into_a_model_with_sigma_reparam(tmp_path):
     assert found.keys() == set(names)
     for index, name in enumerate(names):
         assert torch.equal(found[name], saved["state"][index]["exp_avg"]), name
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+
+class RescueAfter(transformers.TrainerCallback):
+    """`stable_monitor.rescue` of named layers, after four updates."""
+
+    def __init__(self, *layers):
+        self.layers = layers
+
+    def on_step_end(self, args, state, control, model, optimizer, lr_scheduler, **kwargs):
+        if state.global_step == 4:
+            for layer in self.layers:
+                rescue(
+                    model,
+                    optimizer,
+                    lambda: model(data(1)[0]["input_ids"][None]),
+                    layers=[layer],
+                    scheduler=lr_scheduler,
+                )
+
+
+def test_a_converted_checkpoint_is_resumed_as_if_it_had_been_rescued_in_memory(tmp_path, capsys):
+    """A layer at a time: the second command reads what the first one wrote."""
+    layers = ["transformer.h.1.attn", "transformer.h.0.attn"]
+    in_memory = train(tmp_path, Collapse(), RescueAfter(*layers), steps=6, **SAVING)
+    train(tmp_path, Collapse(), steps=6, **SAVING)
+    checkpoint = tmp_path / "checkpoint-4"
+    for layer in layers:
+        out = tmp_path / layer
+        assert rescue_checkpoint.main([str(checkpoint), str(out), "--layers", layer]) == 0
+        assert f"{layer}: |W_q| " in capsys.readouterr().out
+        assert {path.name for path in out.iterdir()} == {path.name for path in checkpoint.iterdir()}
+        checkpoint = out
+    again = train(tmp_path / "again", steps=6, resume=str(checkpoint), **SAVING)
+    same_runs(again, in_memory)
+
+
+def test_what_the_command_does_not_take(tmp_path, capsys):
+    train(tmp_path, steps=1, save_strategy="steps", save_steps=1, optim="adafactor")
+    checkpoint = tmp_path / "checkpoint-1"
+    command = [str(checkpoint), str(tmp_path / "out"), "--layers", LAYER]
+    assert rescue_checkpoint.main(command) == 1
+    assert "take it out of the folder, and moments start anew" in capsys.readouterr().err
+    (checkpoint / "optimizer.pt").unlink()
+    assert rescue_checkpoint.main(command) == 0
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["MyGPT"]}))
+    assert rescue_checkpoint.main([*command[:1], str(tmp_path / "other"), *command[2:]]) == 1
+    assert "architectures = 'MyGPT': allowed are transformers' and hf_stable's" in capsys.readouterr().err
