@@ -12,24 +12,10 @@ from stable_core import SigmaReparamConfig
 from stable_core.folding import is_reparametrised
 from stable_monitor import AlarmConfig, rescue, rescue_checkpoint
 from stable_monitor.records import read
+from tests.engines.processes import agreed, spawn
 
+from .collapsing import LAYER, SAVING, Collapse, in_a_process, rescued
 from .test_monitor import CONFIG, data, losses, train
-
-LAYER = "transformer.h.1.attn"
-
-
-class Collapse(transformers.TrainerCallback):
-    """Blows up the queries of one layer after two updates."""
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        if state.global_step == 2:
-            with torch.no_grad():
-                model.transformer.h[1].attn.c_attn.weight[:, :32] *= 300
-
-
-def rescued(folder, *callbacks, **settings):
-    callback = MonitorCallback(1, "rescue", alarm=AlarmConfig(fraction=0.5))
-    return train(folder, Collapse(), callback, *callbacks, **settings)
 
 
 def reparametrised(model) -> list[str]:
@@ -117,9 +103,6 @@ def test_an_adapter_is_not_rescued(tmp_path, caplog):
 # ---------------------------------------------------------------------------------------------------------------- resuming
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 4, "weight_decay": 0.1, "lr_scheduler_type": "cosine"}
-
-
 def one_group(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
 
@@ -142,6 +125,17 @@ def same_runs(one, other) -> None:
     assert ours["param_groups"] == theirs["param_groups"] and ours["state"].keys() == theirs["state"].keys()
     for index, moments in ours["state"].items():
         assert all(torch.equal(x, theirs["state"][index][name]) for name, x in moments.items())
+
+
+def test_two_processes_are_rescued_and_resumed_as_one(tmp_path):
+    two, one = (
+        agreed(spawn(in_a_process, [(str(tmp_path),)], tmp_path), str(tmp_path)),
+        in_a_process(None, f"{tmp_path}/one"),
+    )
+    assert two.keys() == one.keys() and any("gamma" in name for name in one)
+    torch.testing.assert_close(two, one)
+    for name in (name for name in two if name.startswith("whole")):
+        assert torch.equal(two[name], two[name.replace("whole", "again")]), name
 
 
 def test_without_the_optimizers_state_the_model_is_what_was_saved(tmp_path):
