@@ -156,10 +156,15 @@ def test_without_the_optimizers_state_the_model_is_what_was_saved(tmp_path):
     assert not torch.equal(gamma, loaded[f"{LAYER}.c_attn.parametrizations.weight.0.gamma"])
 
 
+class EarlyIsBest(transformers.TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_early"] = -state.global_step
+
+
 def test_the_best_model_may_be_from_before_the_rescue(tmp_path):
     evaluated = {"eval_dataset": data(8), "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
-                 "save_steps": 1, "metric_for_best_model": "loss", "load_best_model_at_end": True}  # fmt: skip
-    trainer = rescued(tmp_path, **evaluated, greater_is_better=True)  # the worst
+                 "save_steps": 1, "metric_for_best_model": "early", "greater_is_better": True}  # fmt: skip
+    trainer = rescued(tmp_path, EarlyIsBest(), **evaluated, load_best_model_at_end=True)
     best = trainer.state.best_model_checkpoint
     assert best.endswith("checkpoint-1") and reparametrised(trainer.model) == [f"{LAYER}.c_attn"]
     tokens = data(2)[0]["input_ids"][None]
