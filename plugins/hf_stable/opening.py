@@ -21,7 +21,8 @@ from stable_monitor.resume import NOTE
 from .weights import weight_files
 
 OPTIMIZER = "optimizer.pt"
-WRITTEN = ("config.json", "generation_config.json", OPTIMIZER, "*.safetensors", "*.index.json", "pytorch_model*.bin")
+# What is written anew, or, as FSDP's own files, would be read in its place.
+WRITTEN = ("config.json", "generation_config.json", "optimizer*", "*.safetensors", "*.index.json", "pytorch_model*")
 
 
 def is_mine(path: Path) -> bool:

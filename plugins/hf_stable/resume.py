@@ -114,6 +114,11 @@ def _load(trainer: Trainer, checkpoint: str, optimizer_follows: bool) -> bool:
     found = difference(checkpoint, model)
     if not found:
         return False
+    if found.only_theirs and found.only_ours:
+        raise ValueError(
+            f"{min(found.only_theirs)} has σReparam in {checkpoint} alone, and {min(found.only_ours)} in the model alone: "
+            "allowed is more of it on one side"
+        )
     state = read_weights(checkpoint)
     if found.only_ours:
         state = unfold_state_dict(model, state)

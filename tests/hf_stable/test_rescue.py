@@ -107,11 +107,13 @@ def one_group(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("optimizer", [None, one_group])
-def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(optimizer, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"optimizer": one_group}])
+def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(settings, tmp_path):
     """The script builds a plain model as ever. With decay everywhere gammas have a group of their own."""
-    whole = rescued(tmp_path, **SAVING, steps=7, optimizer=optimizer)
-    again = train(tmp_path / "again", steps=7, resume=str(tmp_path / "checkpoint-4"), optimizer=optimizer, **SAVING)
+    settings = {**SAVING, **settings, "steps": 7}
+    whole = rescued(tmp_path, **settings)
+    again = train(tmp_path / "again", resume=str(tmp_path / "checkpoint-4"), **settings)
+    assert reparametrised(again.model) == [f"{LAYER}.c_attn"]
     same_runs(again, whole)
     assert again.model.config.quantization_config == whole.model.config.quantization_config
     assert losses(again) == losses(whole)
@@ -255,8 +257,13 @@ def test_what_the_command_does_not_take(tmp_path, capsys):
     command = [str(checkpoint), str(tmp_path / "out"), "--layers", LAYER]
     assert rescue_checkpoint.main(command) == 1
     assert "take it out of the folder, and moments start anew" in capsys.readouterr().err
-    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "optimizer.pt").rename(
+        checkpoint / "optimizer.bin"
+    )  # as FSDP has it, which would read its own files again
+    (checkpoint / "pytorch_model_fsdp_0").mkdir()
     assert rescue_checkpoint.main(command) == 0
+    gone = {path.name for path in checkpoint.iterdir()} - {path.name for path in (tmp_path / "out").iterdir()}
+    assert gone == {"optimizer.bin", "pytorch_model_fsdp_0"}
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["MyGPT"]}))
     assert rescue_checkpoint.main([*command[:1], str(tmp_path / "other"), *command[2:]]) == 1
