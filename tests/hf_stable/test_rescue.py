@@ -175,11 +175,19 @@ def test_the_best_model_may_be_from_before_the_rescue(tmp_path):
 
 
 def test_what_a_rescue_did_not_do_is_asked_for(tmp_path):
-    train(tmp_path, steps=2, prepare=hf_stable.sigma_reparam, save_strategy="steps", save_steps=2)
-    with pytest.raises(
-        ValueError, match=r"transformer\.h\.0\.attn\.c_attn\.weight has σReparam in the checkpoint, and not by a"
+    def only(part):
+        return lambda model: hf_stable.sigma_reparam(model, None, lambda module, name: part in name)
+
+    train(tmp_path, steps=2, prepare=only("attn"), save_strategy="steps", save_steps=2)
+    for prepare, error in (
+        (
+            lambda model: None,
+            "h.0.attn.c_attn.weight has σReparam in the checkpoint, and not by a rescue: give it to the",
+        ),
+        (only("mlp"), "h.0.mlp.c_fc.weight in the model alone: allowed is more of it on one side"),
     ):
-        train(tmp_path / "again", resume=str(tmp_path / "checkpoint-2"))
+        with pytest.raises(ValueError, match=error):
+            train(tmp_path / "again", resume=str(tmp_path / "checkpoint-2"), prepare=prepare)
 
 
 # ---------------------------------------------------------------------------------------- a plain checkpoint, with σReparam
