@@ -259,6 +259,15 @@ def test_a_converted_checkpoint_is_resumed_as_if_it_had_been_rescued_in_memory(t
     same_runs(again, in_memory)
 
 
+def test_a_checkpoint_with_sigma_reparam_everywhere_keeps_its_function(tmp_path):
+    whole = train(tmp_path, steps=6, **SAVING)
+    out = tmp_path / "out"
+    assert rescue_checkpoint.main([str(tmp_path / "checkpoint-4"), str(out), "--reparam"]) == 0
+    again = train(tmp_path / "again", steps=6, resume=str(out), **SAVING)
+    assert len(reparametrised(again.model)) == 8
+    assert losses(again)[4] == pytest.approx(losses(whole)[4], rel=1e-5)  # of the first update since
+
+
 def test_what_the_command_does_not_take(tmp_path, capsys):
     train(tmp_path, steps=1, save_strategy="steps", save_steps=1, optim="adafactor")
     checkpoint = tmp_path / "checkpoint-1"
