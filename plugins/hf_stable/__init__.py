@@ -27,6 +27,7 @@ from .modeling_stable_vit import (
 from .monitor import MonitorCallback
 from .qk_clip import QKClipCallback
 from .reparametrised import fold, sigma_reparam
+from .resume import resume_across_rescues
 from .tokenization_sigma_transformer import SigmaTransformerTokenizer
 from .z_loss import add_z_loss
 
@@ -64,3 +65,4 @@ for auto, models in (
         auto.register(model.config_class, model)
 
 AutoTokenizer.register(SigmaTransformerConfig, SigmaTransformerTokenizer)
+resume_across_rescues()

@@ -1,9 +1,10 @@
 """What the models of this plugin share: first weights, σReparam, attention, saving with their source."""
 
 import copy
+import logging
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -22,10 +23,13 @@ from stable_core.reparams import reparametrise
 from stable_core.residuals import Residual, scale_rows_
 from stable_core.sigma_layers import is_sigma
 from stable_core.targets import layers, rows_beside_qk
+from stable_core.unfolding import unfold_state_dict
 
 from .configuration_stable import NORMAL
 from .source import methods_of, without_source, write_source
 from .z_loss import add_z_loss
+
+log = logging.getLogger(__name__)
 
 
 class StablePreTrainedModel(PreTrainedModel):
@@ -131,7 +135,11 @@ class StablePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Self:
-        """transformers'; and raises ValueError where checkpoint or configuration is reparametrised and the other is not."""
+        """transformers'; and plain weights go into a model with reparam = "sigma" and gamma_init = "spectral".
+
+        Raises:
+            ValueError: checkpoint or configuration is reparametrised and the other is not, otherwise.
+        """
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -139,10 +147,22 @@ class StablePreTrainedModel(PreTrainedModel):
         missing, unexpected = (
             {_plain_name(name) for name in info[f"{which}_keys"]} for which in ("missing", "unexpected")
         )
-        if both := missing & unexpected:
+        both, config = missing & unexpected, model.config
+        if both and (config.reparam, config.gamma_init) == ("sigma", "spectral"):
+            known = {field.name for field in fields(config)}  # which are in the configuration already
+            given = {name: value for name, value in kwargs.items() if name not in known}
+            given["config"] = copy.copy(config)
+            given["config"].reparam = "none"
+            plain, info = super().from_pretrained(*args, output_loading_info=True, **given)
+            model.load_state_dict(unfold_state_dict(model, plain.state_dict()))
+            log.warning(
+                "the checkpoint is plain: σReparam starts from its weights, none is new, and keeps its function"
+            )
+        elif both:
             raise ValueError(
-                f"{min(both)}: the checkpoint is {'plain' if model.config.reparam != 'none' else 'reparametrised'}, and "
-                f"reparam = {model.config.reparam!r}: load it with the configuration it was saved with"
+                f"{min(both)}: the checkpoint is {'plain' if config.reparam != 'none' else 'reparametrised'}, and "
+                f"reparam = {config.reparam!r}: load it with the configuration it was saved with"
+                + (", or with gamma_init = 'spectral', which keeps its function" if config.reparam == "sigma" else "")
             )
         return (model, info) if output_loading_info else model
 

@@ -1,8 +1,10 @@
 """The monitor under transformers' Trainer."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -10,6 +12,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from stable_monitor import Alarm, AlarmConfig, Monitor, headline
 
+from .rescue import TrainerRescue, introduce_trainers
+
+log = logging.getLogger(__name__)
+
+ALARM = ("warn", "stop", "rescue")
 CLOCKS = ("runtime", "per_second", "epoch", "time")  # what the Trainer's metrics say of the clock and not of the model
 
 
@@ -25,35 +32,42 @@ class MonitorCallback(TrainerCallback):
 
     Args:
         every: updates from one record to the next.
-        stop_on_alarm: ends the training, with a checkpoint, when a layer's entropy collapses.
-        alarm, on_alarm, writers: as for `Monitor`.
+        on_alarm: what to do when a layer's entropy collapses: "warn"; "stop", which ends the training with a checkpoint;
+            "rescue", which is `stable_monitor.rescue` before the next update, and where that cannot be done stops with a line
+            that says how to go on; or a function of the `Alarm`.
+        alarm, writers: as for `Monitor`.
 
     Raises:
-        ValueError: every is no whole number from 1. At the start of training, what else `Monitor` refuses, and
-            `torch_compile=True`, which compiles where a callback cannot look: call `model.compile()` before the Trainer gets
-            the model.
+        ValueError: every is no whole number from 1, or on_alarm is something else. At the start of training, what else
+            `Monitor` refuses, and `torch_compile=True`, which compiles where a callback cannot look: call `model.compile()`
+            before the Trainer gets the model.
     """
 
     def __init__(
         self,
         every: int = 100,
-        stop_on_alarm: bool = False,
+        on_alarm: str | Callable[[Alarm], Any] = "warn",
         *,
         alarm: AlarmConfig | None = None,
-        on_alarm: Callable[[Alarm], None] | None = None,
         writers: Iterable[Callable[[dict], None]] = (),
     ) -> None:
         if not isinstance(every, int) or every < 1:  # the monitor would say so at the start of training
             raise ValueError(f"every = {every!r}: allowed are whole numbers from 1")
-        self.every, self.stop_on_alarm, self.on_alarm = every, stop_on_alarm, on_alarm
-        self.alarm, self.writers, self.monitor, self._training = alarm, writers, None, False
+        if on_alarm not in ALARM and not callable(on_alarm):
+            raise ValueError(
+                f"on_alarm = {on_alarm!r}: allowed are {', '.join(map(repr, ALARM))} and functions of an Alarm"
+            )
+        self.every, self.on_alarm, self.alarm, self.writers = every, on_alarm, alarm, writers
+        self.trainer, self.monitor, self._rescue, self._training = None, None, None, False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if args.torch_compile:
             raise ValueError(
                 "torch_compile = True hides the model from the monitor: leave it out, and call model.compile()"
             )
-        self._collapsed, self._training = False, True
+        self._stop, self._training = False, True
+        if self.on_alarm == "rescue":  # before the monitor, which compiled models are called through as well
+            self._rescue = TrainerRescue(self.trainer)
         self._processes, self._batches = _sharing_processes(kwargs["model"], args), 1
         self.monitor = Monitor(
             kwargs["model"],
@@ -79,7 +93,7 @@ class MonitorCallback(TrainerCallback):
         if record is not None:
             numbers = {f"attention_{name}": value for name, value in headline(record).items()}
             state.log_history.append({**numbers, "step": state.global_step})
-        if self._collapsed and self.stop_on_alarm:
+        if self._stop:
             control.should_training_stop = control.should_save = True
         return control
 
@@ -91,11 +105,34 @@ class MonitorCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._training = False
         self.monitor.close()
+        if self._rescue is not None:
+            self._rescue.close()
 
-    def _on_alarm(self, alarm: Alarm) -> None:
-        self._collapsed = True
-        if self.on_alarm is not None:
-            self.on_alarm(alarm)
+    def _on_alarm(self, alarm: Alarm) -> Any:
+        if callable(self.on_alarm):
+            return self.on_alarm(alarm)
+        if self.on_alarm == "rescue":
+            return self._rescued(alarm)
+        self._stop = self.on_alarm == "stop"
+        return None
+
+    def _rescued(self, alarm: Alarm) -> Any:
+        state = self.trainer.state
+        try:
+            done = self._rescue(alarm)
+        except Exception as error:  # whatever it is, a checkpoint is worth more than the next update
+            checkpoint = f"{self.trainer.args.output_dir}/checkpoint-{state.global_step}"
+            way_on = self._rescue.way_on(checkpoint, alarm.layer)
+            log.error("not rescued: %s. The training stops with %s; to go on: %s", error, checkpoint, way_on)
+            self._stop = True
+            return None
+        if done:
+            names = [rescued.layer for rescued in done]
+            state.log_history.append({"attention_rescued": names, "step": state.global_step})
+        return done
+
+
+introduce_trainers()
 
 
 def _sharing_processes(model: nn.Module, args: TrainingArguments) -> int:

@@ -11,7 +11,8 @@ from stable_core.options import renamed
 SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128}
 MODEL_FIELDS = ("norm", "alpha", "attention", "tau_scale", "init", "reparam")  # StableGPTConfig's
 # When a run goes on:
-MAY_CHANGE = ("device_batch", "eval_every", "save_every", "monitor_every", "workers", "compile", "output", "data")
+MAY_CHANGE = ("device_batch", "eval_every", "save_every", "monitor_every", "on_alarm", "workers", "compile", "output",
+              "data")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,8 @@ class Settings:
     """updates from one checkpoint to the next"""
     monitor_every: int = 100
     """updates from one record of the monitor to the next"""
-    stop_on_alarm: bool = False
-    """end the run when attention entropy collapses"""
+    on_alarm: Literal["warn", "stop", "rescue"] = "warn"
+    """when attention entropy collapses: go on, end the run with a checkpoint, or bound the layer's queries and keys"""
     workers: int = 0
     """processes that load tokens"""
     compile: bool = False

@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_stable import MonitorCallback, StableGPTForCausalLM, fold
 from recipes.command import command
+from stable_core.sigma_layers import sigma_layers
 
 from .curves import draw, series
 from .data import AllBlocks, RandomBlocks
@@ -119,7 +120,7 @@ def train(settings: Settings) -> Trainer:
         train_dataset=training,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[MonitorCallback(settings.monitor_every, settings.stop_on_alarm), StopAtNaN()],
+        callbacks=[MonitorCallback(settings.monitor_every, settings.on_alarm), StopAtNaN()],
     )
     trainer.decay_steps = settings.decay_steps
     trainer.train(resume_from_checkpoint=last_checkpoint(settings.output))
@@ -156,9 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
     trainer = train(settings)
     if not trainer.is_world_process_zero():
         return 0
-    if settings.reparam != "none":
+    reparametrised = any(sigma_layers(trainer.model))  # from the start, or since a rescue
+    if reparametrised:
         export_folded(settings.output)
-    folder = settings.output / ("model" if settings.reparam == "none" else "folded")
+    folder = settings.output / ("folded" if reparametrised else "model")
     loss = series(trainer.state.log_history, "eval_loss")[1][-1]
     print(
         f"validation loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}; log and curves in {settings.output}"

@@ -24,7 +24,8 @@ def data(size: int = 64) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, eval_dataset=None, **settings):
+def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, optimizer=None, eval_dataset=None,
+          **settings):  # fmt: skip
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**CONFIG))
     prepare(model)
@@ -32,7 +33,8 @@ def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, 
                  "max_steps": steps, "report_to": "none", "use_cpu": True, "disable_tqdm": True, **settings}  # fmt: skip
     arguments = transformers.TrainingArguments(str(folder), **arguments)
     of = {"train_dataset": data(), "eval_dataset": eval_dataset, "callbacks": list(callbacks)}
-    trainer = transformers.Trainer(model, arguments, **of)
+    optimizers = (optimizer and optimizer(model), None)
+    trainer = transformers.Trainer(model, arguments, optimizers=optimizers, **of)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -103,12 +105,13 @@ class Collapse(transformers.TrainerCallback):
                 model.transformer.h[1].attn.c_attn.weight[:, :64] *= 100
 
 
-@pytest.mark.parametrize("stop", [False, True])
-def test_an_alarm_is_heard_and_ends_the_run_if_asked(tmp_path, stop):
-    heard = []
-    settings = {"alarm": AlarmConfig(fraction=0.5), "on_alarm": heard.append}
-    trainer = train(tmp_path, Collapse(), MonitorCallback(1, stop_on_alarm=stop, **settings))
-    assert [(alarm.step, alarm.layer) for alarm in heard] == [(3, "transformer.h.1.attn")]
+@pytest.mark.parametrize("on_alarm", ["warn", "stop", "function"])
+def test_an_alarm_is_heard_and_ends_the_run_if_asked(tmp_path, on_alarm, caplog):
+    heard, stop = [], on_alarm == "stop"
+    callback = MonitorCallback(1, heard.append if on_alarm == "function" else on_alarm, alarm=AlarmConfig(fraction=0.5))
+    trainer = train(tmp_path, Collapse(), callback)
+    assert [(alarm.step, alarm.layer) for alarm in heard] == [(3, "transformer.h.1.attn")] * (on_alarm == "function")
+    assert [r.message.partition(":")[0] for r in caplog.records if "collapse" in r.message] == ["update 3"]
     assert trainer.state.global_step == (4 if stop else 6)
     assert (tmp_path / "checkpoint-4").exists() == stop
 
@@ -130,3 +133,5 @@ def test_compiled_training(tmp_path):
 def test_bad_settings_are_refused_when_built(every):
     with pytest.raises(ValueError, match=f"every = {every}: allowed are whole numbers from 1"):
         MonitorCallback(every)
+    with pytest.raises(ValueError, match="on_alarm = 'halt': allowed are 'warn', 'stop', 'rescue' and functions"):
+        MonitorCallback(on_alarm="halt")

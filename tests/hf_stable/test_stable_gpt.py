@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 import hf_stable
 from hf_stable import StableGPTConfig, StableGPTForCausalLM
+from stable_core.sigma_layers import sigma_layers
 
 from .models import GPT, stable_gpt, tokens
 
@@ -381,6 +382,19 @@ def test_wrong_inputs(tmp_path):
         stable_gpt(reparam=saved).save_pretrained(tmp_path / saved)
         with pytest.raises(ValueError, match=f"reparam = '{loaded}': load it with the configuration it was saved with"):
             StableGPTForCausalLM.from_pretrained(tmp_path / saved, reparam=loaded)
+
+
+@pytest.mark.parametrize("qkv", ["separate", "joint"])
+def test_plain_weights_in_a_model_with_sigma_reparam(qkv, tmp_path):
+    plain = stable_gpt()
+    plain.save_pretrained(tmp_path)
+    settings = {"reparam": "sigma", "gamma_init": "spectral", "qkv": qkv}
+    given = StableGPTConfig.from_pretrained(tmp_path, **settings)
+    for how in (settings, {"config": given}, {**settings, "dtype": torch.float64}):
+        model = StableGPTForCausalLM.from_pretrained(tmp_path, **how)
+        assert len(list(sigma_layers(model))) == 8 and model.config.reparam == "sigma"
+        torch.testing.assert_close(model(tokens(2, 9)).logits.float(), plain(tokens(2, 9)).logits, rtol=1e-4, atol=1e-5)
+    assert model.dtype == torch.float64
 
 
 def test_text_generation_pipeline(tmp_path):

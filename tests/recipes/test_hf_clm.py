@@ -197,8 +197,15 @@ def test_weight_decay_is_of_matrices_alone(folder, tmp_path):
     assert decayed == expected | {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(folder, sigma, tmp_path, monkeypatch):
-    arguments = command(folder, tmp_path / "run", "--reparam", "sigma")
+@pytest.mark.parametrize("collapsing", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(collapsing, folder, sigma, tmp_path, monkeypatch):
+    """The collapsing one is rescued before it is interrupted, and again afterwards."""
+    options, finished = ["--reparam", "sigma"], sigma
+    if collapsing:
+        options, finished = [*GPT, "--lr", "0.1", "--warmup", "0", "--on-alarm", "rescue"], tmp_path / "finished"
+        assert train.main(command(folder, finished, *options)) == 0
+        assert [record["step"] for record in read(finished) if "rescues" in record] == [2, 8]
+    arguments = command(folder, tmp_path / "run", *options)
     original, calls = data.RandomBlocks.__getitem__, []
 
     def interrupted(self, index):
@@ -215,12 +222,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, sigma, tmp_path, monkeyp
     monkeypatch.setattr(data.RandomBlocks, "__getitem__", lambda self, i: (calls.append(i), original(self, i))[1])
     assert train.main(arguments) == 0
     assert min(calls) == 4 * 5
-    whole, resumed = weights(sigma), weights(tmp_path / "run")
+    whole, resumed = weights(finished), weights(tmp_path / "run")
     assert resumed.keys() == whole.keys() and any(name.endswith(".u") for name in whole)
     for name, W in whole.items():
         assert torch.equal(resumed[name], W), name
-    losses = [[(record["step"], record["loss"]) for record in read(run)] for run in (sigma, tmp_path / "run")]
+    losses = [[(record["step"], record["loss"]) for record in read(run)] for run in (finished, tmp_path / "run")]
     assert losses[0] == losses[1] and len(losses[0]) == 12
+    assert not any("parametrizations" in name for name in load_file(tmp_path / "run" / "folded" / "model.safetensors"))
 
 
 # Accelerate has FSDP for accelerators alone. Told that two gloo processes are that, it shards them all the same.
@@ -282,7 +290,7 @@ def test_two_processes_are_one_with_the_whole_batch(engine, folder, sigma, tmp_p
     "options, message",
     [
         ("--lr 1e20 --monitor-every 50", r"stopped after 10 updates: the loss is (nan|inf)"),
-        ("--lr 1 --stop-on-alarm", r"stopped after \d updates: attention entropy collapsed"),
+        ("--lr 1 --on-alarm stop", r"stopped after \d updates: attention entropy collapsed"),
     ],
 )
 def test_a_run_that_fails_is_stopped_and_says_why(options, message, folder, tmp_path):
