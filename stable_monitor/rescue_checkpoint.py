@@ -150,7 +150,7 @@ def _optimizer_of(model: nn.Module, saved: dict[str, Any]) -> torch.optim.Optimi
     matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]
     for groups in ([parameters], [matrices, vectors], [vectors, matrices]):
         if _fits(groups, saved):
-            optimizer = torch.optim.SGD([{"params": group} for group in groups])  # it keeps whatever state it is given
+            optimizer = torch.optim.Optimizer([{"params": group} for group in groups], {})  # it keeps what it is given
             optimizer.load_state_dict(saved)
             return optimizer
     raise ValueError(
