@@ -289,7 +289,7 @@ class _Loop:
 
     def resume(self) -> list[dict]:
         """Goes to the last checkpoint, if there is one; the rows of the log until then."""
-        rows, checkpoint = [], _last_checkpoint(self.settings.output)
+        rows, checkpoint = [], last_checkpoint(self.settings.output)
         if checkpoint is not None:
             self._take_shape(checkpoint / "optimizer.bin")
             self.accelerator.load_state(str(checkpoint))
@@ -332,7 +332,11 @@ class _Loop:
         try:
             done = self.rescue(alarm)
         except ValueError as error:
-            raise NotRescued(f"{alarm}. It was not rescued: {error}") from error
+            run, layer = self.settings.output, alarm.layer
+            raise NotRescued(
+                f"{alarm}. It was not rescued: {error}. To go on from the last whole epoch: python -m "
+                f"stable_monitor.rescue_checkpoint {run} NEW --layers {layer}, then the same command with --output NEW"
+            ) from error
         self._reparametrise_average()
         if self.accelerator.is_main_process:
             for rescued in done:
@@ -414,9 +418,18 @@ def read_settings(kind: type[Kind], run: Path) -> Kind:
     Raises:
         ValueError: `run` is not the directory of one.
     """
-    values = json.loads((run / "settings.json").read_text()) if (run / "model.safetensors").is_file() else {}
-    if values.keys() != {field.name for field in fields(kind)}:
+    settings = settings_in(kind, run) if (run / "model.safetensors").is_file() else None
+    if settings is None:
         raise ValueError(f"run = {run}: allowed are directories of finished runs of {kind.__module__}")
+    return settings
+
+
+def settings_in(kind: type[Kind], run: Path, **changed: object) -> Kind | None:
+    """The settings in the directory of a run, some of them `changed` if it has them; None where they are of another kind."""
+    values = json.loads((run / "settings.json").read_text())
+    if values.keys() != {field.name for field in fields(kind)}:
+        return None
+    values |= {name: value for name, value in changed.items() if name in values}
     hints = get_type_hints(kind)
     for name, value in values.items():
         if hints[name] in (Path, Path | None) and value is not None:
@@ -444,14 +457,15 @@ def _folded(model: nn.Module) -> nn.Module:
     return fold(model) if any(map(parametrize.is_parametrized, model.modules())) else model
 
 
-def _last_checkpoint(output: Path) -> Path | None:
+def last_checkpoint(output: Path) -> Path | None:
+    """Of a run's directory, the last whole one."""
     whole = (path for path in output.glob("checkpoint-*") if not path.name.endswith(".part"))
     return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 def _save(accelerator: Accelerator, output: Path, epoch: int) -> None:
     """Keeps the last checkpoint; it gets its name when it is whole."""
-    before, part = _last_checkpoint(output), output / f"checkpoint-{epoch}.part"
+    before, part = last_checkpoint(output), output / f"checkpoint-{epoch}.part"
     accelerator.save_state(str(part))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

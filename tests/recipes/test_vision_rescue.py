@@ -9,6 +9,8 @@ from torch import nn
 
 from recipes.vision import engine, train
 from stable_core.checkpoint_file import read_checkpoint
+from stable_core.folding import fold_state_dict
+from stable_monitor import rescue_checkpoint
 from stable_monitor.records import read
 from tests.recipes.test_vision import Stop, settings
 
@@ -95,3 +97,39 @@ def test_what_cannot_be_rescued_ends_the_run_and_says_why(tmp_path, monkeypatch)
     with pytest.raises(engine.NotRescued, match=r"entropy collapse in blocks.0.attn.*not rescued: .*sharded"):
         train.train(settings(tmp_path, COLLAPSING))
     assert "sharded" in json.loads((tmp_path / "log.jsonl").read_text())["stopped"]
+
+
+def test_a_checkpoint_is_rescued_and_the_command_goes_on_with_it(tmp_path, monkeypatch, capsys):
+    """Weights, moments and the average's function are what they were, but for queries, keys and values of the two layers."""
+    options = COLLAPSING.replace("--on-alarm rescue", "--on-alarm warn")
+    with monkeypatch.context() as patch:
+        interrupt(patch, before=7)
+        with pytest.raises(Stop):
+            train.train(settings(tmp_path / "old", options))
+    attentions = ["blocks.0.attn", "blocks.1.attn"]
+    assert rescue_checkpoint.main([str(tmp_path / "old"), str(tmp_path / "new"), "--layers", *attentions]) == 0
+    assert f"wrote {tmp_path / 'new'}: resume it" in capsys.readouterr().out
+    old, new = ({path.name: path for path in (tmp_path / run / "checkpoint-1").iterdir()} for run in ("old", "new"))
+    assert old.keys() == new.keys()
+
+    before, after = (load_file(files["model.safetensors"]) for files in (old, new))
+    inside = tuple(f"{name}.qkv." for name in attentions)
+    assert {name for name in before.keys() ^ after.keys() if not name.startswith(inside)} == set()
+    assert all(torch.equal(x, after[name]) for name, x in before.items() if not name.startswith(inside))
+    before, after = (read_checkpoint(files["optimizer.bin"]) for files in (old, new))
+    assert len(after["param_groups"][0]["params"]) == len(before["param_groups"][0]["params"]) + 2
+    forgotten = 0
+    for theirs, ours in zip(before["param_groups"], after["param_groups"], strict=True):
+        for index, other in zip(theirs["params"], ours["params"], strict=False):
+            state = after["state"].get(other, {})
+            forgotten += not state
+            assert all(torch.equal(x, before["state"][index][name]) for name, x in state.items())
+    assert forgotten == 4  # weight and bias of each qkv
+    before, after = (read_checkpoint(files["custom_checkpoint_0.pkl"]) for files in (old, new))
+    torch.testing.assert_close(fold_state_dict(after), dict(before), rtol=1e-4, atol=1e-5)
+
+    rows = train.train(settings(tmp_path / "new", options))
+    assert [row["epoch"] for row in rows] == [1, 2, 3] and rows[0]["updates"] == 5
+    assert {name for name in load_file(tmp_path / "new" / "checkpoint-3" / "model.safetensors") if "gamma" in name} == {
+        f"{name}.qkv.parametrizations.weight.0.gamma" for name in attentions
+    }
