@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from hf_stable.convert_nanogpt import from_nanogpt
+from nanogpt_patch.alarm import action
 from nanogpt_patch.model import GPT, GPTConfig
 from stable_core import sigma_layers
-from stable_monitor import rescue_checkpoint
+from stable_monitor import Alarm, rescue_checkpoint
 from stable_monitor.records import read
 
 from .test_launch import CHECKOUT, TINY, checkout, importable, launch, losses  # noqa: F401
@@ -132,3 +133,22 @@ def test_a_plain_checkpoint_is_given_sigma_reparam(one_block):
         assert all(torch.equal(x, now[name][key]) for key, x in state.items()), name
     again = launch(one_block, "train.py", *settings, "--init_from=resume", "--out_dir=a")  # now it is the checkpoint's
     assert losses(again) == losses(done) and "From the checkpoint: reparam = sigma" in again.stdout
+
+
+def test_what_cannot_be_rescued_is_saved_and_said_in_one_line(tmp_path, capsys):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=5))
+    optimizer = model.configure_optimizers(0.1, 0.1, (0.9, 0.95), "cpu")
+    model.lm_head.weight.data.fill_(torch.nan)
+    tokens = torch.arange(4)[None]
+    script = {"model": model, "X": tokens, "Y": tokens, "out_dir": tmp_path, "master_process": True, "iter_num": 6}
+    act = action({"monitor_alarm": "rescue", **script}, optimizer)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        act(Alarm(7, "transformer.h.0.attn", torch.nan, 0.1, 1.0, 0.0))
+    (line,) = capsys.readouterr().err.splitlines()
+    path = tmp_path / "ckpt_alarm.pt"
+    assert ended.value.code == 3 and line == (
+        "nanogpt_patch: update 7: transformer.h.0.attn has collapsed and was not rescued: transformer.h.0.attn: its entropy is "
+        f"not a number, and cannot be rescued: go back to a sound checkpoint; saved {path}"
+    )
+    assert torch.load(path)["iter_num"] == 7 and not any(sigma_layers(model))
