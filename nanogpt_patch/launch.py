@@ -20,22 +20,28 @@ from torch.optim import Optimizer
 
 from stable_core.options import renamed
 from stable_core.registry import import_methods
-from stable_monitor import Monitor, QKClip
+from stable_core.sigma_layers import sigma_layers
+from stable_core.unfolding import is_plain, unfold_optimizer_state
+from stable_monitor import Monitor, QKClip, prepare_to_resume
 
+from .alarm import CHOICES, action
 from .model import GPT, SETTINGS, STOCK, GPTConfig
 
 CONFIGS = Path(__file__).parent / "config"
 LAUNCHER = {  # settings of the launcher itself
     "monitor_every": 0,  # updates from one record of the attention entropy to the next, in out_dir; 0 for none
+    "monitor_alarm": "warn",  # what an entropy collapse does: warn, stop or rescue
     "extra_seed": 0,  # added to every seed that the script sets: train.py's is always 1337
     "qk_clip": 0.0,  # threshold of QK-clip, after every update but the first; 0 for none
     "methods": "",  # modules to import first, which register methods of their own (stable_core.registry)
 }
+# What the command line gives a plain checkpoint.
+OF_SIGMA = ("reparam", "gamma_init", "qkv", "n_power_iterations", "stop_gradient")
 USAGE = "usage: python -m nanogpt_patch PATH/TO/nanoGPT/{train,sample,bench}.py [CONFIG] [--name=value ...]"
 
 
 def main(argv: list[str]) -> int:
-    """Checks the arguments, and hands over to the script; 2 for arguments that are wrong."""
+    """Checks the arguments, and hands over to the script; 2 for arguments that are wrong. `monitor_alarm` may exit with 3."""
     if argv[:1] in (["-h"], ["--help"]):
         print(USAGE)
         return 0
@@ -92,6 +98,11 @@ def check(argv: list[str]) -> tuple[Path, list[str]]:
     every = chosen.get("monitor_every", 0)
     if every is not UNKNOWN and every < 0:
         raise ValueError(f"monitor_every = {every!r}: allowed are whole numbers from 0, which is for none")
+    alarm = chosen.get("monitor_alarm", "warn")
+    if alarm not in (*CHOICES, UNKNOWN):
+        raise ValueError(f"monitor_alarm = {alarm!r}: allowed are {', '.join(map(repr, CHOICES))}")
+    if alarm not in ("warn", UNKNOWN) and every == 0:
+        raise ValueError(f"monitor_alarm = {alarm!r}: it needs monitor_every, the updates from one record to the next")
     clip = chosen.get("qk_clip", 0.0)
     if clip is not UNKNOWN and not clip >= 0:
         raise ValueError(f"qk_clip = {clip!r}: allowed are positive numbers, and 0, which is for none")
@@ -132,6 +143,10 @@ def _config_of_script(**model_args) -> GPTConfig:
     chosen = {name: variables[name] for name in SETTINGS}
     if saved:  # one of stock nanoGPT says nothing about them
         saved = {name: saved.get(name, stock) for name, stock in {**SETTINGS, **STOCK}.items()}
+        plain = saved["reparam"] == "none" and is_plain(variables["checkpoint"]["model"])
+        if plain and chosen["reparam"] == "sigma" and any(word.startswith("--reparam=") for word in sys.argv):
+            saved |= {name: chosen[name] for name in OF_SIGMA}
+            print("From the command line: " + ", ".join(f"{name} = {chosen[name]}" for name in OF_SIGMA))
         for name in SETTINGS:
             if saved[name] != chosen[name]:
                 print(f"From the checkpoint: {name} = {saved[name]}")
@@ -160,6 +175,10 @@ class _MonitoredGPT(GPT):
 
     def configure_optimizers(self, *args, **kwargs) -> Optimizer:
         optimizer, variables = super().configure_optimizers(*args, **kwargs), _variables()
+        if saved := variables.get("checkpoint"):
+            if is_plain(saved["model"]) and any(sigma_layers(self)):
+                saved["optimizer"] = unfold_optimizer_state(self, optimizer, saved["optimizer"])
+            prepare_to_resume(self, optimizer, saved["optimizer"])
         every, watching, validated = variables["monitor_every"], [], [None]
         if variables["qk_clip"]:
             _clip_from_the_second_update(optimizer, variables)
@@ -174,7 +193,12 @@ class _MonitoredGPT(GPT):
                 if first:  # only now is the variable `model` what the loop calls, compiled and wrapped for DDP
                     watching.append(
                         Monitor(
-                            variables["model"], every, path=variables["out_dir"], optimizer=optimizer, step=done + 1
+                            variables["model"],
+                            every,
+                            path=variables["out_dir"],
+                            optimizer=optimizer,
+                            step=done + 1,
+                            on_alarm=action(variables, optimizer),
                         )
                     )
                 losses = variables.get("losses")  # of the last validation, which may have come just before this update

@@ -19,7 +19,9 @@ from stable_core.norms import build_norm
 from stable_core.options import NAMES, Options
 from stable_core.reparams import reparametrise
 from stable_core.residuals import build_residuals, scale_branches_
+from stable_core.unfolding import is_plain, unfold_state_dict
 from stable_core.z_loss import check_coefficient, z_loss
+from stable_monitor.resume import reparametrise_named
 
 STOCK = {"norm": "layernorm", "attention": "dot", "init": "stock", "residual": "pre-ln", "reparam": "none"}
 
@@ -184,6 +186,17 @@ class GPT(nn.Module):
         if self.training and self.config.z_loss:
             loss = loss + z_loss(logits, self.config.z_loss, targets != -1)
         return logits, loss
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
+        """torch's; a plain state dict goes into a model with σReparam too (`stable_core.unfold_state_dict`).
+
+        Layers that a rescue has reparametrised, which the state dict alone knows of, are so here afterwards.
+        """
+        end = ".parametrizations.weight.0.u"
+        reparametrise_named(self, [name.removesuffix(end) for name in state_dict if name.endswith(end)])
+        if is_plain(state_dict):
+            state_dict = unfold_state_dict(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def crop_block_size(self, block_size: int) -> None:
         """Keeps the first `block_size` positions. tau stays what it was: tau_scale grows by what log2(block_size) loses.

@@ -10,7 +10,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
 from stable_core.checkpoint_file import read_checkpoint
+from stable_core.folding import fold_state_dict
 from stable_core.options import NAMES, Options, renamed
+from stable_core.unfolding import is_plain
 
 from .configuration_stable_gpt import StableGPTConfig
 from .conversion import check_equal, load_whole, tokens_like
@@ -23,6 +25,8 @@ ALLOWED = (*UPSTREAM, *NAMES, "z_loss")  # those after the first are nanogpt_pat
 
 def from_nanogpt(checkpoint: dict) -> StableGPTForCausalLM:
     """What nanoGPT's train.py writes to ckpt.pt -> the same model as a StableGPT, in evaluation mode.
+
+    Layers that a rescue has reparametrised, of which the settings say nothing, are folded.
 
     Raises:
         ValueError: no checkpoint of nanoGPT; one with a setting that is neither upstream's nor nanogpt_patch's.
@@ -40,6 +44,8 @@ def from_nanogpt(checkpoint: dict) -> StableGPTForCausalLM:
         raise ValueError(f"model_args: {' '.join(str(error).split())}") from error
     model = StableGPTForCausalLM(config).eval()
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
+    if config.reparam == "none" and not is_plain(state):
+        state = fold_state_dict(state)
     # Before torch 2 nanoGPT kept the causal mask as a buffer.
     load_whole(model, {name: x for name, x in state.items() if not name.endswith(".attn.bias")}, "nanoGPT")
     return model

@@ -1,12 +1,12 @@
 """timm's Vision Transformer with the methods of `stable_core.options.Options`: the class of every model of this plugin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stable_core import converge, fold
@@ -16,6 +16,7 @@ from stable_core.options import Options, take
 from stable_core.reparams import reparametrise
 from stable_core.residuals import scale_branches_
 from stable_core.targets import FilterFn, layers
+from stable_core.unfolding import is_plain, unfold_state_dict
 
 from .sigma_init import TIMM_STD, FirstDraws, init_as_timm
 from .slots import fill_in, put_in
@@ -103,6 +104,12 @@ class StableVisionTransformer(VisionTransformer):
         for module in self.modules():
             if parametrize.is_parametrized(module):
                 type(module).reparameterize = fold  # a class of its own, from torch, which folding takes off it again
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args, **kwargs):
+        """torch's; a plain state dict goes into a model with σReparam too (`stable_core.unfold_state_dict`)."""
+        if self.options.reparam == "sigma" and is_reparametrised(self) and is_plain(state_dict):
+            state_dict = unfold_state_dict(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """timm's; the new head is drawn and reparametrised like the old."""

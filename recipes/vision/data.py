@@ -15,6 +15,7 @@ from torchvision.transforms import RandomCrop
 from recipes.small_data import data_folder
 
 CLASSES = {"digits": 10, "digits32": 10, "cifar10": 10, "cifar100": 100}  # of the small sets
+SIZES = {"digits": 8, "digits32": 32, "cifar10": 32, "cifar100": 32}  # of their images, pixels
 PADDED_UP_TO = 64  # pixels: images this small are shifted, larger ones cropped and resized
 
 
@@ -55,7 +56,7 @@ def load(name: str, directory: Path | None = None, num_classes: int | None = Non
         ValueError: nothing there; num_classes missing.
     """
     if name in ("digits", "digits32"):
-        digits, size = load_digits(), 8 if name == "digits" else 32
+        digits, size = load_digits(), SIZES[name]
         images = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
         images = images.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
         test = np.arange(len(images)) % 5 == 4  # every fifth image
@@ -63,7 +64,7 @@ def load(name: str, directory: Path | None = None, num_classes: int | None = Non
         return Data(*parts, num_classes=CLASSES[name], image_size=size, mirrored=False)
     if name in CLASSES:
         arrays = _cifar(name, directory or data_folder())
-        return Data(*(Arrays(*part) for part in arrays), num_classes=CLASSES[name], image_size=32)
+        return Data(*(Arrays(*part) for part in arrays), num_classes=CLASSES[name], image_size=SIZES[name])
     if num_classes is None:
         raise ValueError(f"num_classes is missing: data {name!r} is none of {', '.join(CLASSES)}")
     if directory is None or not directory.is_dir():

@@ -32,14 +32,16 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recipes.command import command
-from stable_core import converge, fold
-from stable_monitor import EntropyCollapse, Monitor, stop_training
+from stable_core import converge, fold, sigma_layers
+from stable_core.checkpoint_file import read_checkpoint
+from stable_monitor import Alarm, EntropyCollapse, Monitor, Rescue, Rescued, prepare_to_resume, stop_training
+from stable_monitor.resume import reparametrise_named
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LOSS_EVERY = 10  # updates from one look at the loss to the next: each waits for the device
-MAY_CHANGE = ("workers", "monitor_every", "output", "data_dir")  # when a run goes on
+MAY_CHANGE = ("workers", "monitor_every", "on_alarm", "output", "data_dir")  # when a run goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,8 @@ class FitSettings:
     """mixed precision"""
     monitor_every: int = 100
     """updates from one record of the monitor to the next"""
-    stop_on_alarm: bool = False
-    """end the run when attention entropy collapses"""
+    on_alarm: Literal["warn", "stop", "rescue"] = "warn"
+    """when attention entropy collapses: go on, end the run, or bound the queries and keys (stable_monitor.rescue)"""
     workers: int = 0
     """processes that load images"""
     seed: int = 1
@@ -122,12 +124,16 @@ Kind = TypeVar("Kind", bound=FitSettings)
 def run_command(main: Callable[[], int]) -> NoReturn:
     """`command` for a trainer."""
     logging.getLogger("stable_monitor").setLevel(logging.ERROR)  # alarms are in the log, and warnings would cut the bar
-    ends = Diverged, EntropyCollapse, OSError, ValueError
+    ends = Diverged, EntropyCollapse, NotRescued, OSError, ValueError
     command(main, "; the same command goes on after the last whole epoch", ends)
 
 
 class Diverged(RuntimeError):
     """The loss is not a number any more."""
+
+
+class NotRescued(RuntimeError):
+    """Attention entropy has collapsed in a model that cannot be rescued where it is."""
 
 
 def start(settings: FitSettings) -> Accelerator:
@@ -196,7 +202,7 @@ def fit(
         evaluate: model, in eval mode -> metrics; called after each epoch, and with the moving average.
 
     Raises:
-        Diverged, stable_monitor.EntropyCollapse: after a row that says so.
+        Diverged, NotRescued, stable_monitor.EntropyCollapse: after a row that says so.
         ValueError: there is not one update in an epoch.
     """
     with accelerator.main_process_first():
@@ -283,8 +289,9 @@ class _Loop:
 
     def resume(self) -> list[dict]:
         """Goes to the last checkpoint, if there is one; the rows of the log until then."""
-        rows, checkpoint = [], _last_checkpoint(self.settings.output)
+        rows, checkpoint = [], last_checkpoint(self.settings.output)
         if checkpoint is not None:
+            self._take_shape(checkpoint / "optimizer.bin")
             self.accelerator.load_state(str(checkpoint))
             done = int(checkpoint.name.partition("-")[2])
             log = (self.settings.output / "log.jsonl").read_text()
@@ -297,9 +304,44 @@ class _Loop:
             path=self.settings.output,
             optimizer=self.optimizer.optimizer,
             step=self.update,
-            on_alarm=stop_training if self.settings.stop_on_alarm else None,
+            on_alarm={"warn": None, "stop": stop_training, "rescue": self._rescue}[self.settings.on_alarm],
         )
+        if self.settings.on_alarm == "rescue":
+            last: list[tuple] = []  # what the model was last called with
+
+            def keep(model: nn.Module, arguments: tuple) -> None:  # a method's object would be copied with the model
+                last[:] = [arguments]
+
+            self.model.register_forward_pre_hook(keep)
+            self.rescue = Rescue(self.model, self.optimizer.optimizer, lambda: self.model(*last[0]))
         return rows
+
+    def _take_shape(self, optimizer: Path) -> None:
+        """Reparametrises what a rescued run has reparametrised, as the state of its optimizer says."""
+        if optimizer.is_file():
+            prepare_to_resume(self.model, self.optimizer.optimizer, read_checkpoint(optimizer))
+            self._reparametrise_average()
+
+    def _reparametrise_average(self) -> None:
+        """As the model is, with the average's own function kept: it goes on averaging tensor by tensor, in their order."""
+        if self.ema is not None:
+            model = self.accelerator.unwrap_model(self.model)
+            reparametrise_named(self.ema.module, [name for name, _ in sigma_layers(model)])
+
+    def _rescue(self, alarm: Alarm) -> list[Rescued]:
+        try:
+            done = self.rescue(alarm)
+        except ValueError as error:
+            run, layer = self.settings.output, alarm.layer
+            raise NotRescued(
+                f"{alarm}. It was not rescued: {error}. To go on from the last whole epoch: python -m "
+                f"stable_monitor.rescue_checkpoint {run} NEW --layers {layer}, then the same command with --output NEW"
+            ) from error
+        self._reparametrise_average()
+        if self.accelerator.is_main_process:
+            for rescued in done:
+                self.bar.console.print(str(rescued), highlight=False, soft_wrap=True)
+        return done
 
     def epoch(self, epoch: int, loss_of: Callable[[nn.Module, list], Tensor]) -> tuple[dict, Exception | None]:
         """The epoch's row, and what ended it early."""
@@ -316,7 +358,7 @@ class _Loop:
                     losses.append(loss.detach().float())
                     if self.accelerator.sync_gradients:
                         self._step(losses[-1])
-        except (Diverged, EntropyCollapse) as error:
+        except (Diverged, EntropyCollapse, NotRescued) as error:
             trouble = error
         seconds = time.perf_counter() - began
         row = {
@@ -376,9 +418,18 @@ def read_settings(kind: type[Kind], run: Path) -> Kind:
     Raises:
         ValueError: `run` is not the directory of one.
     """
-    values = json.loads((run / "settings.json").read_text()) if (run / "model.safetensors").is_file() else {}
-    if values.keys() != {field.name for field in fields(kind)}:
+    settings = settings_in(kind, run) if (run / "model.safetensors").is_file() else None
+    if settings is None:
         raise ValueError(f"run = {run}: allowed are directories of finished runs of {kind.__module__}")
+    return settings
+
+
+def settings_in(kind: type[Kind], run: Path, **changed: object) -> Kind | None:
+    """The settings in the directory of a run, some of them `changed` if it has them; None where they are of another kind."""
+    values = json.loads((run / "settings.json").read_text())
+    if values.keys() != {field.name for field in fields(kind)}:
+        return None
+    values |= {name: value for name, value in changed.items() if name in values}
     hints = get_type_hints(kind)
     for name, value in values.items():
         if hints[name] in (Path, Path | None) and value is not None:
@@ -406,14 +457,15 @@ def _folded(model: nn.Module) -> nn.Module:
     return fold(model) if any(map(parametrize.is_parametrized, model.modules())) else model
 
 
-def _last_checkpoint(output: Path) -> Path | None:
+def last_checkpoint(output: Path) -> Path | None:
+    """Of a run's directory, the last whole one."""
     whole = (path for path in output.glob("checkpoint-*") if not path.name.endswith(".part"))
     return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 def _save(accelerator: Accelerator, output: Path, epoch: int) -> None:
     """Keeps the last checkpoint; it gets its name when it is whole."""
-    before, part = _last_checkpoint(output), output / f"checkpoint-{epoch}.part"
+    before, part = last_checkpoint(output), output / f"checkpoint-{epoch}.part"
     accelerator.save_state(str(part))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

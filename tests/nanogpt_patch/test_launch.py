@@ -298,6 +298,8 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
         ),
         (["train.py", "--methods=none_such"], "methods = 'none_such': allowed are modules that Python finds"),
         (["train.py", "--monitor_every=-1"], "monitor_every = -1: allowed are whole numbers from 0, which is for none"),
+        (["train.py", "--monitor_alarm=halt"], "monitor_alarm = 'halt': allowed are 'warn', 'stop', 'rescue'"),
+        (["train.py", "--monitor_alarm=stop"], "monitor_alarm = 'stop': it needs monitor_every, the updates from one"),
         (["gone.py"], "gone.py is not there: give a script of a nanoGPT checkout"),
         (["."], "nanoGPT is a folder: give a script of a nanoGPT checkout"),
         (["--alpha=0.3"], "usage: python -m nanogpt_patch PATH/TO/nanoGPT/{train,sample,bench}.py"),

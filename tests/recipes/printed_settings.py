@@ -127,7 +127,7 @@ def _fit(given: Vision | SimCLR) -> dict:
         "clip_norm": given.clip_grad,
         "ema": given.ema_decay,
         "precision": given.precision,
-        "stop_on_alarm": given.stop_on_alarm,
+        "on_alarm": given.on_alarm,
     }
 
 

@@ -177,7 +177,7 @@ def test_a_run_that_diverges_says_so(tmp_path):
 
 def test_a_run_whose_entropy_collapses_is_stopped(tmp_path):
     with pytest.raises(engine.EntropyCollapse, match=r"entropy collapse in blocks\.\d\.attn"):
-        train.train(settings(tmp_path, "--lr 0.3 --monitor-every 1 --stop-on-alarm"))
+        train.train(settings(tmp_path, "--lr 0.3 --monitor-every 1 --on-alarm stop"))
     row = json.loads((tmp_path / "log.jsonl").read_text())
     assert "entropy collapse" in row["stopped"] and row["updates"] < 22 and "top1" not in row
 
@@ -382,7 +382,7 @@ def test_heads_go_with_attention_only(tmp_path):
 
 def test_an_alarm_does_not_end_a_run_of_the_grid(tmp_path, capsys):
     """At the rate of the alarm that ended a run above, and without the option that the grid's command does not have."""
-    assert not any(given.stop_on_alarm for given in recipe(tmp_path, "robustness_grid.sh vit"))
+    assert all(given.on_alarm == "warn" for given in recipe(tmp_path, "robustness_grid.sh vit"))
     train.train(settings(tmp_path / "collapsed", "--lr 0.3 --monitor-every 1 --epochs 1"))
     with pytest.raises(engine.Diverged):
         train.train(settings(tmp_path / "nan", "--opt sgd --lr 1e20"))

@@ -79,7 +79,7 @@ def test_a_run_killed_in_a_write_goes_on(whole, tmp_path, place, name, call, hal
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    assert getattr(engine._last_checkpoint(tmp_path), "name", None) == last
+    assert getattr(engine.last_checkpoint(tmp_path), "name", None) == last
     assert not (tmp_path / "model.safetensors").exists()
     rows, weights = whole
     resumed = train.train(settings(tmp_path, OPTIONS))

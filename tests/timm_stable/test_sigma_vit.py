@@ -44,6 +44,9 @@ def test_a_stock_checkpoint_loads_with_its_function(tmp_path):
     torch.testing.assert_close(folded(IMAGES), stock(IMAGES), rtol=1e-4, atol=1e-5)
     assert folded.state_dict().keys() == stock.state_dict().keys()
 
+    again = small(f"{NAME}_preln", checkpoint_path=overlay["file"]).eval()  # timm's --initial-checkpoint
+    torch.testing.assert_close(again(IMAGES), stock(IMAGES), rtol=1e-4, atol=1e-5)
+
     other = small(f"{NAME}_preln", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, img_size=64).eval()
     torch.testing.assert_close(other.blocks[1].attn.qkv.weight, stock.blocks[1].attn.qkv.weight, rtol=1e-4, atol=1e-5)
     assert other(torch.randn(1, 3, 64, 64)).shape == (1, 3)
