@@ -19,7 +19,7 @@ from stable_core.norms import build_norm
 from stable_core.options import NAMES, Options
 from stable_core.reparams import reparametrise
 from stable_core.residuals import build_residuals, scale_branches_
-from stable_core.unfolding import is_plain, unfold_state_dict
+from stable_core.unfolding import is_plain, reparametrised_in, unfold_state_dict
 from stable_core.z_loss import check_coefficient, z_loss
 from stable_monitor.resume import reparametrise_named
 
@@ -192,8 +192,7 @@ class GPT(nn.Module):
 
         Layers that a rescue has reparametrised, which the state dict alone knows of, are so here afterwards.
         """
-        end = ".parametrizations.weight.0.u"
-        reparametrise_named(self, [name.removesuffix(end) for name in state_dict if name.endswith(end)])
+        reparametrise_named(self, reparametrised_in(state_dict))
         if is_plain(state_dict):
             state_dict = unfold_state_dict(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)

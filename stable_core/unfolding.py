@@ -4,6 +4,7 @@ With gamma_init = "spectral" the function of the checkpoint is kept, and so are 
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,12 @@ log = logging.getLogger(__name__)
 def is_plain(state: Mapping[str, Any]) -> bool:
     """Whether nothing in a state dict is reparametrised."""
     return not any("parametrizations." in key for key in state)
+
+
+def reparametrised_in(state: Mapping[str, Any]) -> list[str]:
+    """The weights of a state dict that have a sigma, named as `sigma_layers` names them."""
+    found = (re.fullmatch(r"(.*?)parametrizations\.(\w+)\.0\.u", key) for key in state)
+    return [match[1].removesuffix(".") if match[2] == "weight" else match[1] + match[2] for match in found if match]
 
 
 @torch.no_grad()

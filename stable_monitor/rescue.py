@@ -88,11 +88,9 @@ def rescue(
         ValueError: no attention was seen; a layer that is not there; entropy that is not a number; weights that are cut up
             over processes, or that `bound_queries_and_keys` does not take; the scheduler is missing.
     """
-    inner, optimizers = unwrap(model), listed(optimizer)
+    inner, optimizers, named = unwrap(model), listed(optimizer), list(layers)
     before = _look(inner, forward)
-    for name in (named := list(layers)):
-        if name not in before:
-            raise ValueError(f"layers = {name!r}: no such attention was seen; there are {', '.join(before)}")
+    _raise_together(_what_is_wrong(before, named))
     low = {name for name, seen in before.items() if name in named or seen.entropy < fraction * seen.uniform}
     large = {name for name, seen in before.items() if seen.largest_logit > logit} if low else set()
     picked = _decided_by_rank_0([name for name in before if name in low | large])
@@ -184,14 +182,30 @@ def _look(model: nn.Module, forward: Callable[[], Any]) -> dict[str, _Seen]:
             forward()
     finally:
         interception.stop()
-    if not found:
-        raise ValueError(f"{UNSEEN}. forward must call the model")
-    for name, seen in found.items():
-        if math.isnan(seen.entropy):
-            raise ValueError(
-                f"{name}: its entropy is not a number, and cannot be rescued: go back to a sound checkpoint"
-            )
     return found
+
+
+def _what_is_wrong(seen: dict[str, _Seen], named: list[str]) -> str:
+    if not seen:
+        return f"{UNSEEN}. forward must call the model"
+    for name in named:
+        if name not in seen:
+            return f"layers = {name!r}: no such attention was seen; there are {', '.join(seen)}"
+    for name, one in seen.items():
+        if math.isnan(one.entropy):
+            return f"{name}: its entropy is not a number, and cannot be rescued: go back to a sound checkpoint"
+    return ""
+
+
+def _raise_together(error: str) -> None:
+    """Raises ValueError on every process where there is an error on one: others would wait for it."""
+    errors = [error]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        errors = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for found in errors:
+        if found:
+            raise ValueError(found)
 
 
 def _decided_by_rank_0(names: list[str]) -> list[str]:

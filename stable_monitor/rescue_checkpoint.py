@@ -18,13 +18,15 @@ import torch
 from torch import nn
 
 from stable_core.checkpoint_file import read_checkpoint
+from stable_core.folding import is_reparametrised
 from stable_core.sigma_layers import sigma_layers
 from stable_core.sigma_reparam import SigmaReparamConfig, sigma_reparam
+from stable_core.unfolding import plain_parameters, reparametrised_in
 
 from .optimizers import place_without_decay
 from .records import load
 from .rescue import bound_and_train
-from .resume import note_gammas
+from .resume import note_gammas, prepare_to_resume, reparametrise_named
 
 STACKS = ("fairseq_sigma", "nanogpt_patch", "hf_stable", "recipes.vision")  # those with a module `opening`
 
@@ -62,10 +64,12 @@ def rescue_checkpoint(opened: Opened, layers: Iterable[str], limit: float = 1.0)
 
 
 def reparametrise_checkpoint(opened: Opened) -> list[str]:
-    """Gives every layer σReparam with gamma = sigma, which keeps function and moments; the layers' names."""
-    known = set(opened.model.parameters())
-    sigma_reparam(opened.model, SigmaReparamConfig(gamma_init="spectral"))
-    gammas: dict[str, Any] = {name: sigma.gamma for name, sigma in sigma_layers(opened.model)}
+    """Gives every plain layer σReparam with gamma = sigma, which keeps function and moments; returns their names."""
+    known, plain = set(opened.model.parameters()), lambda module, name: not is_reparametrised(module)
+    sigma_reparam(opened.model, SigmaReparamConfig(gamma_init="spectral"), plain)
+    gammas: dict[str, Any] = {
+        name: sigma.gamma for name, sigma in sigma_layers(opened.model) if sigma.gamma not in known
+    }
     if opened.optimizer is not None:
         place_without_decay([opened.optimizer], list(known), None)(list(gammas.values()))
         note_gammas([opened.optimizer], gammas)
@@ -128,7 +132,9 @@ def _open_plain(path: Path, model: str) -> Opened:
         built = getattr(importlib.import_module(module), name)()
     checkpoint = read_checkpoint(path)
     place = next((key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), dict)), None)
-    built.load_state_dict(checkpoint if place is None else checkpoint[place])
+    state = checkpoint if place is None else checkpoint[place]
+    reparametrise_named(built, reparametrised_in(state))
+    built.load_state_dict(state)
     optimizer = _optimizer_of(built, checkpoint["optimizer"]) if "optimizer" in checkpoint else None
 
     def save(out: Path) -> None:
@@ -146,11 +152,12 @@ def _optimizer_of(model: nn.Module, saved: dict[str, Any]) -> torch.optim.Optimi
     Raises:
         ValueError: no rule gives weights of the saved shapes.
     """
-    parameters = list(model.parameters())
+    parameters = plain_parameters(model)
     matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]
     for groups in ([parameters], [matrices, vectors], [vectors, matrices]):
-        if _fits(groups, saved):
-            optimizer = torch.optim.Optimizer([{"params": group} for group in groups], {})  # it keeps what it is given
+        optimizer = torch.optim.Optimizer([{"params": group} for group in groups], {})  # it keeps what it is given
+        prepare_to_resume(model, optimizer, saved)
+        if _fits(optimizer, saved):
             optimizer.load_state_dict(saved)
             return optimizer
     raise ValueError(
@@ -158,12 +165,12 @@ def _optimizer_of(model: nn.Module, saved: dict[str, Any]) -> torch.optim.Optimi
     )
 
 
-def _fits(groups: list[list[nn.Parameter]], saved: dict[str, Any]) -> bool:
-    theirs = saved["param_groups"]
-    if [len(group) for group in groups] != [len(group["params"]) for group in theirs]:
+def _fits(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> bool:
+    ours, theirs = optimizer.param_groups, saved["param_groups"]
+    if [len(group["params"]) for group in ours] != [len(group["params"]) for group in theirs]:
         return False
-    for group, their in zip(groups, theirs, strict=True):
-        for p, index in zip(group, their["params"], strict=True):
+    for our, their in zip(ours, theirs, strict=True):
+        for p, index in zip(our["params"], their["params"], strict=True):
             moments = saved["state"].get(index, {}).values()
             if any(isinstance(x, torch.Tensor) and x.ndim and x.shape != p.shape for x in moments):
                 return False

@@ -47,6 +47,21 @@ def test_the_file_is_that_of_a_run_that_was_rescued_under_way(tmp_path, capsys):
     assert "it is there already" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_was_rescued_before(tmp_path):
+    model, optimizer = collapsed(0, 1)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "0.pt")
+    for i, how in enumerate((["--layers", "h.1.attn"], ["--layers", "h.0.attn"], ["--reparam"])):
+        assert main([f"{tmp_path}/{i}.pt", f"{tmp_path}/{i + 1}.pt", "--model", MODEL, *how]) == 0
+    for layer in ("h.1.attn", "h.0.attn"):
+        rescue(model, optimizer, forward_of(model), layers=[layer])
+    again, theirs = resumed(tmp_path / "3.pt")
+    assert len([name for name in again.state_dict() if name.endswith("gamma")]) == 8
+    torch.testing.assert_close(again.eval()(*batch(5))[0], model.eval()(*batch(5))[0])
+    moments = {name: optimizer.state[p] for name, p in model.named_parameters() if "attn.c_proj.bias" in name}
+    for name, p in again.named_parameters():
+        assert name not in moments or torch.equal(theirs.state[p]["exp_avg"], moments[name]["exp_avg"])
+
+
 def test_the_layers_are_those_of_the_last_record(tmp_path, capsys):
     model, _ = collapsed(1)
     torch.save({"model": model.state_dict()}, tmp_path / "in.pt")
