@@ -26,7 +26,7 @@ FOLDED_RESIDUAL = re.compile(r"(?P<side>encoder|decoder)\.layers\.\d+\.(?:.*\.ou
 
 
 def export(checkpoint: dict) -> dict:
-    """A fairseq checkpoint of `sigma_transformer` -> one of fairseq's `transformer`; of a rescued one of fairseq's -> a plain one.
+    """A checkpoint of `sigma_transformer` -> one of fairseq's `transformer`; of a rescued model of fairseq's -> a plain one.
 
     Raises:
         ValueError: it is neither, or its norm or attention is not fairseq's.

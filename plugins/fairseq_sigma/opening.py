@@ -3,7 +3,6 @@
 import copy
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, optim, tasks, utils
@@ -16,7 +15,7 @@ from stable_monitor import prepare_to_resume
 from stable_monitor.rescue_checkpoint import Opened
 from stable_monitor.resume import reparametrise_named
 
-from .masters import models_own
+from .masters import is_flat, models_own, split_flat
 from .resume import KEY, going_on, read, rescued_layers
 
 
@@ -30,8 +29,6 @@ def is_mine(path: Path) -> bool:
 
 def open_checkpoint(path: Path) -> Opened:
     """The checkpoint, on the CPU and in fp32. fairseq builds the model, for which it reads the dictionaries of the run's data.
-
-    Without its optimizer where that stepped one flat copy of all weights (--fp16).
 
     Raises:
         OSError, ValueError: it cannot be read; there are no dictionaries; its optimizer is one that `models_own` refuses.
@@ -48,7 +45,8 @@ def open_checkpoint(path: Path) -> Opened:
     parameters = [p for p in chain(model.parameters(), criterion.parameters()) if p.requires_grad]
     reparametrise_named(model, rescued_layers(checkpoint))
     optimizer = None
-    if saved is not None and not _is_flat(saved, parameters):
+    if saved is not None:
+        saved = split_flat(saved, parameters) if is_flat(saved, parameters) else saved
         with models_own(optim.build_optimizer(cfg.optimizer, parameters)) as optimizer:
             prepare_to_resume(model, optimizer, saved)
             optimizer.load_state_dict(saved)
@@ -62,15 +60,9 @@ def open_checkpoint(path: Path) -> Opened:
             new["extra_state"][average] = unfold_state_dict(model, new["extra_state"][average])
         if optimizer is not None:
             new["last_optimizer_state"] = {**saved, **optimizer.state_dict()}
-        elif saved is not None:
-            new["last_optimizer_state"] = {**saved, "state": {}}
         torch.save(new, out)
 
     return Opened(model, optimizer, save)
-
-
-def _is_flat(saved: dict[str, Any], parameters: list[nn.Parameter]) -> bool:
-    return len(parameters) > 1 == sum(len(group["params"]) for group in saved["param_groups"])
 
 
 def _in_their_dtype(model: nn.Module, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -55,6 +55,7 @@ class RescueOnAlarm:
             )
             return []
         new = {name: sigma for name, sigma in sigma_layers(trainer.get_model()) if name not in before}
+        trainer.cfg.common.fp16_no_flatten_grads = True  # as models_own left it
         trainer.rescued = [*getattr(trainer, "rescued", []), *new]
         average_gradients(trainer.model, [sigma.gamma for sigma in new.values()])
         if trainer._ema is not None:

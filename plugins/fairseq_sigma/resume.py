@@ -22,8 +22,9 @@ from fairseq.trainer import Trainer
 from stable_core import fold_state_dict, unfold_optimizer_state
 from stable_core.checkpoint_file import read_checkpoint
 from stable_core.sigma_layers import sigma_layers
+from stable_core.unfolding import plain_parameters
 
-from .masters import models_own
+from .masters import is_flat, models_own, split_flat
 
 log = logging.getLogger(__name__)
 KEY = "rescued"  # of extra_state, and of the optimizer's groups: stable_monitor/resume.py
@@ -117,13 +118,16 @@ def _in_the_shape_of_the_checkpoint(load_checkpoint):
 def _in_order(build_optimizer):
     @functools.wraps(build_optimizer)
     def wrapped(self):
+        rescued = getattr(self, "rescued", [])
+        own = sorted(name for name, _ in sigma_layers(self.get_model()))
+        carries = own != getattr(self, "saved_layers", own)  # which is there while a checkpoint is loaded
+        if rescued or carries:
+            self.cfg.common.fp16_no_flatten_grads = True
         build_optimizer(self)
-        if getattr(self, "rescued", []):
+        if rescued:
             _order(self)
-        if hasattr(self, "saved_layers"):  # while a checkpoint is loaded
-            own = sorted(name for name, _ in sigma_layers(self.get_model()))
-            if own != self.saved_layers:
-                self._optimizer.load_state_dict = functools.partial(_carry, self, self._optimizer)
+        if carries:
+            self._optimizer.load_state_dict = functools.partial(_carry, self, self._optimizer)
 
     return wrapped
 
@@ -166,8 +170,6 @@ def _order(trainer: Trainer) -> None:
 
     model, place = trainer.get_model(), {p: index for index, p in enumerate(trainer.as_built)}
     noted = any(group.get(KEY) for group in trainer.saved_groups)
-    if not noted and getattr(trainer._optimizer, "has_flat_params", False):
-        return  # which rescue_checkpoint has given no state
     with models_own(trainer._optimizer) as optimizer:
         for group in optimizer.param_groups:
             group["params"].sort(key=lambda p: place.get(p, len(place)))
@@ -185,6 +187,9 @@ def _carry(trainer: Trainer, optimizer: FairseqOptimizer, saved: dict, overrides
     del optimizer.load_state_dict  # this, which stands before the optimizer's own
     try:
         with models_own(optimizer) as own:
+            learned = [p for p in plain_parameters(trainer.get_model()) if p.requires_grad]
+            if is_flat(saved, learned):
+                saved = split_flat(saved, learned)
             saved = unfold_optimizer_state(trainer.get_model(), own, saved)
     except ValueError as error:
         log.warning("the optimizer's moments start anew: %s. --reset-optimizer does so on purpose", error)

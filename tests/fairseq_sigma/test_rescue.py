@@ -1,14 +1,18 @@
 """--monitor-alarm rescue: a run whose attention collapses under fairseq-train goes on, and its checkpoints are of use."""
 
+import copy
 import functools
 
 import pytest
 import torch
+from fairseq import checkpoint_utils
 from fairseq.optim import FP16Optimizer
 from fairseq.trainer import Trainer
 
+from fairseq_sigma import average, export
 from fairseq_sigma.rescue import RescueOnAlarm
-from stable_core import fold_state_dict
+from stable_core import fold, fold_state_dict
+from stable_monitor import rescue_checkpoint
 from stable_monitor.records import Run, load, read
 
 from .test_monitor import EVERY, SIGMA, STOCK, assert_same, run
@@ -26,10 +30,10 @@ def collapse(monkeypatch):
     @functools.wraps(train_step)
     def wrapped(self, samples, raise_oom=False):
         if self.get_num_updates() == 2:
-            optimizer = self.optimizer
-            copies = dict(
-                zip(getattr(optimizer, "fp16_params", []), getattr(optimizer, "fp32_params", []), strict=True)
-            )
+            own, copies = getattr(self.optimizer, "fp16_params", []), getattr(self.optimizer, "fp32_params", [])
+            if isinstance(copies, dict):  # one, of all
+                copies = copies[None].data.split([p.numel() for p in own])
+            copies = {p: copy.view(p.shape) for p, copy in zip(own, copies, strict=True)}
             with torch.no_grad():
                 for name, p in self.get_model().get_submodule(LAYER).named_parameters():
                     if name in ("q_proj.weight", "k_proj.weight") or name.endswith("gamma"):
@@ -137,3 +141,135 @@ def test_fp32_copies_stay_what_they_are(train, collapse, flag, tmp_path, monkeyp
     assert rounded > 10
     run(train, "run", STOCK, 5, *RESCUE, flag)  # resumes
     assert min(read(tmp_path / "run")[4]["layers"][LAYER]["entropy"]) > 1
+
+
+@pytest.fixture
+def flat(monkeypatch):
+    """--fp16 with its one flat copy of all weights, as on a GPU."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(FP16Optimizer, "build_optimizer", FP16Optimizer.build_optimizer.__func__.__wrapped__)
+
+
+def test_one_flat_copy_is_taken_apart(train, collapse, flat, tmp_path):
+    """The run is then bit for bit the one whose copies are apart from the start."""
+    apart = run(train, "apart", STOCK, 4, *RESCUE, "--fp16", "--fp16-no-flatten-grads")
+    whole = run(train, "whole", STOCK, 2, *RESCUE, "--fp16")
+    assert len(moments(whole)) == 1
+    whole = run(train, "straight", STOCK, 4, *RESCUE, "--fp16")
+    assert_same(apart, whole)
+    for a, b in zip(moments(apart), moments(whole), strict=True):
+        assert_same_moments(a, b)
+    assert len(moments(run(train, "straight", STOCK, 5, *RESCUE, "--fp16"))) == len(moments(apart))  # resumes
+
+
+def test_what_cannot_be_rescued_ends_with_a_checkpoint_to_rescue(train, collapse, tmp_path, monkeypatch, caplog):
+    """And that, rescued by the command, is what the rescue under way would have saved; fairseq-train goes on from it."""
+    straight = [run(train, "straight", STOCK, updates, *RESCUE, "--store-ema") for updates in (3, 5)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "consolidate_state_dict", lambda self: None, raising=False)
+        stopped = run(train, "run", STOCK, 5, *RESCUE, "--store-ema")
+    assert (
+        "--monitor-alarm rescue: --zero-sharding os: its optimizer does not hold the weights one by one" in caplog.text
+    )
+    assert f"stable_monitor.rescue_checkpoint CHECKPOINT OUT --layers {LAYER}" in caplog.text
+    assert stopped["optimizer_history"][-1]["num_updates"] == 3 and "rescued" not in stopped["extra_state"]
+    path, out = tmp_path / "run" / "checkpoint_last.pt", tmp_path / "out.pt"
+    assert rescue_checkpoint.main([str(path), str(out), "--layers", LAYER]) == 0
+    for expected, found in zip(
+        straight,
+        (torch.load(out), run(train, "on", STOCK, 5, *RESCUE, "--store-ema", "--restore-file", out)),
+        strict=True,
+    ):
+        assert_same(expected, found)
+        assert found["extra_state"]["rescued"] == expected["extra_state"]["rescued"]
+        for a, b in zip(moments(expected), moments(found), strict=True):
+            assert_same_moments(a, b)
+
+
+@pytest.mark.parametrize("arch", [STOCK, SIGMA])
+def test_others_read_a_rescued_checkpoint(train, collapse, arch, tmp_path):
+    state = run(train, "run", arch, 3, *RESCUE)["model"]
+    path, exported, mean = (str(tmp_path / x) for x in ("run/checkpoint_last.pt", "exported.pt", "mean.pt"))
+    assert export.main([path, exported]) == 0 and average.main([path, path, mean]) == 0
+    tokens = torch.tensor([[4, 5, 6, 2], [7, 8, 9, 2]])
+    (trained,), _, task = checkpoint_utils.load_model_ensemble_and_task([path])
+    plain = fold_state_dict(state)
+    for file in (path, exported, mean):
+        (model,), cfg, _ = checkpoint_utils.load_model_ensemble_and_task([file])
+        if arch is STOCK or file == exported:
+            assert not any("parametrizations" in key for key in model.state_dict())
+        if file != exported:  # DeepNorm is folded there, too
+            folded = model if arch is STOCK else fold(model)
+            torch.testing.assert_close(
+                dict(folded.state_dict()), {k: x for k, x in plain.items()}, rtol=1e-4, atol=1e-6
+            )
+        torch.testing.assert_close(*(m.eval()(tokens, torch.tensor([4, 4]), tokens)[0] for m in (model, trained)))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """loaded -> (model's state dict, moments by name, average) of the last run when it had loaded its checkpoint."""
+    found, load_checkpoint = [], Trainer.load_checkpoint
+
+    def wrapped(self, *args, **kwargs):
+        extra = load_checkpoint(self, *args, **kwargs)
+        optimizer, model = self.optimizer, self.get_model()
+        copies = dict(zip(getattr(optimizer, "fp16_params", []), getattr(optimizer, "fp32_params", []), strict=True))
+        held = {name: optimizer.optimizer.state.get(copies.get(p, p), {}) for name, p in model.named_parameters()}
+        found[:] = copy.deepcopy((model.state_dict(), held, self.ema.get_model().state_dict() if self.ema else None))
+        return extra
+
+    monkeypatch.setattr(Trainer, "load_checkpoint", wrapped)
+    return found
+
+
+PLAIN, SPECTRAL = ("deepnorm_transformer_6l",), (*SIGMA, "--gamma-init", "spectral")
+
+
+@pytest.mark.parametrize("flag", ["--store-ema", "--bf16", "--fp16"])
+def test_a_plain_run_goes_on_with_sigma_reparam(train, loaded, flag, tmp_path, request):
+    """Function and moments are the plain run's."""
+    run(train, "plain", PLAIN, 3, *FLAGS, flag)
+    path = tmp_path / "plain" / "checkpoint_last.pt"
+    if flag == "--fp16":
+        request.getfixturevalue("flat")
+        whole = torch.load(path)
+        states = list(whole["last_optimizer_state"]["state"].values())
+        flat = {x: torch.cat([state[x].flatten() for state in states]) for x in ("exp_avg", "exp_avg_sq")}
+        whole["last_optimizer_state"]["state"] = {0: {"step": states[0]["step"], **flat}}
+        whole["last_optimizer_state"]["param_groups"][0]["params"] = [0]
+        torch.save(whole, tmp_path / "whole.pt")
+    plain = torch.load(path)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if flag == "--store-ema" else {"rtol": 2e-2, "atol": 1e-3}
+    again = run(
+        train, "sigma", SPECTRAL, 4, *FLAGS, flag, "--restore-file", tmp_path / "whole.pt" if flag == "--fp16" else path
+    )
+    state, held, average = loaded
+    assert any("gamma" in key for key in state)
+    torch.testing.assert_close({k: x for k, x in fold_state_dict(state).items()}, dict(plain["model"]), **tolerance)
+    if flag == "--store-ema":
+        torch.testing.assert_close(fold_state_dict(average), dict(plain["extra_state"]["ema"]), **tolerance)
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    theirs = dict(zip((name for name, _ in model.named_parameters()), moments(plain), strict=True))
+    for name, moment in held.items():
+        if name.endswith("gamma"):
+            assert moment == {}
+        else:
+            assert_same_moments(moment, theirs[name.replace("parametrizations.weight.original", "weight")])
+    straight = run(train, "plain", PLAIN, 4, *FLAGS, flag)  # the next gradient is the same, too
+    for key in ("encoder.embed_tokens.weight", "decoder.layers.5.fc2.bias"):
+        torch.testing.assert_close(again["model"][key], straight["model"][key], **tolerance)
+
+
+def test_moments_that_do_not_fit_start_anew_with_a_warning(train, loaded, tmp_path, caplog):
+    checkpoint = run(train, "plain", PLAIN, 1, *FLAGS)
+    group = checkpoint["last_optimizer_state"]["param_groups"][0]
+    checkpoint["last_optimizer_state"]["param_groups"] = [group | {"params": group["params"][:9]}]
+    torch.save(checkpoint, tmp_path / "other.pt")
+    run(train, "sigma", SPECTRAL, 2, *FLAGS, "--restore-file", tmp_path / "other.pt")
+    assert not any(loaded[1].values())
+    assert "the optimizer's moments start anew: the saved optimizer has other groups" in caplog.text
+    caplog.clear()
+    run(train, "tuned", SPECTRAL, 1, *FLAGS, "--finetune-from-model", tmp_path / "other.pt")
+    torch.testing.assert_close(dict(fold_state_dict(loaded[0])), dict(checkpoint["model"]), rtol=1e-5, atol=1e-6)
+    assert "anew" not in caplog.text and not any(loaded[1].values())
