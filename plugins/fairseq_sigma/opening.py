@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from fairseq import checkpoint_utils, optim, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from torch import nn
 
 from stable_core import unfold_state_dict
 from stable_core.sigma_layers import sigma_layers
@@ -54,7 +53,7 @@ def open_checkpoint(path: Path) -> Opened:
 
     def save(out: Path) -> None:
         new = copy.copy(read(path))
-        new["model"] = _in_their_dtype(model, checkpoint["model"])
+        new["model"] = model.state_dict()  # in fp32, as fairseq writes all weights
         new["extra_state"] = {**new["extra_state"], KEY: [n for n, _ in sigma_layers(model) if n not in built]}
         for average in {"ema", "ema_fp32_params"} & new["extra_state"].keys():
             new["extra_state"][average] = unfold_state_dict(model, new["extra_state"][average])
@@ -63,10 +62,3 @@ def open_checkpoint(path: Path) -> Opened:
         torch.save(new, out)
 
     return Opened(model, optimizer, save)
-
-
-def _in_their_dtype(model: nn.Module, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's state dict, with parameters in the dtype of those in a checkpoint; u is kept in fp32."""
-    learned = [name for name, _ in model.named_parameters()]
-    dtype = next(saved[name].dtype for name in learned if name in saved)
-    return {key: x.to(dtype) if key in learned else x for key, x in model.state_dict().items()}
