@@ -45,17 +45,16 @@ class RescueOnAlarm:
                 )
             with models_own(trainer.optimizer):
                 done = self._rescue(alarm)
-        except ValueError as error:
+        except Exception as error:  # of the forward pass, which is anybody's, too
             updates = trainer.get_num_updates()
             trainer.cfg.optimization.max_update = updates
             log.error(
                 "--monitor-alarm rescue: %s. Training ends after update %d; to go on: python -m "
                 "stable_monitor.rescue_checkpoint CHECKPOINT OUT --layers %s, then --restore-file OUT",
-                *(error, updates, alarm.layer),
+                *(" ".join(str(error).split())[:300], updates, alarm.layer),
             )
             return []
         new = {name: sigma for name, sigma in sigma_layers(trainer.get_model()) if name not in before}
-        trainer.cfg.common.fp16_no_flatten_grads = True  # as models_own left it
         trainer.rescued = [*getattr(trainer, "rescued", []), *new]
         average_gradients(trainer.model, [sigma.gamma for sigma in new.values()])
         if trainer._ema is not None:

@@ -121,8 +121,8 @@ def _in_order(build_optimizer):
         rescued = getattr(self, "rescued", [])
         own = sorted(name for name, _ in sigma_layers(self.get_model()))
         carries = own != getattr(self, "saved_layers", own)  # which is there while a checkpoint is loaded
-        if rescued or carries:
-            self.cfg.common.fp16_no_flatten_grads = True
+        if carries or sum(len(group["params"]) for group in getattr(self, "saved_groups", [])) > 1:
+            self.cfg.common.fp16_no_flatten_grads = True  # --fp16 as it was saved, or as it can be carried over
         build_optimizer(self)
         if rescued:
             _order(self)
@@ -150,11 +150,15 @@ def _said(trainer: Trainer, filename: str) -> dict[str, Any] | None:
 
 
 def _reparametrise(trainer: Trainer, said: dict[str, Any]) -> None:
-    trainer.saved_layers, trainer.rescued = said["reparametrised"], said["rescued"]
+    trainer.saved_layers, trainer.saved_groups, trainer.rescued = (
+        said["reparametrised"],
+        said["groups"],
+        said["rescued"],
+    )
     if trainer.rescued:
         from stable_monitor.resume import reparametrise_named  # costs a second, which runs without it need not pay
 
-        trainer.as_built, trainer.saved_groups = list(trainer.get_model().parameters()), said["groups"]
+        trainer.as_built = list(trainer.get_model().parameters())
         if reparametrise_named(trainer.get_model(), trainer.rescued):
             trainer.reinitialize()
 
