@@ -13,11 +13,13 @@ from . import (  # noqa: E402  on a mended fairseq; models and tasks register th
     optim,
     qk_clip,
     quantisation,
+    resume,
     speech_task,  # noqa: F401
     transformer,  # noqa: F401
     z_loss,
 )
 
+resume.install()
 checkpoints.name_what_does_not_fit()
 ema.follow_the_model()
 half_precision.advance_after_write_back()

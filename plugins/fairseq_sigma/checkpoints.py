@@ -4,14 +4,33 @@ import functools
 import re
 
 from fairseq.trainer import Trainer
+from torch import nn
 
+from stable_core import unfold_state_dict
 from stable_core.layout import KEY
+from stable_core.sigma_layers import sigma_layers
 
-PLAIN = "the checkpoint holds plain weights and the model is reparametrised: use --reparam none"
+PLAIN = (
+    "the checkpoint holds plain weights and the model is reparametrised: use --reparam none, "
+    "or --reparam sigma --gamma-init spectral, which keep what it computes"
+)
 REPARAMETRISED = (
     "the checkpoint is reparametrised and the model is not: use the arch and --reparam it was trained with, "
     "or fold it with python -m fairseq_sigma.export"
 )
+
+
+def fitted(model: nn.Module, loaded: dict, layers: bool = True) -> dict:
+    """`loaded` as the model loads it: plain weights become those of its σReparam where gamma = sigma keeps the function.
+
+    Raises:
+        ValueError: as `check_fits`; plain weights are of another shape than the model's, or not finite.
+    """
+    configs = [sigma.config for _, sigma in sigma_layers(model)]
+    if configs and all(config.kind == "sigma" and config.gamma_init == "spectral" for config in configs):
+        loaded = unfold_state_dict(model, loaded)
+    check_fits(model.state_dict(), loaded, layers)
+    return loaded
 
 
 def check_fits(own: dict, loaded: dict, layers: bool = True) -> None:

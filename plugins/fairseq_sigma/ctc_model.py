@@ -19,7 +19,7 @@ from stable_core.reparams import reparametrise
 
 from .blocks import BlockConfig, EncoderLayer, add_flags, norm_first, set_defaults
 from .cape import Cape
-from .checkpoints import check_fits
+from .checkpoints import fitted
 from .speech_features import STEP
 
 KERNEL, STRIDE = 7, 3
@@ -124,7 +124,7 @@ class SigmaTransformerCtc(FairseqEncoderModel):
         return self.encoder(features, frames)
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
-        check_fits(self.state_dict(), state_dict)
+        state_dict = fitted(self, state_dict)
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 

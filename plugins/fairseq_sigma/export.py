@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
+from fairseq_sigma.resume import rescued_layers
 from fairseq_sigma.transformer import SigmaTransformerModel
 from stable_core import fold_state_dict
 from stable_core.checkpoint_file import read_checkpoint
@@ -25,34 +26,23 @@ FOLDED_RESIDUAL = re.compile(r"(?P<side>encoder|decoder)\.layers\.\d+\.(?:.*\.ou
 
 
 def export(checkpoint: dict) -> dict:
-    """A fairseq checkpoint of `sigma_transformer` -> one of fairseq's `transformer`.
+    """A checkpoint of `sigma_transformer` -> one of fairseq's `transformer`; of a rescued model of fairseq's -> a plain one.
 
     Raises:
-        ValueError: it is no checkpoint of this plugin, or its norm or attention is not fairseq's.
+        ValueError: it is neither, or its norm or attention is not fairseq's.
     """
     cfg = checkpoint.get("cfg")
     if cfg is None or "model" not in checkpoint or cfg.get("model") is None:
         raise ValueError("no checkpoint of a fairseq_sigma model: it holds no configuration of one")
     args = argparse.Namespace(**(cfg["model"] if isinstance(cfg["model"], dict) else vars(cfg["model"])))
     arch = getattr(args, "arch", None) or getattr(args, "_name", None)
-    if ARCH_MODEL_REGISTRY.get(arch) is not SigmaTransformerModel:
+    kind = ARCH_MODEL_REGISTRY.get(arch)
+    if kind is SigmaTransformerModel:
+        state, stock = _as_transformer(checkpoint["model"], args, arch)
+    elif rescued_layers(checkpoint) and kind is not None and kind.__module__.startswith("fairseq."):
+        state, stock = fold_state_dict(checkpoint["model"]), vars(args)
+    else:
         raise ValueError(f"no checkpoint of a fairseq_sigma model: its arch is {arch}")
-    ARCH_CONFIG_REGISTRY[arch](args)  # fairseq-hydra-train saves the overrides alone
-    model = vars(args)
-    for name, stock in (("norm", "layernorm"), ("attention", "dot")):
-        if model[name] != stock:
-            raise ValueError(f"--{name} {model[name]}: stock fairseq has no such transformer, allowed is {stock}")
-    state = dict(checkpoint["model"])
-    if any("parametrizations." in key for key in state):
-        state = fold_state_dict(state)
-    residuals = build_residuals(of(args), model["encoder_layers"], model["decoder_layers"])
-    for key in state:
-        if match := FOLDED_RESIDUAL.fullmatch(key):
-            residual = residuals[match["side"] == "decoder"]
-            if not residual.norm_first:
-                state[key] = state[key] / residual.alpha
-    stock = {key: value for key, value in model.items() if key not in OURS}
-    stock.update(_name="transformer", arch="transformer", user_dir=None)
     return {
         "args": None,
         # Plain dicts, which torch.load reads with its safety on, where fairseq itself writes a Namespace.
@@ -65,6 +55,26 @@ def export(checkpoint: dict) -> dict:
         "task_state": checkpoint.get("task_state", {}),
         "extra_state": {"train_iterator": {"epoch": 1}},
     }
+
+
+def _as_transformer(state: dict, args: argparse.Namespace, arch: str) -> tuple[dict, dict]:
+    """The weights and settings of fairseq's own transformer that computes the same."""
+    ARCH_CONFIG_REGISTRY[arch](args)  # fairseq-hydra-train saves the overrides alone
+    model = vars(args)
+    for name, stock in (("norm", "layernorm"), ("attention", "dot")):
+        if model[name] != stock:
+            raise ValueError(f"--{name} {model[name]}: stock fairseq has no such transformer, allowed is {stock}")
+    state = dict(state)
+    if any("parametrizations." in key for key in state):
+        state = fold_state_dict(state)
+    residuals = build_residuals(of(args), model["encoder_layers"], model["decoder_layers"])
+    for key in state:
+        if match := FOLDED_RESIDUAL.fullmatch(key):
+            residual = residuals[match["side"] == "decoder"]
+            if not residual.norm_first:
+                state[key] = state[key] / residual.alpha
+    stock = {key: value for key, value in model.items() if key not in OURS}
+    return state, stock | {"_name": "transformer", "arch": "transformer", "user_dir": None}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from omegaconf import OmegaConf, open_dict
 
 from .blocks import BlockConfig, DecoderLayer, add_flags, change_norm, set_defaults, set_normalize_before
-from .checkpoints import check_fits
+from .checkpoints import fitted
 
 FAMILIES = {  # arch name: norm, residual, reparam
     "sigma_transformer_lm_wiki103": ("none", "pre-ln", "sigma"),
@@ -57,7 +57,7 @@ class SigmaTransformerLanguageModel(TransformerLanguageModel):
         return model
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
-        check_fits(self.state_dict(), state_dict, layers=not getattr(model_cfg, "decoder_layers_to_keep", None))
+        state_dict = fitted(self, state_dict, layers=not getattr(model_cfg, "decoder_layers_to_keep", None))
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 

@@ -13,6 +13,7 @@ from fairseq.optim import AMPOptimizer
 from fairseq.trainer import Trainer
 
 from .common_flags import add_common_flags
+from .rescue import RescueOnAlarm
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,9 @@ def install() -> None:
         "monitor",
         monitor_every={"type": _updates, "metavar": "N", "help": "record attention entropy, spectral norms and gradient "
                        "norms every N updates, in monitor.jsonl in --save-dir (default: 0, never)"},
-        monitor_alarm={"choices": ("warn", "stop"), "help": "when a layer's entropy collapses: log a warning, or also "
-                       "save a checkpoint and end training (default: warn)"},
+        monitor_alarm={"choices": ("warn", "stop", "rescue"), "help": "when a layer's entropy collapses: log a "
+                       "warning, or also save a checkpoint and end training, or bound the layer's queries and keys and go on "
+                       "(default: warn)"},
     )  # fmt: skip
     Trainer.train_step = _with_monitor(Trainer.train_step)
     for name in ("fairseq_cli.train", "__main__"):  # the latter under python -m fairseq_cli.train
@@ -45,7 +47,10 @@ def _with_monitor(train_step):
         if not getattr(self.cfg.common, "monitor_every", 0):
             return train_step(self, samples, raise_oom)
         if not hasattr(self, "_monitor"):
+            self._rescue = RescueOnAlarm(self) if _alarm(self) == "rescue" else None
             self._monitor = _attach(self)
+        if self._rescue is not None:
+            self._rescue.samples = samples
         lr = self.get_lr()  # this update's; train_step leaves the next one's
         output = train_step(self, samples, raise_oom)
         # Not so after an update that fairseq skips (overflow, out of memory), nor in the outer of two calls where --amp
@@ -54,11 +59,15 @@ def _with_monitor(train_step):
             record = self._monitor.step(output.get("loss"), lr)
             if record is not None:
                 _show(self._monitor)
-                if getattr(self.cfg.common, "monitor_alarm", "warn") == "stop":
+                if _alarm(self) == "stop":
                     _stop_on(record["alarms"], self)
         return output
 
     return wrapped
+
+
+def _alarm(trainer: Trainer) -> str:
+    return getattr(trainer.cfg.common, "monitor_alarm", "warn")
 
 
 def _with_validation(get_valid_stats):
@@ -83,6 +92,7 @@ def _attach(trainer: Trainer):
         every=trainer.cfg.common.monitor_every,
         path=trainer.cfg.checkpoint.save_dir,
         step=trainer.get_num_updates(),
+        on_alarm=trainer._rescue,
     )
     clip_grad_norm = trainer.clip_grad_norm  # comes after the gradients are summed over processes and normalised
 

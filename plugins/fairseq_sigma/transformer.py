@@ -7,7 +7,7 @@ from fairseq.models.transformer import TransformerModel, base_architecture
 from omegaconf import OmegaConf
 
 from .blocks import BlockConfig, Decoder, Encoder, add_flags, set_defaults, set_normalize_before
-from .checkpoints import check_fits
+from .checkpoints import fitted
 
 DEPTHS = (6, 18, 50, 100)
 FAMILIES = {  # arch name: residual, reparam
@@ -50,7 +50,7 @@ class SigmaTransformerModel(TransformerModel):
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         pruned = any(getattr(model_cfg, f"{side}_layers_to_keep", None) for side in ("encoder", "decoder"))
-        check_fits(self.state_dict(), state_dict, layers=not pruned)
+        state_dict = fitted(self, state_dict, layers=not pruned)
         return super().load_state_dict(state_dict, strict, model_cfg, args)
 
 
