@@ -5,7 +5,7 @@ With gamma_init = "spectral" the function of the checkpoint is kept, and so are 
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -119,16 +119,23 @@ def unfold_optimizer_state(
     return {**saved, "state": state, "param_groups": groups}
 
 
-def plain_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The model's parameters without gammas, in the order of the plain model's `parameters()`: weights come before biases."""
-    return list(dict.fromkeys(_in_plain_order(model)))
+def plain_parameters(model: nn.Module, names: Collection[str] | None = None) -> list[nn.Parameter]:
+    """The model's parameters without gammas, in the order of the plain model's `parameters()`: weights come before biases.
+
+    Args:
+        names: which weights are taken to be plain, as `sigma_layers` names them; None: all of them.
+    """
+    return list(dict.fromkeys(_in_plain_order(model, names)))
 
 
-def _in_plain_order(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in model.modules():
-        if "parametrizations" in module._modules:
-            for tensor in module._modules["parametrizations"]._modules:  # type: ignore[union-attr]
+def _in_plain_order(model: nn.Module, names: Collection[str] | None) -> Iterator[nn.Parameter]:
+    inside: set[nn.Module] = set()  # modules of a weight that is taken to be plain
+    for name, module in model.named_modules():
+        for tensor in getattr(module._modules.get("parametrizations"), "_modules", ()):
+            own = ".".join(part for part in (name, "" if tensor == "weight" else tensor) if part)
+            if names is None or own in names:
                 chain = chain_of(module, tensor)
+                inside.update(chain.modules())
                 yield getattr(chain, "original1" if hasattr(chain, "original1") else "original")
-        if not isinstance(module, nn.utils.parametrize.ParametrizationList) and not hasattr(module, "leader"):
+        if module not in inside:
             yield from (p for p in module._parameters.values() if p is not None)

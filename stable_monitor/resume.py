@@ -14,6 +14,7 @@ from stable_core.bounding import in_place
 from stable_core.sigma_layers import sigma_layers
 from stable_core.sigma_reparam import SigmaReparamConfig, sigma_reparam
 from stable_core.targets import layers
+from stable_core.unfolding import plain_parameters
 
 from .compiled import unwrap
 from .optimizers import Optimizers, listed, tell_scheduler
@@ -59,12 +60,9 @@ def prepare_to_resume(model: nn.Module, optimizer: Optimizers, saved: Any, sched
     names = [name for _, _, group in noted for name in group[NOTE]]
     new = reparametrise_named(inner, names)
     gammas: dict[str, Any] = {name: sigma.gamma for name, sigma in sigma_layers(inner) if name in names}
-    moved = {id(gamma) for gamma in gammas.values()}
+    for trained_by in optimizers if noted else ():
+        _forget_gammas(inner, trained_by, gammas)
     for trained_by, index, group in noted:
-        for (
-            ours
-        ) in trained_by.param_groups:  # where they are if the model was reparametrised before the optimizer was built
-            ours["params"][:] = [p for p in ours["params"] if id(p) not in moved]
         if index < len(trained_by.param_groups):
             trained_by.param_groups[index]["params"].extend(gammas[name] for name in group[NOTE])
         else:
@@ -73,6 +71,21 @@ def prepare_to_resume(model: nn.Module, optimizer: Optimizers, saved: Any, sched
             tell_scheduler(scheduler, 0)
     average_gradients(model, [gammas[name] for name in new])
     return names
+
+
+def _forget_gammas(model: nn.Module, optimizer: Any, gammas: Mapping[str, Any]) -> None:
+    """Gives an optimizer that was built after the model was reparametrised the parameters, in their order, that it has without.
+
+    In a reparametrised layer the weight comes after the bias, else before it.
+    """
+    moved = {id(gamma) for gamma in gammas.values()}
+    now = {id(p): place for place, p in enumerate(model.parameters())}
+    before = {id(p): place for place, p in enumerate(plain_parameters(model, gammas))}
+    for group in optimizer.param_groups:
+        group["params"][:] = [p for p in group["params"] if id(p) not in moved]
+        places = [now.get(id(p), -1) for p in group["params"]]
+        if places == sorted(places):  # so it was built after
+            group["params"].sort(key=lambda p: before.get(id(p), -1))
 
 
 def reparametrise_named(model: nn.Module, names: list[str]) -> list[str]:

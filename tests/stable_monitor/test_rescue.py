@@ -10,8 +10,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from stable_core import fold, sigma_layers
+from stable_core.unfolding import reparametrised_in
 from stable_monitor import Alarm, Monitor, Rescue, prepare_to_resume, report, rescue
 from stable_monitor.records import Run, load
+from stable_monitor.resume import reparametrise_named
 
 from .models import batch, gpt, train
 
@@ -95,22 +97,29 @@ def test_the_run_goes_on_and_comes_back_and_folds():
     torch.testing.assert_close(fold(model)(*batch(5))[0], logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("model_first", [False, True])
 @pytest.mark.parametrize("grouping", ["ndim", "one"])
-def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(tmp_path, grouping):
-    """Two rescues, of a later layer and of an earlier one; with decay everywhere the first one makes a group."""
+def test_a_resumed_run_is_bitwise_the_one_that_never_stopped(tmp_path, grouping, model_first):
+    """Two rescues, of a later layer and of an earlier one; with decay everywhere the first one makes a group.
 
-    def build(seed: int):
-        model = gpt(seed)
-        return model, torch.optim.AdamW(groups(model) if grouping == "ndim" else model.parameters(), lr=1e-2)
+    Where the model is brought into its shape before its optimizer is built, that has another order.
+    """
 
-    model, optimizer = build(0)
+    def adamw(model: nn.Module):
+        return torch.optim.AdamW(groups(model) if grouping == "ndim" else model.parameters(), lr=1e-2)
+
+    model = gpt(0)
+    optimizer = adamw(model)
     for layer in ("h.1.attn", "h.0.attn"):
         rescue(model, optimizer, forward_of(model), layers=[layer])
         train(model, 2, optimizer=optimizer)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
     train(model, 3, optimizer=optimizer, first=4)
-    again, theirs = build(1)
     saved = torch.load(tmp_path / "checkpoint.pt")
+    again = gpt(1)
+    if model_first:
+        reparametrise_named(again, reparametrised_in(saved["model"]))
+    theirs = adamw(again)
     assert prepare_to_resume(again, theirs, saved["optimizer"]) == ["h.1.attn.c_attn", "h.0.attn.c_attn"]
     again.load_state_dict(saved["model"])
     theirs.load_state_dict(saved["optimizer"])
