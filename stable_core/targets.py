@@ -219,6 +219,17 @@ def layers(model: nn.Module) -> Iterator[Target]:
             yield Target(module, name, transposed=True)
 
 
+def those_left(model: nn.Module) -> FilterFn:
+    """A filter_fn that picks what `sigma_reparam` takes by default, without layers that are reparametrised already."""
+    tied = _tied(model)
+    left = {
+        id(target.module)
+        for target in layers(model)
+        if target.tensor_name in target.module._parameters and id(target.weight) not in tied
+    }
+    return lambda module, name: id(module) in left
+
+
 def _tied(model: nn.Module) -> set[int]:
     """Ids of parameters that more than one module holds, such as an output projection that shares the embedding's weight."""
     seen: set[int] = set()

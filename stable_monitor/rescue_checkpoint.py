@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from stable_core.checkpoint_file import read_checkpoint
-from stable_core.folding import is_reparametrised
 from stable_core.sigma_layers import sigma_layers
 from stable_core.sigma_reparam import SigmaReparamConfig, sigma_reparam
+from stable_core.targets import those_left
 from stable_core.unfolding import plain_parameters, reparametrised_in
 
 from .optimizers import place_without_decay
@@ -65,8 +65,8 @@ def rescue_checkpoint(opened: Opened, layers: Iterable[str], limit: float = 1.0)
 
 def reparametrise_checkpoint(opened: Opened) -> list[str]:
     """Gives every plain layer σReparam with gamma = sigma, which keeps function and moments; returns their names."""
-    known, plain = set(opened.model.parameters()), lambda module, name: not is_reparametrised(module)
-    sigma_reparam(opened.model, SigmaReparamConfig(gamma_init="spectral"), plain)
+    known = set(opened.model.parameters())
+    sigma_reparam(opened.model, SigmaReparamConfig(gamma_init="spectral"), those_left(opened.model))
     gammas: dict[str, Any] = {
         name: sigma.gamma for name, sigma in sigma_layers(opened.model) if sigma.gamma not in known
     }

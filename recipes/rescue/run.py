@@ -21,6 +21,7 @@ from rich.table import Table
 from recipes.command import command
 from recipes.trainings import KINDS, Kind, Training
 from stable_core import SigmaReparamConfig, sigma_reparam
+from stable_core.targets import those_left
 from stable_monitor import Monitor, QKClip, rescue
 
 matplotlib.use("Agg")
@@ -34,6 +35,7 @@ REMEDIES = {
     "sigma": ("σReparam, gamma = sigma", "tab:purple"),
     "rescue": ("rescue", "tab:blue"),
     "rescue_half": ("rescue, half the rate", "tab:red"),
+    "rescue_sigma": ("rescue, and σReparam of all other layers", "tab:brown"),
     "rescue_all": ("rescue of every layer", "tab:cyan"),
 }
 
@@ -92,22 +94,23 @@ def train(training: Training, until: int, every: int) -> None:
 
 
 def apply(remedy: str, training: Training) -> list[str]:
-    """Returns what a rescue said."""
+    """Applies it; returns what a rescue said."""
     model, optimizer = training.model, training.optimizer
     if remedy in ("half", "back", "rescue_half"):
         training.lr /= 2
     if remedy == "qk_clip":
         QKClip(model, 30.0, optimizer=optimizer)
-    elif remedy == "sigma":
-        before = set(model.parameters())
-        sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))
-        new = [p for p in model.parameters() if p not in before]
-        optimizer.add_param_group({**optimizer.param_groups[0], "params": new, "weight_decay": 0.0})
-    elif remedy.startswith("rescue"):
+    said = []
+    if remedy.startswith("rescue"):
         batch = next(training.batches(training.seed + 1000))
         fraction = 1.1 if remedy == "rescue_all" else 0.3
-        return [str(one) for one in rescue(model, optimizer, lambda: training.loss(batch), fraction=fraction)]
-    return []
+        said = [str(one) for one in rescue(model, optimizer, lambda: training.loss(batch), fraction=fraction)]
+    if remedy in ("sigma", "rescue_sigma"):
+        before = set(model.parameters())
+        sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"), those_left(model))
+        new = [p for p in model.parameters() if p not in before]
+        optimizer.add_param_group({**optimizer.param_groups[0], "params": new, "weight_decay": 0.0})
+    return said
 
 
 def runs_of(seed: int, settings: Settings, missing: list[str], advance: Callable[[], None]):
