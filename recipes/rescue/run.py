@@ -148,7 +148,7 @@ def rows(lines: list[dict]) -> list[list[str]]:
 
 
 def draw(lines: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 3.4), layout="constrained")
     for line in lines:
         label, color = REMEDIES[line["remedy"]]
         for panel, key in zip(axes, ("loss", "entropy"), strict=True):
@@ -157,7 +157,7 @@ def draw(lines: list[dict], path: Path) -> None:
         panel.set(xlabel="update", title=title)
         panel.axvline(lines[0]["at"], color="0.6", linestyle=":")
     axes[0].set_ylim(0, 1.2 * max(line["loss"][0] for line in lines))
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
