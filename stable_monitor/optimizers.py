@@ -27,15 +27,16 @@ def listed(optimizers: Optimizers) -> list[Any]:
 def place_without_decay(
     optimizers: list[Any], beside: list[nn.Parameter], scheduler: Any
 ) -> Callable[[list[nn.Parameter]], None]:
-    """Finds where new parameters belong that are trained with those of `beside`, at the same learning rate but without decay.
+    """Finds where new vectors belong that are trained with `beside`, at the same learning rate but without weight decay.
 
     That is a group which is so already; or else a new one, of which a scheduler must be told, as it keeps a number for each.
+    Beside Muon, which takes matrices alone, it is one of the other optimizer, at that one's learning rate.
 
     Returns:
         What adds parameters there. Nothing is changed before it is called.
 
     Raises:
-        ValueError: no optimizer has `beside`; a new group is needed, a scheduler is at work, and was not given.
+        ValueError: no optimizer has `beside`, or Muon alone; a new group is needed, a scheduler is at work, and was not given.
     """
     wanted = {id(p) for p in beside}
     found = [(o, g) for o in optimizers for g in o.param_groups if any(id(p) in wanted for p in g["params"])]
@@ -43,6 +44,13 @@ def place_without_decay(
         name = short(optimizers[0] if len(optimizers) == 1 else optimizers)
         raise ValueError(f"optimizer = {name}: it does not train the layers' queries and keys; give the one that does")
     optimizer, own = found[0]
+    if _takes_matrices_only(optimizer):
+        others = [other for other in optimizers if not _takes_matrices_only(other)]
+        if not others:
+            raise ValueError(
+                f"optimizer = {type(optimizer).__name__}: it takes no gammas, which are vectors; give the one beside it too"
+            )
+        optimizer, own = others[0], others[0].param_groups[0]
     for group in (own, *optimizer.param_groups):
         if not group.get("weight_decay") and group.get("lr") == own.get("lr"):
             return group["params"].extend
@@ -59,6 +67,10 @@ def place_without_decay(
             tell_scheduler(scheduler, index)
 
     return add
+
+
+def _takes_matrices_only(optimizer: Any) -> bool:
+    return "muon" in type(optimizer).__name__.lower()
 
 
 def tell_scheduler(scheduler: Any, index: int) -> None:

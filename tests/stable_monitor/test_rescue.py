@@ -154,6 +154,36 @@ def test_a_scheduler_learns_of_a_new_group():
     assert optimizer.param_groups[1]["weight_decay"] == 0 and len(optimizer.param_groups[1]["params"]) == 1
 
 
+def test_beside_muon_gammas_are_the_other_optimizers():
+    model = gpt()
+    matrices = [p for p in model.h.parameters() if p.ndim == 2]
+    muon = torch.optim.Muon(matrices, lr=1e-3)
+    with pytest.raises(ValueError, match="optimizer = Muon: it takes no gammas"):
+        rescue(model, muon, forward_of(model), layers=["h.0.attn"])
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p not in set(matrices)], lr=1e-2)
+    optimizers = [muon, adamw]
+    rescue(model, optimizers, forward_of(model), layers=["h.0.attn"])
+    _, sigma = next(sigma_layers(model))
+    before = sigma.gamma.clone()
+    model(*batch(5))[1].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert adamw.param_groups[-1]["params"] == [sigma.gamma] and not torch.equal(sigma.gamma, before)
+    again = gpt(1)
+    theirs = [p for p in again.h.parameters() if p.ndim == 2]
+    built = [
+        torch.optim.Muon(theirs, lr=1e-3),
+        torch.optim.AdamW([p for p in again.parameters() if p not in set(theirs)]),
+    ]
+    assert prepare_to_resume(again, built, [optimizer.state_dict() for optimizer in optimizers]) == ["h.0.attn.c_attn"]
+    again.load_state_dict(model.state_dict())
+    for ours, saved in zip(built, optimizers, strict=True):
+        ours.load_state_dict(saved.state_dict())
+    assert torch.equal(
+        built[1].state[built[1].param_groups[-1]["params"][0]]["exp_avg"], adamw.state[sigma.gamma]["exp_avg"]
+    )
+
+
 def test_the_alarm_rescues_and_the_report_shows_it(tmp_path):
     model, optimizer = collapsed()
     acts = Rescue(model, optimizer, forward_of(model))
