@@ -21,12 +21,13 @@ from stable_core.checkpoint_file import read_checkpoint
 from stable_core.sigma_layers import sigma_layers
 from stable_core.sigma_reparam import SigmaReparamConfig, sigma_reparam
 from stable_core.targets import those_left
-from stable_core.unfolding import plain_parameters, reparametrised_in
+from stable_core.unfolding import reparametrised_in
 
 from .optimizers import place_without_decay
 from .records import load
 from .rescue import bound_and_train
-from .resume import note_gammas, prepare_to_resume, reparametrise_named
+from .resume import note_gammas, reparametrise_named
+from .saved_optimizer import optimizer_holding, usual_groupings
 
 STACKS = ("fairseq_sigma", "nanogpt_patch", "hf_stable", "recipes.vision")  # those with a module `opening`
 
@@ -135,7 +136,13 @@ def _open_plain(path: Path, model: str) -> Opened:
     state = checkpoint if place is None else checkpoint[place]
     reparametrise_named(built, reparametrised_in(state))
     built.load_state_dict(state)
-    optimizer = _optimizer_of(built, checkpoint["optimizer"]) if "optimizer" in checkpoint else None
+    optimizer = None
+    if "optimizer" in checkpoint:
+        optimizer = optimizer_holding(built, checkpoint["optimizer"], usual_groupings(built))
+        if optimizer is None:
+            raise ValueError(
+                f"{path}: its optimizer has other groups than all parameters in one, or matrices and vectors; leave it out"
+            )
 
     def save(out: Path) -> None:
         new = built.state_dict() if place is None else {**checkpoint, place: built.state_dict()}
@@ -144,37 +151,6 @@ def _open_plain(path: Path, model: str) -> Opened:
         torch.save(new, out)
 
     return Opened(built, optimizer, save)
-
-
-def _optimizer_of(model: nn.Module, saved: dict[str, Any]) -> torch.optim.Optimizer:
-    """An optimizer that holds the saved state, grouped as one of the usual rules has it.
-
-    Raises:
-        ValueError: no rule gives weights of the saved shapes.
-    """
-    parameters = plain_parameters(model)
-    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]
-    for groups in ([parameters], [matrices, vectors], [vectors, matrices]):
-        optimizer = torch.optim.Optimizer([{"params": group} for group in groups], {})  # it keeps what it is given
-        prepare_to_resume(model, optimizer, saved)
-        if _fits(optimizer, saved):
-            optimizer.load_state_dict(saved)
-            return optimizer
-    raise ValueError(
-        "the saved optimizer has other groups than all parameters in one, or matrices and vectors; leave it out of the file"
-    )
-
-
-def _fits(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> bool:
-    ours, theirs = optimizer.param_groups, saved["param_groups"]
-    if [len(group["params"]) for group in ours] != [len(group["params"]) for group in theirs]:
-        return False
-    for our, their in zip(ours, theirs, strict=True):
-        for p, index in zip(our["params"], their["params"], strict=True):
-            moments = saved["state"].get(index, {}).values()
-            if any(isinstance(x, torch.Tensor) and x.ndim and x.shape != p.shape for x in moments):
-                return False
-    return True
 
 
 def main(argv: list[str] | None = None) -> int:
