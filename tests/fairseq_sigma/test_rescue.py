@@ -125,7 +125,7 @@ def test_fp32_copies_stay_what_they_are(train, collapse, flag, tmp_path, monkeyp
 
     def wrapped(self, alarm):
         optimizer = self._trainer.optimizer
-        before = {p: (copy, copy.clone(), dict(optimizer.optimizer.state[copy]))
+        before = {p: (fp32, fp32.clone(), dict(optimizer.optimizer.state[fp32]))
                   for p, fp32 in zip(optimizer.fp16_params, optimizer.fp32_params, strict=True)}  # fmt: skip
         done = call(self, alarm)
         seen.append((before, optimizer, self._trainer.get_model()))

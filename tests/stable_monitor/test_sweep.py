@@ -95,7 +95,9 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path, monkeypatch):
         *LOSS,
     ]
     whole = [sys.executable, "-m", "stable_monitor.sweep", *options, *end]
-    process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Where the tests themselves run in the background, Ctrl-C is ignored, and children inherit that.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     while not (tmp_path / "started.txt").exists() or len(started(tmp_path)) < 2:
         assert process.poll() is None
         time.sleep(0.05)
