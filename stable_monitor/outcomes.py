@@ -1,7 +1,6 @@
 """What came of the runs of a sweep: by variant and learning rate, as a table and as the paper's figure."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -77,7 +76,7 @@ def table(rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def plot(rows: list[Row], path: Path, unit: str = "loss", colors: Mapping[str, Any] | None = None) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """The paper's figure: loss over log(rate), a line a variant, between the least and the largest of its seeds."""
     style: Any = STYLE
     with rc_context(style):
@@ -85,7 +84,7 @@ def plot(rows: list[Row], path: Path, unit: str = "loss", colors: Mapping[str, A
         axes: Any = figure.subplots()
         for index, row in enumerate(rows):
             points = {lr: list(losses.values()) for lr, losses in row.losses.items() if losses}
-            color = (colors or {}).get(row.variant, colormaps["tab10"](index % 10))
+            color = colormaps["tab10"](index % 10)
             number = f", {fmean(row.sensitivity.values()):.3f}" if row.sensitivity else ""
             axes.plot(
                 list(points), list(map(fmean, points.values())), "o-", color=color, ms=3, label=f"{row.variant}{number}"
@@ -98,6 +97,6 @@ def plot(rows: list[Row], path: Path, unit: str = "loss", colors: Mapping[str, A
                 alpha=0.15,
             )
         axes.set_xscale("log")
-        axes.set(xlabel="learning rate", ylabel=f"final {unit}")
+        axes.set(xlabel="learning rate", ylabel="final loss")
         axes.legend(title="sensitivity", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         figure.savefig(path, dpi=120)

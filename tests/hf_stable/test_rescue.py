@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -78,7 +79,6 @@ def test_what_cannot_be_rescued_stops_with_a_checkpoint_and_a_line(tmp_path, cap
 
 
 def test_an_adapter_is_not_rescued(tmp_path, caplog):
-    peft = pytest.importorskip("peft")
 
     class Collapse(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
