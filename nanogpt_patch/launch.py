@@ -199,6 +199,7 @@ class _MonitoredGPT(GPT):
                             optimizer=optimizer,
                             step=done + 1,
                             on_alarm=action(variables, optimizer),
+                            stack="nanogpt",
                         )
                     )
                 losses = variables.get("losses")  # of the last validation, which may have come just before this update

@@ -2,7 +2,6 @@
 
 import bisect
 import math
-import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from numbers import Real
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from .optimizers import Optimizers, listed, short, with_parts
+from .verdicts import Examination, median_head
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class AlarmConfig:
 class Alarm:
     """The entropy of a layer fell below its threshold, or is NaN. All entropies are in nats, as `AlarmConfig` defines them.
 
-    threshold and reference are NaN where the layer has too few earlier records for them.
+    threshold and reference are NaN where the layer has too few earlier records for them. `blowup` says that the loss had blown
+    up before, so that the entropy fell with it: no rescue helps there.
     """
 
     step: int
@@ -61,15 +62,20 @@ class Alarm:
     threshold: float
     reference: float
     bound: float
+    blowup: bool = False
 
     def __str__(self) -> str:
         if math.isnan(self.entropy):
             past = "" if math.isnan(self.reference) else f" (its highest median before: {self.reference:.3g})"
-            return f"update {self.step}: entropy collapse in {self.layer}: not a number{past}"
+            return f"update {self.step}: {self._what} in {self.layer}: not a number{past}"
         return (
-            f"update {self.step}: entropy collapse in {self.layer}: {self.entropy:.3g} nats, below {self.threshold:.3g} "
+            f"update {self.step}: {self._what} in {self.layer}: {self.entropy:.3g} nats, below {self.threshold:.3g} "
             f"(its highest median before: {self.reference:.3g}; least possible for its logits: {self.bound:.3g})"
         )
+
+    @property
+    def _what(self) -> str:
+        return "entropy falls after the loss blew up" if self.blowup else "entropy collapse"
 
 
 class EntropyCollapse(RuntimeError):
@@ -126,7 +132,7 @@ class Watch:
     """Finds the alarms of records, which it must be shown in order."""
 
     def __init__(self, config: AlarmConfig) -> None:
-        self.config = config
+        self.config, self.examination = config, Examination()
         self._past: dict[str, list[float]] = defaultdict(list)  # sorted
         self._highest: dict[str, float] = defaultdict(float)
         self._records: dict[str, int] = defaultdict(int)
@@ -135,6 +141,8 @@ class Watch:
     def look(self, record: dict[str, Any]) -> list[Alarm]:
         """The alarms that this record of the monitor raises."""
         alarms = []
+        self.examination.look(record)
+        blowup = self.examination.blew_up
         for name, layer in record["layers"].items():
             if not layer.get("entropy") or layer.get("keys", 0) is None:  # every query had all keys masked
                 continue
@@ -148,7 +156,7 @@ class Watch:
                 threshold = min(bound + self.config.fraction * (reference - bound), reference / 2)
             if entropy < threshold or (math.isnan(entropy) and before >= self.config.patience):
                 if name not in self.collapsed:
-                    alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound))
+                    alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound, blowup))
                 self.collapsed.add(name)
                 continue
             if not entropy <= min(2 * threshold, (threshold + reference) / 2):
@@ -156,9 +164,3 @@ class Watch:
             if not math.isnan(entropy):
                 bisect.insort(past, entropy)
         return alarms
-
-
-def median_head(values: list[float | None]) -> float:
-    """The lower median over heads; NaN if one is null (NaN in a record), as one such head makes all later layers NaN."""
-    known = [value for value in values if value is not None]
-    return statistics.median_low(known) if known and len(known) == len(values) else math.nan

@@ -23,8 +23,10 @@ from .optimizers import Optimizers, listed, short
 from .projections import SpectralNorms
 from .ranks import Ranks
 from .records import RecordFile, read
+from .remedies import remedy
 from .rescue import Rescued, rescue
 from .summary import by_head, gradient_norms, plain
+from .verdicts import Verdict
 
 log = logging.getLogger("stable_monitor")
 
@@ -69,6 +71,7 @@ class Monitor:
         on_alarm: called with each `Alarm` of rank 0, after it is logged, on every rank that has a monitor: `stop_training`,
             `lower_learning_rate(optimizer)` or your function.
         writers: functions called with each record on rank 0: `TensorBoardWriter(directory)`, `WandbWriter()` or yours.
+        stack: the training stack's name, for the records: `python -m stable_monitor.diagnose` then names its remedies.
 
     Raises:
         ValueError: every or step is not a whole number, or too small; another argument is of another type.
@@ -85,6 +88,7 @@ class Monitor:
         alarm: AlarmConfig | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
         writers: Iterable[Callable[[dict[str, Any]], None]] = (),
+        stack: str = "",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model = {short(model)}: allowed are torch modules")
@@ -111,6 +115,8 @@ class Monitor:
             [] if optimizer is None else listed(optimizer),
         )
         self._on_alarm, self._writers = on_alarm, writers
+        self._stack = {"stack": stack} if stack else {}
+        self._verdict, self._said = "", set[str]()  # of the last record; those that were logged
         self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(self._all_here), False
         self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
         # order=1: it sees calls after other interceptions, such as attention_temperature, have changed them.
@@ -276,6 +282,7 @@ class Monitor:
             groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
             lr = next((group["lr"] for group in groups if "lr" in group), None)
         record = {
+            **self._stack,
             "step": self.updates,
             "time": round(time.time(), 3),
             **plain({"loss": self._number("loss", loss), "lr": self._number("lr", lr)}),
@@ -304,17 +311,28 @@ class Monitor:
             if alarms and self._ranks.missing():
                 self._warn("on_alarm is not called on every rank, as some have no monitor: construct it on every rank")
         record["alarms"] = [{key: plain(asdict(alarm)[key]) for key in ALARM_KEYS} for alarm in alarms]
+        verdict = self._watch.examination.verdict()
+        record["verdict"] = verdict.verdict
         if self._file is not None:
             with self._warning(str(self._file.path)):
                 self._file.append(record)
         for writer in self._writers if self._is_main else ():
             with self._warning(getattr(writer, "__qualname__", type(writer).__name__)):
                 writer(record)
+        if self._is_main:
+            self._say(record["step"], verdict)
         for alarm in alarms:
             if self._is_main:
                 log.warning("%s", alarm)
             if self._on_alarm is not None:
                 self._mark(self._on_alarm(alarm))
+
+    def _say(self, step: int, verdict: Verdict) -> None:
+        """Logs each kind of verdict once, where it is that of two records; the alarm says a collapse itself."""
+        name, before, self._verdict = verdict.verdict, self._verdict, verdict.verdict
+        if name not in ("healthy", "collapse") and name == before and name not in self._said:
+            self._said.add(name)
+            log.warning("update %d: %s; try: %s (%s)", step, verdict, *remedy(name, self._stack.get("stack", "")))
 
     def _mark(self, done: Any) -> None:
         """Adds to the last record what a rescue after it did, by writing it again."""

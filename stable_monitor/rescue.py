@@ -21,13 +21,14 @@ from stable_core.qk_clip import weights_to_clip
 from stable_core.sharding import is_sharded
 from stable_core.sigma_layers import sigma_layers
 
-from .alarm import Alarm, median_head
+from .alarm import Alarm
 from .calls import Call
 from .compiled import unnoticed, unwrap
 from .interception import UNSEEN, Interception
 from .optimizers import Optimizers, listed, place_without_decay
 from .resume import average_gradients, note_gammas
 from .summary import by_head
+from .verdicts import median_head
 
 log = logging.getLogger("stable_monitor")
 
@@ -138,7 +139,8 @@ class Rescue:
 
         monitor = Monitor(model, every=10, optimizer=optimizer, on_alarm=Rescue(model, optimizer, lambda: model(batch)))
 
-    The monitor writes down what was done.
+    The monitor writes down what was done. After a blow-up nothing is done but a warning: it is not the
+    queries and keys that broke.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizers, forward: Callable[[], Any], **settings: Any) -> None:
@@ -147,6 +149,9 @@ class Rescue:
         self._done: tuple[int, set[str]] = (-1, set())  # an update with alarms, and the layers rescued in it
 
     def __call__(self, alarm: Alarm) -> list[Rescued]:
+        if alarm.blowup:
+            log.warning("%s; not rescued: lower the learning rate, or go back to a sound checkpoint", alarm)
+            return []
         step, layers = self._done
         if step != alarm.step:
             layers = set()

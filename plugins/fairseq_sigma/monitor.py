@@ -93,6 +93,7 @@ def _attach(trainer: Trainer):
         path=trainer.cfg.checkpoint.save_dir,
         step=trainer.get_num_updates(),
         on_alarm=trainer._rescue,
+        stack="fairseq",
     )
     clip_grad_norm = trainer.clip_grad_norm  # comes after the gradients are summed over processes and normalised
 

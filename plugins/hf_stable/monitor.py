@@ -77,6 +77,7 @@ class MonitorCallback(TrainerCallback):
             step=state.global_step,
             alarm=self.alarm,
             on_alarm=self._on_alarm,
+            stack="transformers",
             writers=self.writers,
         )
 

@@ -47,7 +47,7 @@ def train(settings: Settings) -> float:
     training.factor = lambda update: schedule(update, settings.updates)
     if settings.qk_clip:
         QKClip(training.model, settings.qk_clip, optimizer=training.optimizer)
-    with Monitor(training.model, 20, path=settings.out, optimizer=training.optimizer) as monitor:
+    with Monitor(training.model, 10, path=settings.out, optimizer=training.optimizer) as monitor:
         for batch in itertools.islice(training.batches(settings.seed), settings.updates):
             loss = training.step(batch)
             monitor.step(loss)

@@ -305,6 +305,7 @@ class _Loop:
             optimizer=self.optimizer.optimizer,
             step=self.update,
             on_alarm={"warn": None, "stop": stop_training, "rescue": self._rescue}[self.settings.on_alarm],
+            stack="timm",
         )
         if self.settings.on_alarm == "rescue":
             last: list[tuple] = []  # what the model was last called with
