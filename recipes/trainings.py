@@ -140,9 +140,10 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 class Vision(Training):
-    """timm's ViT, or with options ours: 6 blocks of width 64, 64 patches of a pixel."""
+    """timm's ViT, or with options ours: 6 blocks, 64 patches of a pixel."""
 
     clip = 0.0
+    width, heads, images = 64, 4, 64
 
     def __init__(self, data: Path, lr: float, seed: int, options: Options | None = None) -> None:
         import timm
@@ -150,7 +151,14 @@ class Vision(Training):
         import timm_stable  # noqa: F401  which registers StableViT
 
         torch.manual_seed(seed)
-        sizes = {"img_size": 8, "patch_size": 1, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 10}
+        sizes = {
+            "img_size": 8,
+            "patch_size": 1,
+            "embed_dim": self.width,
+            "depth": 6,
+            "num_heads": self.heads,
+            "num_classes": 10,
+        }
         methods = {**STOCK, **(options or {})}
         self.criterion = WithZLoss(nn.CrossEntropyLoss(), methods.pop("z_loss", 0.0))
         name = "vit_small_patch16_224" if options is None else "stablevit_small"
@@ -161,7 +169,7 @@ class Vision(Training):
         (images, labels), _ = digits()
         generator = torch.Generator().manual_seed(seed)
         while True:
-            picked = torch.randint(len(images), (64,), generator=generator)
+            picked = torch.randint(len(images), (self.images,), generator=generator)
             yield images[picked], labels[picked]
 
     def validation(self) -> list[Any]:
@@ -170,6 +178,12 @@ class Vision(Training):
     def loss(self, batch: Any) -> Tensor:
         self.criterion.train(self.model.training)
         return self.criterion(self.model(batch[0]), batch[1])
+
+
+class WideVision(Vision):
+    """The same, of another width."""
+
+    width, heads, images = 96, 3, 128
 
 
 @cache
@@ -253,5 +267,6 @@ KINDS = {
     "gpt": Kind(Characters, lr=0.016, good=20, at=120, after=160, every=20),
     "gpt2": Kind(GPT2, lr=0.03, good=10, at=120, after=160, every=10),
     "vit": Kind(Vision, lr=0.03, good=20, at=100, after=150, every=10),
+    "vit96": Kind(WideVision, lr=0.01, good=20, at=100, after=150, every=10),
     "translation": Kind(Translation, lr=2e-2, good=15, at=60, after=100, every=5),
 }

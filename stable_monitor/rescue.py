@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from stable_core.bounding import Bounded, bound_queries_and_keys, parameters_of_queries_and_keys
+from stable_core.bounding import LIMIT, Bounded, bound_queries_and_keys, parameters_of_queries_and_keys
 from stable_core.qk_clip import weights_to_clip
 from stable_core.sharding import is_sharded
 from stable_core.sigma_layers import sigma_layers
@@ -30,6 +30,7 @@ from .resume import average_gradients, note_gammas
 from .summary import by_head
 from .verdicts import median_head
 
+HALVINGS = 6  # at the most, of the limit
 log = logging.getLogger("stable_monitor")
 
 
@@ -63,21 +64,21 @@ def rescue(
     layers: Iterable[str] = (),
     fraction: float = 0.3,
     logit: float = 100.0,
-    limit: float = 1.0,
+    limit: float = LIMIT,
     scheduler: Any = None,
 ) -> list[Rescued]:
     """Bounds the queries and keys of the layers whose attention entropy has collapsed, in place, and returns what it did.
 
     Between two updates of a run that goes on afterwards, with the same model and optimizer. Each layer's W_q and W_k get
-    σReparam and a spectral norm of at most `limit`; the optimizer gets their gammas, without weight decay, and forgets the
-    moments of these weights and their biases. Everything else, moments too, stays what it is bit for bit. Call it on every
-    process: rank 0 decides which layers.
+    σReparam and a spectral norm of at most `limit`, which is halved while their entropy stays low. The optimizer gets their
+    gammas, without weight decay, and forgets the moments of these weights and their biases. Everything else, moments too, stays
+    what it is bit for bit. Call it on every process: rank 0 decides which layers.
 
     Args:
         model: what the training loop calls: plain, compiled, or in DistributedDataParallel.
         optimizer: what trains it, one or several.
-        forward: runs the model on a batch, in training mode; what it returns does not matter. It is called twice, without
-            gradient, and random numbers and buffers are afterwards what they were.
+        forward: runs the model on a batch, in training mode; what it returns does not matter. It is called without
+            gradient, twice or more, and random numbers and buffers are afterwards what they were.
         layers: attention modules by name, to be rescued whatever their entropy.
         fraction: a layer has collapsed where the entropy of its median head is below this part of log(keys).
         logit: where one has collapsed, those with a larger attention logit than this are taken to be on the way there. The
@@ -100,12 +101,24 @@ def rescue(
         return []
     bounded = bound_and_train(model, optimizers, {name: before[name].module for name in picked}, limit, scheduler)
     after = _look(inner, forward)
+    for halved in (limit / 2**n for n in range(1, HALVINGS + 1)):
+        still = _decided_by_rank_0([name for name in picked if after[name].entropy < fraction * after[name].uniform])
+        if not still:
+            break
+        again = bound_and_train(model, optimizers, {name: before[name].module for name in still}, halved)
+        bounded |= {name: _both(bounded[name], again[name]) for name in still}
+        after = _look(inner, forward)
     done = []
     for name in picked:
         entropy = before[name].entropy, after[name].entropy
         done.append(Rescued(name, entropy, before[name].uniform, bounded[name].queries, bounded[name].keys))
         log.warning("%s", done[-1])
     return done
+
+
+def _both(first: Bounded, second: Bounded) -> Bounded:
+    """Two changes, one after the other, as one."""
+    return Bounded((first.queries[0], second.queries[1]), (first.keys[0], second.keys[1]))
 
 
 def bound_and_train(

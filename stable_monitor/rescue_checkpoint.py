@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stable_core.bounding import LIMIT
 from stable_core.checkpoint_file import read_checkpoint
 from stable_core.sigma_layers import sigma_layers
 from stable_core.sigma_reparam import SigmaReparamConfig, sigma_reparam
@@ -47,7 +48,7 @@ class Opened:
     save: Callable[[Path], None]
 
 
-def rescue_checkpoint(opened: Opened, layers: Iterable[str], limit: float = 1.0) -> list[str]:
+def rescue_checkpoint(opened: Opened, layers: Iterable[str], limit: float = LIMIT) -> list[str]:
     """Bounds queries and keys of the named attentions as `stable_monitor.rescue` does; a line a layer.
 
     Raises:

@@ -43,7 +43,7 @@ REMEDIES = {
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     kind: tyro.conf.Positional[Literal[*KINDS]]
-    """gpt (nanoGPT's), gpt2 (transformers'), vit (timm's) or translation (fairseq's)"""
+    """gpt (nanoGPT's), gpt2 (transformers'), vit and vit96 (timm's) or translation (fairseq's)"""
     output: Path
     """folder for log.jsonl, to which runs are added, and picture.png"""
     data: Path | None = None

@@ -58,8 +58,8 @@ def test_the_collapsed_layer_is_bounded_and_nothing_else_changes():
     random = torch.get_rng_state()
     (done,) = rescue(model, optimizer, forward_of(model))
     assert torch.equal(torch.get_rng_state(), random) and model.training
-    assert done.layer == "h.1.attn" and max(low, done.entropy[0]) < 0.01 and done.entropy[1] > 1
-    assert done.queries[1] == pytest.approx(1, rel=1e-3)
+    assert done.layer == "h.1.attn" and max(low, done.entropy[0]) < 0.01 and done.entropy[1] > 0.3 * done.uniform
+    assert done.queries[1] == pytest.approx(LIMIT, rel=1e-3)
     for parameter, (value, moments) in parameters.items():
         if parameter not in inside:
             assert torch.equal(parameter, value)
@@ -135,7 +135,7 @@ def test_a_layer_that_is_reparametrised_already_keeps_its_parameters():
     with torch.no_grad():
         model.h[1].attn.c_attn.parametrizations.weight[0].gamma[:2] = 60.0  # gamma has grown
     (done,) = rescue(model, optimizer, forward_of(model))
-    assert done.layer == "h.1.attn" and done.queries == pytest.approx((60.0, 1.0), rel=1e-2)
+    assert done.layer == "h.1.attn" and done.queries == pytest.approx((60.0, LIMIT), rel=1e-2)
     assert [id(p) for p in model.parameters()] == [id(p) for p in before]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
 
@@ -221,6 +221,15 @@ def test_a_monitor_rescues_what_it_heard_and_writes_it_down(tmp_path):
     assert [done.layer for done in monitor.rescue(forward_of(model), fraction=1e-6)] == ["h.0.attn"]
     records, validations = load(tmp_path)
     assert [len(record.get("rescues", [])) for record in records] == [0, 1] and len(validations) == 1
+
+
+def test_a_limit_that_is_too_large_is_halved_until_entropy_is_back():
+    model, optimizer = collapsed(1)
+    (done,) = rescue(model, optimizer, forward_of(model), limit=30.0)
+    assert done.entropy[0] < 0.3 * done.uniform <= done.entropy[1]
+    assert done.queries[0] > 30 and done.queries[1] in [pytest.approx(30 / 2**n, rel=1e-3) for n in range(1, 7)]
+    model, optimizer = collapsed(1)
+    assert rescue(model, optimizer, forward_of(model), limit=done.queries[1])[0].entropy == pytest.approx(done.entropy)
 
 
 def test_what_is_wrong_is_one_line():
