@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from stable_core import fold, sigma_layers
+from stable_core.bounding import LIMIT
 from stable_core.unfolding import reparametrised_in
 from stable_monitor import Alarm, Monitor, Rescue, prepare_to_resume, report, rescue
 from stable_monitor.records import Run, load
