@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_core.layers import chain_of, find_qk_norms, matrix_shape, num_heads, own_biases, rows_of
+from stable_core.layers import chain_of, find_qk_norms, matrix_shape, num_heads, num_key_heads, own_biases, rows_of
 from stable_core.qk_clip import query_and_key_places
 
 from .calls import AttentionCall, FusedCall
@@ -56,7 +56,7 @@ def promise(call: AttentionCall, inputs: Mapping[nn.Module, Input]) -> Promise:
     norms = {name: modules[name] for name in find_qk_norms(attention) if name in modules}
     if unused := [name for name, norm in norms.items() if norm not in inputs]:
         return Promise("QK-norm", fault=f"{unused[0]} is there, and not called")
-    scale, heads = _scale(call), num_heads(attention)
+    scale, heads = _scale(call), (num_heads(attention), num_key_heads(attention))
     if scale is None:
         return Promise()
     longest_of = {
@@ -100,7 +100,7 @@ def _of_role(role: str, norms: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: norms[name] for name, found in parts.items() if {role, "qk"} & set(found)}
 
 
-def _greatest_length(norm: nn.Module, given: Input, heads: int | None) -> float:
+def _greatest_length(norm: nn.Module, given: Input, heads: tuple[int | None, int | None]) -> float:
     """max |norm(x)| over all x, or inf where there is none; found by what the module does, whatever its class.
 
     norm(x) = gamma * z + beta with |z| = sqrt(d) has at most the length max |sqrt(d) gamma_j| + |beta|. With the unit vectors
@@ -110,9 +110,12 @@ def _greatest_length(norm: nn.Module, given: Input, heads: int | None) -> float:
     eye = torch.eye(width, dtype=given.like.dtype, device=given.like.device)
     # Each head may have a norm of its own.
     probe = eye.view(width, *[1] * (len(given.shape) - 2), width)
-    probe = probe.expand(width, *[n if n == heads else 1 for n in given.shape[1:-1]], width)
-    beta = norm.forward(0 * probe).float().nan_to_num()
-    near, far = (norm.forward(c * probe).float() - beta for c in (2.0**5, 2.0**10))
+    probe = probe.expand(width, *[n if n in heads else 1 for n in given.shape[1:-1]], width)
+    try:
+        beta = norm.forward(0 * probe).float().nan_to_num()
+        near, far = (norm.forward(c * probe).float() - beta for c in (2.0**5, 2.0**10))
+    except (RuntimeError, ValueError, TypeError):
+        return math.inf  # it takes other shapes alone; whether logits grow is seen all the same
     columns = torch.linalg.vector_norm(far, dim=0)
     if not torch.allclose(near, far, rtol=0.02, atol=0.02 * columns.max().item()):
         return math.inf  # it grows with x

@@ -150,11 +150,11 @@ class _Attention:
 class _Pass:
     """One forward pass: the model's outputs, what was called with which input, and its attentions."""
 
-    def __init__(self, model: nn.Module, forward: Forward, uniform: bool = False) -> None:
+    def __init__(self, model: nn.Module, forward: Forward, uniform: bool = False, graph: bool = False) -> None:
         self.inputs: dict[nn.Module, Input] = {}
         self.attentions: dict[str, _Attention] = {}
         self._uniform, found = uniform, []  # type: ignore[var-annotated]
-        interception = Interception(model, self._see, finished=found.append)
+        interception = Interception(model, self._see, finished=found.append, alone=True)
         with ExitStack() as stack:
             for module in model.modules():
                 if not isinstance(module, torch.jit.ScriptModule):
@@ -162,6 +162,11 @@ class _Pass:
                     stack.callback(hook.remove)
             stack.callback(interception.stop)
             interception.start()
+            if graph:  # only inside of the model: a monitor of the run would take the pass for one of training
+                hook = model.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(True) and None)
+                stack.callback(hook.remove)
+                hook = model.register_forward_hook(lambda *_: torch.set_grad_enabled(False) and None)
+                stack.callback(hook.remove)
             with unnoticed(model):
                 found.append(forward())
         self.outputs = [x for x in tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -281,13 +286,9 @@ class _Verifier:
 
             return hook
 
-        def with_graph() -> Any:
-            with torch.enable_grad():
-                return self.forward()
-
         used: set[str] = set()
         with self._hooked({name: cut(name) for name in read}):
-            outputs = [y for y in _Pass(self.model, with_graph).outputs if y.requires_grad]
+            outputs = [y for y in _Pass(self.model, self.forward, graph=True).outputs if y.requires_grad]
         if outputs:
             with torch.enable_grad():
                 total = sum((y.float().flatten() @ torch.arange(y.numel(), device=y.device).cos()) for y in outputs)
@@ -432,15 +433,15 @@ def _as_it_was(model: nn.Module, inner: nn.Module) -> Iterator[None]:
         current = sigma.watch._seen == versions(sigma.originals())
         before.append((sigma, dict(vars(sigma)), dict(vars(sigma.watch)), current))
     wrappers: list[Any] = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    flags = [(w, w.require_forward_param_sync, w.require_backward_grad_sync) for w in wrappers]
+    flags = [(wrapper, wrapper.require_forward_param_sync) for wrapper in wrappers]
     for wrapper in wrappers:  # each process looks at its own copy, and waits for no other
-        wrapper.require_forward_param_sync = wrapper.require_backward_grad_sync = False
+        wrapper.require_forward_param_sync = False
     try:
         with unnoticed(inner):
             yield
     finally:
-        for wrapper, forwards, backwards in flags:
-            wrapper.require_forward_param_sync, wrapper.require_backward_grad_sync = forwards, backwards
+        for wrapper, flag in flags:
+            wrapper.require_forward_param_sync = flag
         for sigma, own, watch, current in before:
             vars(sigma).update(own)
             vars(sigma.watch).clear()
