@@ -10,6 +10,7 @@ from .resume import prepare_to_resume
 from .sensitivity import learning_rate_sensitivity
 from .sharpness import adamw_stability_threshold, sharpness
 from .temperature import attention_temperature
+from .verification import Verification, verify
 from .writers import TensorBoardWriter, WandbWriter, headline
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Rescue",
     "Rescued",
     "TensorBoardWriter",
+    "Verification",
     "WandbWriter",
     "adamw_stability_threshold",
     "attention_temperature",
@@ -31,4 +33,5 @@ __all__ = [
     "rescue",
     "sharpness",
     "stop_training",
+    "verify",
 ]

@@ -47,6 +47,7 @@ class Interception:
         order: where several interceptions see a call, those of lower order are asked first.
         finished: called with the output at the end of each forward pass of `model`.
         failed: called where a forward pass of `model` ends in an error.
+        alone: whether other interceptions see nothing while this one is started.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Interception:
         order: int = 0,
         finished: Callable[[Any], None] = lambda output: None,
         failed: Callable[[], None] = lambda: None,
+        alone: bool = False,
     ) -> None:
         self.handler, self.order, self._finished, self._model = handler, order, finished, model
-        self._failed, self._waits = failed, False
+        self._failed, self._waits, self.alone = failed, False, alone
         self._names: dict[nn.Module, str] = {}
         self._handles: list[RemovableHandle | Handle] = []
 
@@ -238,4 +240,5 @@ def _softmax_input(input: Tensor, dim: int | None = None, *_: Any, **__: Any) ->
 
 def _asked() -> list[tuple[Interception, list[Running]]]:
     """The interceptions that see calls in this thread, with their running modules, by `order`."""
-    return sorted(_thread.running.items(), key=lambda item: item[0].order)
+    running = sorted(_thread.running.items(), key=lambda item: item[0].order)
+    return [item for item in running if item[0].alone] or running

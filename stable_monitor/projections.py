@@ -40,7 +40,7 @@ class SpectralNorms:
             roles = equal_blocks(attention, role, W.shape)
             for part, block in zip(roles, W.chunk(len(roles)), strict=True):
                 sigmas[part] = self._sigma(f"{name}.{part}", block)
-            if chain is not None and _is_sigma_reparam(chain):
+            if chain is not None and is_sigma_reparam(chain):
                 lags.update(self._lags(name, layer, chain, W, {part: sigmas[part] for part in roles}))
         return {"sigma": sigmas, "lag": lags}
 
@@ -82,7 +82,7 @@ class SpectralNorms:
         return lags
 
 
-def _is_sigma_reparam(chain: Any) -> bool:
+def is_sigma_reparam(chain: Any) -> bool:
     """Whether a weight has σReparam and no other parametrization. Not by isinstance: models may ship copies of the classes."""
     return len(chain) == 1 and hasattr(chain[0], "members")
 

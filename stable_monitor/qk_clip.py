@@ -131,6 +131,17 @@ class QKClip:
         for handle in self._handles:
             handle.remove()
 
+    def clips(self, attention: nn.Module) -> bool:
+        """Whether an attention is one of those that it clips."""
+        return any(attention is site for site in self._sites.values())
+
+    def asleep(self) -> str:
+        """Why it clips nothing: it was closed, or nothing calls its step; "" where it does."""
+        if self._closed:
+            return "QKClip is closed"
+        idle = not self._handles and not self.updates
+        return "QKClip has made no step: give it the optimizer, or call clip.step() after each update" if idle else ""
+
     def __enter__(self) -> "QKClip":
         return self
 

@@ -193,7 +193,7 @@ def _look(model: nn.Module, forward: Callable[[], Any]) -> dict[str, _Seen]:
             found[call.site.name] = _Seen(call.site.module, median_head(entropy), fmean(log_keys), max(logits))
         return call
 
-    interception = Interception(model, see)
+    interception = Interception(model, see, alone=True)  # a QK-clip would take its logits for those of training
     interception.start()
     try:
         with unnoticed(model):

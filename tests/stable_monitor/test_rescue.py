@@ -12,7 +12,7 @@ from torch import nn
 from stable_core import fold, sigma_layers
 from stable_core.bounding import LIMIT
 from stable_core.unfolding import reparametrised_in
-from stable_monitor import Alarm, Monitor, Rescue, prepare_to_resume, report, rescue
+from stable_monitor import Alarm, Monitor, QKClip, Rescue, prepare_to_resume, report, rescue
 from stable_monitor.records import Run, load
 from stable_monitor.resume import reparametrise_named
 
@@ -139,6 +139,18 @@ def test_a_layer_that_is_reparametrised_already_keeps_its_parameters():
     assert done.layer == "h.1.attn" and done.queries == pytest.approx((60.0, LIMIT), rel=1e-2)
     assert [id(p) for p in model.parameters()] == [id(p) for p in before]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+
+
+def test_a_clip_hears_nothing_of_a_rescue():
+    """Else it would scale down what is bounded already, by the logits of before."""
+    model = gpt()
+    clip = QKClip(model, threshold=100.0)
+    model(*batch(0))[1].backward()
+    assert clip.step() == {}
+    with torch.no_grad():
+        model.h[1].attn.c_attn.weight[:64] *= 60
+    rescue(model, torch.optim.AdamW(model.parameters()), forward_of(model), layers=["h.1.attn"])
+    assert clip.step() == {}
 
 
 def test_a_scheduler_learns_of_a_new_group():
