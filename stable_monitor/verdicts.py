@@ -7,7 +7,7 @@ layer's median head divided by log(keys): 1 is attention to all keys alike.
   second record or is then not a number; or it is above EXPLODED times at the very record at which a layer has collapsed. At the
   end it has not come back, or layers have collapsed. Or: at the end it has lost half of what it had won.
 - **collapse**: at the end a layer has collapsed: its relative entropy fell below GONE at a logit above LARGE, and has not been
-  above BACK since, nor its largest logit below half of LARGE. Or: a layer is below BACK, and the loss has lost a quarter of
+  above BACK since, nor its largest logit below half of LARGE. Or: a layer is below LOW, and the loss has lost a quarter of
   what it had won from the first to the best record, at least FELL of the first.
 - **nan**: the loss or an entropy is not a number at the last record, or the gradient at the last OVERFLOWS of them (a scaler of
   fp16 skips single ones), and was one before.
@@ -32,7 +32,7 @@ WORDS = {
     "nan": "not a number",
     "unseen": "nothing seen",
 }
-GONE, BACK = 0.1, 0.3  # relative entropy
+GONE, LOW, BACK = 0.1, 0.3, 0.5  # relative entropy
 LARGE = 50.0  # logit
 RISEN, EXPLODED = 2.0, 10.0  # times the first loss
 FELL = 0.2  # of the first loss, below which a loss has not won anything to lose
@@ -192,7 +192,7 @@ class _Layer:
     relative = logit = math.nan
     least = (math.inf, 0)  # relative entropy, and when
     gone_since: int | None = None
-    low_since: int | None = None  # below BACK
+    low_since: int | None = None  # below LOW
     nan_since: int | None = None
 
     def look(self, step: int, layer: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ class _Layer:
         self.relative = entropy / math.log(keys)
         self.logit = max((x for x in layer.get("max_logit", ()) if x is not None), default=math.nan)
         self.least = min(self.least, (self.relative, step))
-        self.low_since = None if self.relative >= BACK else step if self.low_since is None else self.low_since
+        self.low_since = None if self.relative >= LOW else step if self.low_since is None else self.low_since
         if self.relative < GONE and self.logit > LARGE:
             self.gone_since = step if self.gone_since is None else self.gone_since
         elif self.relative > BACK or self.logit < LARGE / 2:

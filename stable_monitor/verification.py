@@ -81,7 +81,7 @@ def verify(
         clip: the QKClip of the run.
         filter_fn: filter_fn(module, name) -> bool picks layers that must be reparametrised, and attentions whose logits must be
             bounded; by default no layer must, and every attention.
-        lag: the largest part by which |W_hat| may be off gamma: one power iteration an update is behind by more at higher rates.
+        lag: the largest part by which |W_hat| may be off gamma: one iteration an update is behind by more at higher rates.
 
     Raises:
         ValueError: the forward pass shows nothing, is not the same twice, or gives NaN; weights that are cut up over processes;
