@@ -28,7 +28,7 @@ from .interception import UNSEEN, Interception
 from .optimizers import Optimizers, listed, place_without_decay
 from .resume import average_gradients, note_gammas
 from .summary import by_head
-from .verdicts import median_head
+from .verdicts import LOW, median_head
 
 HALVINGS = 6  # at the most, of the limit
 log = logging.getLogger("stable_monitor")
@@ -62,7 +62,7 @@ def rescue(
     forward: Callable[[], Any],
     *,
     layers: Iterable[str] = (),
-    fraction: float = 0.3,
+    fraction: float = LOW,
     logit: float = 100.0,
     limit: float = LIMIT,
     scheduler: Any = None,
@@ -102,7 +102,7 @@ def rescue(
     bounded = bound_and_train(model, optimizers, {name: before[name].module for name in picked}, limit, scheduler)
     after = _look(inner, forward)
     for halved in (limit / 2**n for n in range(1, HALVINGS + 1)):
-        still = _decided_by_rank_0([name for name in picked if after[name].entropy < fraction * after[name].uniform])
+        still = _decided_by_rank_0([name for name in picked if after[name].entropy < LOW * after[name].uniform])
         if not still:
             break
         again = bound_and_train(model, optimizers, {name: before[name].module for name in still}, halved)
