@@ -10,49 +10,50 @@ from typing import Any
 import torch
 
 from .optimizers import Optimizers, listed, short, with_parts
-from .verdicts import Examination, median_head
+from .verdicts import LARGE, LOW, Examination, median_head
 
 
 @dataclass(frozen=True)
 class AlarmConfig:
     """When a layer's attention entropy counts as collapsed.
 
-    The entropy of a layer, in nats, is that of its median head, so that half of the heads suffice. It has collapsed below
-
-        threshold = min(bound + fraction * (reference - bound), reference / 2)
-
-    bound is the least entropy that logits of their present size allow [σ, Theorem 3.1]. reference is the highest value so far
+    The entropy of a layer, in nats, is that of its median head, so that half of the heads suffice. It has collapsed where it is
+    below fraction * reference while the layer's largest attention logit is above `logit`. reference is the highest value so far
     of the median of the layer's earlier records, without collapsed ones; the highest, because the median itself falls in a
-    collapse that takes several records. The threshold is at most reference / 2, because the bound of small logits is close to
-    the entropy of uniform attention, which is no collapse. Entropy that is NaN counts as collapsed.
+    collapse that takes several records. Low entropy at small logits is attention that works. Entropy that is NaN counts as
+    collapsed. The defaults are what hears most without a false alarm in recipes/lr_sensitivity.
 
     A layer raises one alarm when it falls below the threshold, and no other before it has recovered: above twice the
     threshold, or above the middle between threshold and reference if that is lower. So a layer that stays near its threshold
     raises one alarm.
 
     Attributes:
-        fraction: the part of the distance from bound to reference below which entropy has collapsed, in (0, 1).
+        fraction: the part of the reference below which entropy has collapsed, in (0, 1).
+        logit: the largest attention logit that is no collapse, whatever the entropy.
         patience: number of records that a layer must have before it can raise an alarm, from 1.
 
     Raises:
-        ValueError: fraction or patience is not allowed.
+        ValueError: a value is not allowed.
     """
 
-    fraction: float = 0.1
+    fraction: float = LOW
     patience: int = 1
+    logit: float = LARGE
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise ValueError(f"fraction = {self.fraction!r}: allowed are numbers between 0 and 1")
         if not isinstance(self.patience, int) or self.patience < 1:
             raise ValueError(f"patience = {self.patience!r}: allowed are whole numbers from 1")
+        if not self.logit >= 0:
+            raise ValueError(f"logit = {self.logit!r}: allowed are numbers from 0")
 
 
 @dataclass(frozen=True)
 class Alarm:
     """The entropy of a layer fell below its threshold, or is NaN. All entropies are in nats, as `AlarmConfig` defines them.
 
-    threshold and reference are NaN where the layer has too few earlier records for them. `blowup` says that the loss had blown
+    bound is the least entropy that logits of their size allow [σ, Theorem 3.1]. threshold and reference are NaN where the layer has too few earlier records for them. `blowup` says that the loss had blown
     up before, so that the entropy fell with it: no rescue helps there.
     """
 
@@ -153,8 +154,11 @@ class Watch:
             reference = threshold = math.nan
             if len(past) >= self.config.patience:
                 reference = self._highest[name] = max(self._highest[name], past[(len(past) - 1) // 2])
-                threshold = min(bound + self.config.fraction * (reference - bound), reference / 2)
-            if entropy < threshold or (math.isnan(entropy) and before >= self.config.patience):
+                threshold = self.config.fraction * reference
+            logit = max((x for x in layer.get("max_logit", ()) if x is not None), default=math.inf)
+            if (entropy < threshold and logit > self.config.logit) or (
+                math.isnan(entropy) and before >= self.config.patience
+            ):
                 if name not in self.collapsed:
                     alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound, blowup))
                 self.collapsed.add(name)
