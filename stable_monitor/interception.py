@@ -167,8 +167,9 @@ class Interception:
     def _looks_like_attention(self, name: str) -> bool:
         module = self._ran[name]
         if module not in self._looks:
+            usual = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
             by_class = ATTENTION_CLASS.search(type(module).__name__) and next(module.parameters(), None) is not None
-            self._looks[module] = bool(name in self.chosen or find_projections(module) or by_class)
+            self._looks[module] = name in self.chosen or (not usual and bool(by_class or find_projections(module)))
         return self._looks[module]
 
     def site(self, stack: list[Running], depth: int) -> Site:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -69,9 +70,12 @@ LATE = (
     "transformers.modeling_flash_attention_utils",
 )  # modules that come to refer to a kernel when it is first called
 
+FUNCTIONS = (FunctionType, StandIn)
 _held: dict[tuple[int, str], tuple[int, Reference, Any]] = {}  # times held, and the function
 _stand_ins: dict[int, StandIn] = {}  # by the id of the function; one for all references to it, as pickle compares them
 _in_modules: tuple[set[int], list[Reference]] = (set(), [])  # ids of the imported modules, and what was found in them
+
+_in_models: WeakKeyDictionary[nn.Module, tuple[set[int], list[Reference]]] = WeakKeyDictionary()  # likewise, by model
 
 
 def hold(model: nn.Module, run: Run) -> list[Reference]:
@@ -110,7 +114,7 @@ def release(held: list[Reference]) -> None:
 def _references(model: nn.Module) -> Iterator[Reference]:
     global _in_modules
     imported = list(sys.modules.values())
-    if _in_modules[0] != (ids := {id(module) for module in imported}):
+    if _in_modules[0] != (ids := set(map(id, imported))):
         namespaces = [getattr(module, "__dict__", None) for module in imported]
         _in_modules = ids, list(_named(x for x in namespaces if type(x) is dict))
     yield from _in_modules[1]
@@ -118,8 +122,14 @@ def _references(model: nn.Module) -> Iterator[Reference]:
     for registry in registries():
         yield from (Reference(registry, name) for name in list(registry))
     modules = list(model.modules())
+    ids, found = _in_models.get(model, (set(), []))
+    if ids != (ids := set(map(id, modules))):
+        _in_models[model] = ids, (found := [*_named(module.__dict__ for module in modules), *_of_classes(modules)])
+    yield from found
+
+
+def _of_classes(modules: list[nn.Module]) -> Iterator[Reference]:
     classes = {cls for module in modules for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
-    yield from _named(module.__dict__ for module in modules)
     for cls in classes - {nn.Module}:
         for reference in _named([dict(cls.__dict__)]):
             whole = Reference(cls, reference.name)
@@ -132,5 +142,5 @@ def _named(namespaces: Iterable[dict[str, Any]]) -> Iterator[Reference]:
         for name, value in list(namespace.items()):
             if type(value) is staticmethod:
                 value = value.__func__
-            if type(value) in (FunctionType, StandIn) and value.__name__ in BY_NAME:
+            if type(value) in FUNCTIONS and value.__name__ in BY_NAME:
                 yield Reference(namespace, name)

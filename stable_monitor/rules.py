@@ -42,7 +42,10 @@ def window(ahead: int, left: int | None, right: int | None) -> Rule | None:
 
 def softcap(cap: float | None) -> Rule | None:
     """cap tanh(a / cap), as in Gemma 2; None and 0 mean none."""
-    return (lambda logits, *where: cap * torch.tanh(logits / cap)) if cap else None
+    if not cap:
+        return None
+    limit = cap
+    return lambda logits, *where: limit * torch.tanh(logits / limit)
 
 
 def alibi(slopes: Tensor | None, ahead: int) -> Rule | None:
