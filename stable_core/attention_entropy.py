@@ -27,6 +27,9 @@ CHUNK_ON_CPU, CHUNK = 1 << 20, 1 << 26
 LARGEST_LOGIT = 500.0
 
 Index = tuple[slice, slice, slice]
+# rule(logits, batch, head, query, key) -> logits: what is done to logits of any part of the attention before softmax (a mask, a
+# soft cap, ALiBi), -inf where a key is hidden. The last four are index tensors that broadcast to (batch, heads, queries, keys).
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
 
@@ -91,14 +94,21 @@ def attention_entropy(
 
 @_in_full_precision
 def attention_statistics(
-    q: Tensor, k: Tensor, *, scale: float, attn_mask: Tensor | None = None, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    rule: Rule | None = None,
 ) -> AttentionStatistics:
     """Entropy, largest logit, the entropy's lower bound and the number of keys of every query.
 
-    Arguments and errors as for `attention_entropy`. Logits are formed in chunks, as no fused kernel returns the largest.
+    Arguments and errors as for `attention_entropy`; `rule` changes the logits after them. Logits are formed in chunks, as no
+    fused kernel returns the largest.
     """
     mask = _check(q, k, attn_mask)
-    return _in_chunks(_logits(q.float(), k.float(), scale, mask, is_causal), q.shape[:3], q.device)
+    return _in_chunks(_logits(q.float(), k.float(), scale, mask, is_causal, rule), q.shape[:3], q.device)
 
 
 @_in_full_precision
@@ -109,6 +119,7 @@ def largest_logits(
     scale: float,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    rule: Rule | None = None,
     above: float = -math.inf,
 ) -> Tensor:
     """max_j a_ij of every query, (batch, heads, queries), exact; -inf for a query that sees no key.
@@ -118,7 +129,8 @@ def largest_logits(
     above the maximum, but takes 0.4 to 0.9 of the time of the exact maximum; |q| and |k| take 0.01 to 0.05 of it:
     benchmarks/results/qk_clip-cpu-2026-11-26.txt.)
 
-    Arguments and errors as for `attention_entropy`.
+    Of a `rule` it is only used which keys it hides: the values are those before it. Other arguments and errors as for
+    `attention_entropy`.
     """
     mask = _check(q, k, attn_mask)
     lengths = [torch.linalg.vector_norm(x.float(), dim=-1).amax((0, 2)) for x in (q, k)]
@@ -128,12 +140,14 @@ def largest_logits(
         bound = bound + mask.amax().clamp(min=0)
     largest = torch.full(q.shape[:3], -math.inf, device=q.device)
     heads = (~(bound <= above)).nonzero().flatten()  # written so that heads with NaN are not skipped
+    if rule is not None and len(heads):  # which counts the heads
+        heads = torch.arange(q.shape[1], device=q.device)
     if len(heads):
         some = q[:, heads].float(), k[:, heads // group].float()
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, heads]
         found = torch.empty(q.shape[0], len(heads), q.shape[2], device=q.device)
-        for index, logits in _logits(*some, scale, mask, is_causal):
+        for index, logits in _logits(*some, scale, mask, is_causal, rule and _only_hiding(rule)):
             found[index] = logits.amax(-1)
         largest[:, heads] = found
     return largest
@@ -210,7 +224,34 @@ def _chunks(shape: Sequence[int], device: torch.device) -> Iterator[Index]:
                 )
 
 
-def _logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Iterator[tuple[Index, Tensor]]:
+@torch.no_grad()
+def what_a_rule_hides(rule: Rule, batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, bool]:
+    """What a rule hides in its first head: (batch, keys), True for keys that no query sees; and whether no query sees a later
+    key than itself."""
+    unseen, causal = torch.ones(batch, keys, dtype=torch.bool, device=device), True
+    for index in _chunks((batch, 1, queries, keys), device):
+        where = _positions(index, keys, device)
+        zeros = torch.zeros(*(some.stop - some.start for some in index), keys, device=device)
+        visible = rule(zeros, *where)[:, 0] > MASKED
+        unseen[index[0]] &= ~visible.any(1)
+        causal = causal and not (visible & (where[3] > where[2])).any()
+    return unseen, causal
+
+
+def _only_hiding(rule: Rule) -> Rule:
+    """A rule that hides the keys that `rule` hides, and leaves the other logits as they are."""
+    return lambda logits, *where: logits.masked_fill(rule(logits, *where) <= MASKED, -math.inf)
+
+
+def _positions(index: Index, keys: int, device: torch.device) -> list[Tensor]:
+    """Numbers of batch, head, query and key of a chunk, each of four dimensions but the last."""
+    numbers = [torch.arange(some.start, some.stop, device=device) for some in index]
+    return [x.view(-1, *[1] * (3 - i)) for i, x in enumerate([*numbers, torch.arange(keys, device=device)])]
+
+
+def _logits(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: bool, rule: Rule | None = None
+) -> Iterator[tuple[Index, Tensor]]:
     """s * q k^T + mask for a part of the queries at a time, fp32, -inf where masked."""
     keys = k.shape[2]
     if k.shape[1] != q.shape[1]:
@@ -223,4 +264,6 @@ def _logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: 
         if is_causal:
             rows = torch.arange(index[2].start, index[2].stop, device=q.device)
             logits.masked_fill_(torch.arange(keys, device=q.device) > rows[:, None], -math.inf)
+        if rule is not None:
+            logits = rule(logits, *_positions(index, keys, q.device))
         yield index, logits

@@ -53,8 +53,9 @@ class AlarmConfig:
 class Alarm:
     """The entropy of a layer fell below its threshold, or is NaN. All entropies are in nats, as `AlarmConfig` defines them.
 
-    bound is the least entropy that logits of their size allow [σ, Theorem 3.1]. threshold and reference are NaN where the layer has too few earlier records for them. `blowup` says that the loss had blown
-    up before, so that the entropy fell with it: no rescue helps there.
+    bound is the least entropy that logits of their size allow [σ, Theorem 3.1]. threshold and reference are NaN where the layer
+    has too few earlier records for them. `blowup` says that the loss had blown up before, so that the entropy fell with it: no
+    rescue helps there.
     """
 
     step: int

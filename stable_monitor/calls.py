@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,51 @@ class Site:
     def arguments(self) -> dict[str, object]:
         """The arguments of its forward pass by name."""
         return given(self.module, self.args, self.kwargs)
+
+
+class Call(Protocol):
+    """One computation of attention before it runs; `FusedCall`, `SoftmaxCall` and `KernelCall` are its kinds."""
+
+    @property
+    def site(self) -> Site: ...
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+
+    @property
+    def head_dim(self) -> int | None:
+        """Size of a query vector; None where it is not known."""
+
+    def at_temperature(self, tau: float) -> "Call":
+        """The call with its logits divided by tau."""
+
+    def statistics(self) -> AttentionStatistics:
+        """The statistics of each row, (batch, heads, queries)."""
+
+    def largest_logits(self, above: float) -> Tensor:
+        """The largest scale * q.k of each query, (batch, heads, queries); heads that cannot exceed `above` may have -inf."""
+
+    def visible(self) -> tuple[Tensor | None, bool]:
+        """What queries see: (batch, heads or 1, keys), True for keys that no query sees, or None where that is not known; and
+        whether no query sees a later key than itself."""
+
+
+Handler = Callable[[Any], Any]  # is given a call, and returns it, or another of its type to be computed in its place
+
+
+def is_self_attention(call: Call) -> bool:
+    """Whether its queries and keys are of the same tokens."""
+    queries, keys = call.tokens
+    return queries == keys and not call.site.is_cross()
+
+
+def padding(call: Call) -> Tensor | None:
+    """True for queries that are padding, (batch, heads or 1, queries): in self-attention, positions that no query may see.
+
+    None where no query is known to be padding.
+    """
+    return call.visible()[0] if is_self_attention(call) else None
 
 
 @dataclass(frozen=True)
@@ -84,13 +129,14 @@ class FusedCall:
         """Size of a query vector."""
         return self.q.shape[-1]
 
-    def hidden(self) -> Tensor | None:
-        """True where attn_mask hides a key, broadcastable to (batch, heads, queries, keys); None without a mask."""
+    def visible(self) -> tuple[Tensor | None, bool]:
+        """As `Call.visible`."""
         _, _, mask = self._by_head()
         if mask is None:
-            return None
+            return None, self.is_causal
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        return ~mask if mask.dtype == torch.bool else mask <= MASKED
+        hidden = ~mask if mask.dtype == torch.bool else mask <= MASKED
+        return hidden.all(dim=2), self.is_causal or _hides_later(hidden[0, 0], self.q.shape[-2])
 
     def _by_head(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """q, k and the mask as (batch, heads, ..., ...)."""
@@ -111,7 +157,6 @@ class SoftmaxCall:
 
     site: Site
     logits: Tensor
-    is_causal = False  # a mask was added to the logits before
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -136,10 +181,11 @@ class SoftmaxCall:
 
     head_dim = None  # logits do not show it
 
-    def hidden(self) -> Tensor:
-        """True where a key is masked, (batch, 1, queries, keys), read off the first head, as masks are the same for all."""
+    def visible(self) -> tuple[Tensor | None, bool]:
+        """As `Call.visible`, read off the first head, as masks are the same for all."""
         logits = self._by_head()[:, :1]
-        return (logits - logits.amax(-1, keepdim=True) <= MASKED) | self._never(logits)
+        hidden = (logits - logits.amax(-1, keepdim=True) <= MASKED) | self._never(logits)
+        return hidden.all(dim=2), _hides_later(hidden[0, 0], hidden.shape[2])
 
     def _by_head(self) -> Tensor:
         logits, heads = self.logits.detach(), num_heads(self.site.module)
@@ -148,6 +194,14 @@ class SoftmaxCall:
     def _never(self, logits: Tensor) -> Tensor:
         """True where a logit is so low that it must be masked: half of finfo.min is enough, as some models scale masks."""
         return logits <= max(torch.finfo(logits.dtype).min / 2, -1e8)
+
+
+def _hides_later(hidden: Tensor, queries: int) -> bool:
+    """Whether a mask, True where (queries or 1, keys) is hidden, hides all later keys of each query, but not all keys."""
+    if queries == 1 or hidden.shape != (queries, queries):
+        return False
+    later = torch.ones_like(hidden).triu(1)
+    return bool((hidden | ~later).all() and not hidden.all())
 
 
 def head_dims(heads: int | None, x: Tensor, *others: Tensor) -> tuple[int, ...]:
@@ -185,25 +239,6 @@ def with_heads(x: Tensor, heads: int | None, dims: tuple[int, ...]) -> Tensor:
     first = last - len(dims)
     x = x.movedim(dims, tuple(range(first, last))).flatten(first, last - 1)
     return x.flatten(0, first - 1) if first else x.unsqueeze(0)
-
-
-AttentionCall = FusedCall | SoftmaxCall
-Call = TypeVar("Call", FusedCall, SoftmaxCall)
-
-
-class Handler(Protocol):
-    """A function that is given a call, and returns it, or another of its type to be computed in its place."""
-
-    def __call__(self, call: Call) -> Call: ...
-
-
-def padding(call: AttentionCall, hidden: Tensor | None) -> Tensor | None:
-    """True for queries that are padding, (batch, heads or 1, queries): in self-attention, positions that no query may see.
-
-    `hidden` is `call.hidden()`. None where that is None or this is not self-attention: no query is known to be padding.
-    """
-    queries, keys = call.tokens
-    return None if hidden is None or queries != keys or call.site.is_cross() else hidden.all(dim=2)
 
 
 @functools.cache

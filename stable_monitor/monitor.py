@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from .alarm import Alarm, AlarmConfig, Watch
 from .calls import Call
+from .chosen import Chosen, choose
 from .compiled import is_compiled, probe_before_forward, unwrap
-from .interception import UNSEEN, Interception
+from .interception import UNSEEN, Interception, unseen_warning
 from .optimizers import Optimizers, listed, short
 from .projections import SpectralNorms
 from .ranks import Ranks
@@ -71,10 +72,15 @@ class Monitor:
         on_alarm: called with each `Alarm` of rank 0, after it is logged, on every rank that has a monitor: `stop_training`,
             `lower_learning_rate(optimizer)` or your function.
         writers: functions called with each record on rank 0: `TensorBoardWriter(directory)`, `WandbWriter()` or yours.
+        attention: modules, by name, whose attention the monitor does not see by itself; `*` stands for any part of a name.
+            "softmax": a softmax over the last dimension in the module is that of attention. A function (module, args, kwargs)
+            of the module's forward -> (q, k, scale, mask), with q and k (batch, heads, tokens, head_dim) and a mask or None
+            as `scaled_dot_product_attention` takes it: these are read, whatever computes the attention.
         stack: the training stack's name, for the records: `python -m stable_monitor.diagnose` then names its remedies.
 
     Raises:
-        ValueError: every or step is not a whole number, or too small; another argument is of another type.
+        ValueError: every or step is not a whole number, or too small; attention names no module, or says something else of it;
+            another argument is of another type.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class Monitor:
         alarm: AlarmConfig | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
         writers: Iterable[Callable[[dict[str, Any]], None]] = (),
+        attention: Chosen | None = None,
         stack: str = "",
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -121,7 +128,12 @@ class Monitor:
         self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
         # order=1: it sees calls after other interceptions, such as attention_temperature, have changed them.
         self._interception = Interception(
-            self._model, self._see, order=1, finished=self._end_of_forward, failed=self._forget
+            self._model,
+            self._see,
+            order=1,
+            finished=self._end_of_forward,
+            failed=self._forget,
+            chosen=choose(self._model, attention),
         )
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._is_main = self._processes == 1 or dist.get_rank() == 0
@@ -222,6 +234,7 @@ class Monitor:
         self._seen: dict[str, tuple[Any, ...]] = {}  # by layer: kind, numbers of each head, spectral norms
         self._modules: dict[str, nn.Module] = {}
         self._loss: Tensor | None = None
+        self._unseen: list[str] = []  # modules that look like attention, of which none was seen
 
     def _is_cut_up(self) -> bool:
         return any(isinstance(p, DTensor) for p in self._model.parameters())
@@ -241,6 +254,7 @@ class Monitor:
         return False
 
     def _end_of_forward(self, output: Any) -> None:
+        self._unseen = self._interception.unseen()
         if self._seen:
             self._armed.close()
             loss = output.get("loss") if isinstance(output, dict) else None
@@ -274,6 +288,8 @@ class Monitor:
     def _record(self, loss: Tensor | float | None, lr: float | None) -> dict[str, Any]:
         if not self._seen:
             self._warn(f"{UNSEEN}. The monitor must be given what the loop calls, in training mode")
+        if self._unseen:
+            self._warn(unseen_warning(self._unseen))
         if not self._gradients:
             if not self._shards and all(p.grad is None for p in self._model.parameters()):
                 self._warn("no gradient was seen: call step after backward, before the gradients are cleared")

@@ -197,7 +197,7 @@ class QKClip:
                     "written out; use scaled_dot_product_attention (attn_implementation='sdpa'), or leave it out with filter_fn"
                 )
             self._fit.add(name)
-        if (largest > self.threshold).any() and (unseen := padding(call, call.hidden())) is not None:
+        if (largest > self.threshold).any() and (unseen := padding(call)) is not None:
             largest = rows.masked_fill(unseen, -math.inf).amax((0, 2))
         largest = largest.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         self._largest[name] = torch.maximum(self._largest.get(name, largest), largest)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .calls import AttentionCall, padding
+from .calls import Call, is_self_attention
 
 DIGITS = 6  # significant digits of a number in the file
 
 
 @torch.no_grad()
-def by_head(call: AttentionCall) -> tuple[str, Tensor]:
+def by_head(call: Call) -> tuple[str, Tensor]:
     """The kind of an attention ("encoder", "decoder", which is causal, or "cross"), and its numbers, (5, heads).
 
     The numbers are the mean entropy, least entropy, largest logit, mean lower bound of the entropy, and mean upper bound, which
@@ -21,14 +21,11 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
     no key, and in self-attention without padding, that is queries at positions that no query may see. The least entropy is
     over queries that see two or more keys, as it is always 0 with one.
     """
-    rows, hidden = call.statistics(), call.hidden()
-    queries = call.tokens[0]
-    kind = "cross" if call.site.is_cross() else "decoder" if call.is_causal else "encoder"
+    rows, (unseen, causal) = call.statistics(), call.visible()
+    kind = "cross" if call.site.is_cross() else "decoder" if causal else "encoder"
     counted = rows.keys > 0
-    if hidden is not None and (unseen := padding(call, hidden)) is not None:
-        counted = counted & ~unseen.expand(-1, -1, queries)
-        if _is_causal(hidden[0, 0], queries):
-            kind = "decoder"
+    if unseen is not None and is_self_attention(call):
+        counted = counted & ~unseen.expand(-1, -1, counted.shape[2])
     total = counted.sum((0, 2))
 
     def mean(x: Tensor) -> Tensor:
@@ -41,14 +38,6 @@ def by_head(call: AttentionCall) -> tuple[str, Tensor]:
         mean(rows.bound),
         mean(rows.keys.double().clamp(min=1).log()),
     ])  # fmt: skip
-
-
-def _is_causal(hidden: Tensor, queries: int) -> bool:
-    """Whether a mask, True where (queries or 1, keys) is hidden, hides all later keys of each query, but not all keys."""
-    if queries == 1 or hidden.shape[0] == 1:
-        return False
-    later = torch.ones_like(hidden).triu(1)
-    return bool((hidden | ~later).all() and not hidden.all())
 
 
 @torch.no_grad()

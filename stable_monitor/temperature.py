@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .calls import Call
+from .chosen import Chosen, choose
 from .interception import UNSEEN, Interception
 
 
@@ -23,15 +24,17 @@ class attention_temperature:  # a context manager, used as a function
     Run backward passes inside the context, too, as activation checkpointing computes attention again in them. Compiled models
     run eagerly within the context.
 
+    `attention` is that of `Monitor`; "softmax" only, as what a function reads cannot be changed.
+
     Raises:
-        ValueError: tau is not a positive finite number.
+        ValueError: tau is not a positive finite number; in the forward pass, a kernel whose logits cannot be changed.
         RuntimeError: at the end, if the model ran but no attention was seen, so that tau had no effect.
     """
 
-    def __init__(self, model: nn.Module, tau: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, tau: float = 1.0, *, attention: Chosen | None = None) -> None:
         self.tau = tau
         self._ran = self._seen = False
-        self._interception = Interception(model, self._divide, finished=self._finished)
+        self._interception = Interception(model, self._divide, finished=self._finished, chosen=choose(model, attention))
         self._eager = ExitStack()
 
     @property

@@ -35,7 +35,7 @@ class MonitorCallback(TrainerCallback):
         on_alarm: what to do when a layer's entropy collapses: "warn"; "stop", which ends the training with a checkpoint;
             "rescue", which is `stable_monitor.rescue` before the next update, and where that cannot be done stops with a line
             that says how to go on; or a function of the `Alarm`.
-        alarm, writers: as for `Monitor`.
+        alarm, writers, attention: as for `Monitor`.
 
     Raises:
         ValueError: every is no whole number from 1, or on_alarm is something else. At the start of training, what else
@@ -50,6 +50,7 @@ class MonitorCallback(TrainerCallback):
         *,
         alarm: AlarmConfig | None = None,
         writers: Iterable[Callable[[dict], None]] = (),
+        attention: dict[str, Any] | None = None,
     ) -> None:
         if not isinstance(every, int) or every < 1:  # the monitor would say so at the start of training
             raise ValueError(f"every = {every!r}: allowed are whole numbers from 1")
@@ -58,6 +59,7 @@ class MonitorCallback(TrainerCallback):
                 f"on_alarm = {on_alarm!r}: allowed are {', '.join(map(repr, ALARM))} and functions of an Alarm"
             )
         self.every, self.on_alarm, self.alarm, self.writers = every, on_alarm, alarm, writers
+        self.attention = attention
         self.trainer, self.monitor, self._rescue, self._training = None, None, None, False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -79,6 +81,7 @@ class MonitorCallback(TrainerCallback):
             on_alarm=self._on_alarm,
             stack="transformers",
             writers=self.writers,
+            attention=self.attention,
         )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

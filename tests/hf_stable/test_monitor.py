@@ -135,3 +135,8 @@ def test_bad_settings_are_refused_when_built(every):
         MonitorCallback(every)
     with pytest.raises(ValueError, match="on_alarm = 'halt': allowed are 'warn', 'stop', 'rescue' and functions"):
         MonitorCallback(on_alarm="halt")
+
+
+def test_attention_is_the_monitors(tmp_path):
+    with pytest.raises(ValueError, match="no module has that name; there are transformer,"):
+        train(tmp_path, MonitorCallback(2, attention={"h.9": "softmax"}))

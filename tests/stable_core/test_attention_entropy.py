@@ -96,6 +96,26 @@ def test_largest_logit():
     assert torch.allclose(attention_statistics(q, k, scale=SCALE, attn_mask=mask).max_logit.double(), logits.amax(-1))
 
 
+def test_a_rule_is_applied_to_every_part_of_the_logits(monkeypatch):
+    """That of a soft cap, a bias by batch and head, and a window, formed a few rows at a time."""
+    monkeypatch.setattr(sys.modules[attention_statistics.__module__], "CHUNK_ON_CPU", 300)
+    q, k = qk(3.0, key_heads=2)
+    by_head = torch.randn(2, 4)
+
+    def rule(logits, batch, head, query, key):
+        logits = 5 * torch.tanh(logits / 5) + by_head[batch, head] * key
+        return logits.masked_fill((key - query).abs() > 7, -torch.inf)
+
+    logits = 5 * torch.tanh(SCALE * q.double() @ k.double().repeat_interleave(2, 1).mT / 5)
+    logits = logits + by_head[:, :, None, None] * torch.arange(91.0)
+    near = torch.tensor([[abs(i - j) <= 7 for j in range(91)] for i in range(57)])
+    logits = logits.masked_fill(~near, -torch.inf)
+    rows = attention_statistics(q, k, scale=SCALE, rule=rule)
+    assert (rows.entropy - entropy(logits.softmax(-1))).abs().max() < 2e-4
+    assert torch.allclose(rows.max_logit.double(), logits.amax(-1), rtol=1e-4)
+    assert torch.equal(rows.keys, near.sum(-1).float().expand(2, 4, -1))
+
+
 @pytest.mark.parametrize("mask", ["none", "padding", "each head", "bias"])
 def test_bound_is_that_of_the_theorem_for_each_row(mask):
     q, k = qk(1.0, queries=6, keys=9)

@@ -1,0 +1,146 @@
+"""Where code refers to attention kernels, and puts a stand-in there for a while.
+
+A kernel is called by a name in a Python module, or by an attribute of a model's module or of its class: `flash_attn_func`, or
+`attend = torch.compile(flex_attention)`. References elsewhere, as in a closure, are not found.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from .interfaces import INTERFACE, interface_arguments, registries
+from .kernel_calls import Arguments, Kernel
+from .kernels import BY_NAME, by_name, find_kernel
+
+Run = Callable[["StandIn", tuple[Any, ...], dict[str, Any]], Any]
+
+
+class StandIn:
+    """Stands for a function that computes attention, and calls `run(stand_in, args, kwargs)` in its place."""
+
+    def __init__(self, function: Callable[..., Any], kernel: Kernel, run: Run) -> None:
+        self.function, self.kernel, self._run = function, kernel, run
+        self.__wrapped__ = function  # so that it has its signature
+        for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+            setattr(self, name, getattr(function, name, None))
+        self._signature = None if kernel is INTERFACE else inspect.signature(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self, args, kwargs)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """The arguments of a call by name."""
+        return interface_arguments(args, kwargs) if self._signature is None else by_name(self._signature, args, kwargs)
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # it is copied and pickled as the function is, by name
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`name` in a namespace, which is the dictionary of a module or a class."""
+
+    namespace: Any
+    name: str
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.namespace), self.name
+
+    def get(self) -> Any:
+        found = (self.namespace.__dict__ if isinstance(self.namespace, type) else self.namespace).get(self.name)
+        return found.__func__ if isinstance(found, staticmethod) else found
+
+    def set(self, value: Any) -> None:
+        if not isinstance(self.namespace, type):
+            self.namespace[self.name] = value
+        elif isinstance(self.namespace.__dict__.get(self.name), staticmethod):
+            setattr(self.namespace, self.name, staticmethod(value))
+        else:
+            setattr(self.namespace, self.name, value)
+
+
+LATE = (
+    "transformers.modeling_flash_attention_utils",
+)  # modules that come to refer to a kernel when it is first called
+
+FUNCTIONS = (FunctionType, StandIn)
+_held: dict[tuple[int, str], tuple[int, Reference, Any]] = {}  # times held, and the function
+_stand_ins: dict[int, StandIn] = {}  # by the id of the function; one for all references to it, as pickle compares them
+_in_modules: tuple[set[int], list[Reference]] = (set(), [])  # ids of the imported modules, and what was found in them
+
+_in_models: WeakKeyDictionary[nn.Module, tuple[set[int], list[Reference]]] = WeakKeyDictionary()  # likewise, by model
+
+
+def hold(model: nn.Module, run: Run) -> list[Reference]:
+    """Puts stand-ins wherever kernels are referred to, for `model`, until `release` of the returned references."""
+    held: dict[tuple[int, str], Reference] = {}
+    for reference in _references(model):
+        if reference.key in held:
+            continue
+        function = reference.get()
+        times, _, original = _held.get(reference.key, (0, reference, function))
+        if not times:
+            if isinstance(function, StandIn) or not callable(function):
+                continue  # code that ran while there was a stand-in has kept it
+            is_registered = any(reference.namespace is registry for registry in registries())
+            kernel = INTERFACE if is_registered else find_kernel(function)
+            if kernel is None:
+                continue
+            reference.set(_stand_ins.setdefault(id(function), StandIn(function, kernel, run)))
+        _held[reference.key] = times + 1, reference, original
+        held[reference.key] = reference
+    return list(held.values())
+
+
+def release(held: list[Reference]) -> None:
+    """Puts the functions back where no one else holds the references."""
+    for reference in held:
+        times, _, original = _held.pop(reference.key)
+        if times > 1:
+            _held[reference.key] = times - 1, reference, original
+        elif isinstance(reference.get(), StandIn):
+            reference.set(original)
+    if not _held:
+        _stand_ins.clear()
+
+
+def _references(model: nn.Module) -> Iterator[Reference]:
+    global _in_modules
+    imported = list(sys.modules.values())
+    if _in_modules[0] != (ids := set(map(id, imported))):
+        namespaces = [getattr(module, "__dict__", None) for module in imported]
+        _in_modules = ids, list(_named(x for x in namespaces if type(x) is dict))
+    yield from _in_modules[1]
+    yield from _named(vars(sys.modules[name]) for name in LATE if name in sys.modules)
+    for registry in registries():
+        yield from (Reference(registry, name) for name in list(registry))
+    modules = list(model.modules())
+    ids, found = _in_models.get(model, (set(), []))
+    if ids != (ids := set(map(id, modules))):
+        _in_models[model] = ids, (found := [*_named(module.__dict__ for module in modules), *_of_classes(modules)])
+    yield from found
+
+
+def _of_classes(modules: list[nn.Module]) -> Iterator[Reference]:
+    classes = {cls for module in modules for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
+    for cls in classes - {nn.Module}:
+        for reference in _named([dict(cls.__dict__)]):
+            whole = Reference(cls, reference.name)
+            if "." not in getattr(whole.get(), "__qualname__", "."):  # else it is a method
+                yield whole
+
+
+def _named(namespaces: Iterable[dict[str, Any]]) -> Iterator[Reference]:
+    for namespace in namespaces:
+        for name, value in list(namespace.items()):
+            if type(value) is staticmethod:
+                value = value.__func__
+            if type(value) in FUNCTIONS and value.__name__ in BY_NAME:
+                yield Reference(namespace, name)
