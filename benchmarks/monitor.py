@@ -18,13 +18,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=FAMILIES, default=list(MODELS), help="(default: %(default)s)")
     parser.add_argument("--size", type=int, help="tokens or images a step")
     parser.add_argument("--every", type=int, default=100, help="updates from record to record (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="the model, with inductor")
     args = parser.parse_args()
-    report = Report(f"the monitor, a record every {args.every} updates", args.device)
+    compiled = ", compiled" * args.compile
+    report = Report(f"the monitor, a record every {args.every} updates{compiled}", args.device)
     for name in args.models:
         family = FAMILIES[name]()
         size = args.size or MODELS.get(name, family.sizes[0])
-        step = Step(family, family.bases[-1], size, args.device)
-        title = f"{name}, {size} {family.unit}"
+        step = Step(family, family.bases[-1], size, args.device, compiler="inductor" if args.compile else None)
+        title = f"{name}, {size} {family.unit}{compiled}"
         measure = partial(interleave, rounds=args.rounds, device=args.device, label=title)
         times, between = watching(step, [args.every], measure)
         report.add(title, times, ["plain"], "ms an update", 1000)

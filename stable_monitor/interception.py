@@ -273,6 +273,8 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.compiler.is_compiling():  # what is compiled is not seen, and handlers do not compile
+            return function(*args, **(kwargs or {}))
         before, _thread.handling = _thread.handling, True
         try:
             return self._handle(function, args, kwargs or {})

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from .alarm import Alarm, AlarmConfig, Watch
 from .calls import Call
 from .chosen import Chosen, choose
-from .compiled import is_compiled, probe_before_forward, unwrap
-from .interception import UNSEEN, Interception, unseen_warning
+from .compiled import TrainingInterception, unwrap
+from .interception import UNSEEN, unseen_warning
 from .optimizers import Optimizers, listed, short
 from .projections import SpectralNorms
 from .ranks import Ranks
@@ -126,13 +126,14 @@ class Monitor:
         self._verdict, self._said = "", set[str]()  # of the last record; those that were logged
         self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(self._all_here), False
         self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-        # order=1: it sees calls after other interceptions, such as attention_temperature, have changed them.
-        self._interception = Interception(
+        self._interception = TrainingInterception(
+            model,
             self._model,
             self._see,
-            order=1,
             finished=self._end_of_forward,
             failed=self._forget,
+            unmeasured=functools.partial(self._warn, "the model was not measured"),
+            allowed=self._may_run_alone,
             chosen=choose(self._model, attention),
         )
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -219,15 +220,8 @@ class Monitor:
         self.is_recording = not self._closed and self.updates % self.every == 0
         self._gradients = {}
         self._forget()
-        if not self.is_recording:
-            return
-        if is_compiled(self._called):
-            failed = functools.partial(self._warn, "the model was not measured")
-            probe = probe_before_forward(self._called, self._model, self._interception, failed, self._may_run_alone)
-            self._armed.enter_context(probe)
-        else:
-            self._interception.start_with_training()
-            self._armed.callback(self._interception.stop)
+        if self.is_recording:
+            self._armed.enter_context(self._interception.of_training())
 
     def _forget(self) -> None:
         """Resets what was measured in a forward pass."""

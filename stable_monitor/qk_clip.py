@@ -19,8 +19,8 @@ from stable_core.qk_clip import check_attention, check_heads, clip_heads, weight
 from stable_core.targets import FilterFn
 
 from .calls import Call, SoftmaxCall, padding
-from .compiled import is_compiled, probe_before_forward, unwrap
-from .interception import UNSEEN, Interception, without_wrappers
+from .compiled import TrainingInterception, unwrap
+from .interception import UNSEEN, without_wrappers
 from .optimizers import Optimizers, listed, short
 
 log = logging.getLogger("stable_monitor")
@@ -87,7 +87,7 @@ class QKClip:
         if not callable(filter_fn):
             raise ValueError(f"filter_fn = {filter_fn!r}: allowed are functions filter_fn(module, name) -> bool")
         self.threshold, self.alpha, self.every, self.updates = float(threshold), float(alpha), every, 0
-        self._called, self._model, self._filter = model, unwrap(model), filter_fn
+        self._model, self._filter = unwrap(model), filter_fn
         self._sites = {
             name: module
             for path, module in self._model.named_modules()
@@ -95,7 +95,9 @@ class QKClip:
         }
         for name, module in self._sites.items():
             check_attention(name, module)
-        self._interception = Interception(self._model, self._see, order=1)
+        self._interception = TrainingInterception(
+            model, self._model, self._see, unmeasured=self._failed, every_call=True
+        )
         self._armed = ExitStack()
         self._handles: list[RemovableHandle] = []
         self._warned: set[str] = set()
@@ -153,16 +155,12 @@ class QKClip:
         self._largest: dict[str, Tensor] = {}  # by layer: S of each head
         self._seen, before, self._watched_by = False, self._watched_by, None
         if not self._closed and (self.updates + 1) % self.every == 0:
-            self._watched_by = "probe" if is_compiled(self._called) else "hooks"
+            self._watched_by = "probe" if self._interception.needs_probe() else "hooks"
         if self._watched_by == before:
             return
         self._armed.close()
-        if self._watched_by == "probe":
-            probe = probe_before_forward(self._called, self._model, self._interception, self._failed, every_call=True)
-            self._armed.enter_context(probe)
-        elif self._watched_by == "hooks":
-            self._interception.start_with_training()
-            self._armed.callback(self._interception.stop)
+        if self._watched_by is not None:
+            self._armed.enter_context(self._interception.of_training())
 
     def _failed(self, error: Exception) -> None:
         if isinstance(error, ValueError):

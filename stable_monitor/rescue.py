@@ -24,7 +24,7 @@ from stable_core.sigma_layers import sigma_layers
 from .alarm import Alarm
 from .calls import Call
 from .compiled import unnoticed, unwrap
-from .interception import UNSEEN, Interception
+from .interception import UNSEEN, Interception, without_wrappers
 from .optimizers import Optimizers, listed, place_without_decay
 from .resume import average_gradients, note_gammas
 from .summary import by_head
@@ -135,7 +135,7 @@ def bound_and_train(
     changed = [p for attention in attentions.values() for p in parameters_of_queries_and_keys(attention)]
     add = place_without_decay(optimizers, changed, scheduler) if optimizers else None
     bounded = bound_queries_and_keys(inner, attentions, limit)
-    new = {name: sigma for name, sigma in sigma_layers(inner) if id(sigma.gamma) not in known}
+    new = {without_wrappers(name): sigma for name, sigma in sigma_layers(inner) if id(sigma.gamma) not in known}
     gammas: list[Any] = [sigma.gamma for sigma in new.values()]
     if add is not None:
         add(gammas)

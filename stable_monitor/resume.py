@@ -1,6 +1,7 @@
 """What the checkpoint of a rescued run says of its gammas, and how a run that is built as ever takes it.
 
 The saved optimizer names them: a group that a rescue added gammas to has their layers' names under "rescued", in their order.
+They are those of the model that is not compiled, where blocks are.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from stable_core.targets import layers
 from stable_core.unfolding import plain_parameters
 
 from .compiled import unwrap
+from .interception import without_wrappers
 from .optimizers import Optimizers, listed, tell_scheduler
 
 NOTE = "rescued"
@@ -59,9 +61,10 @@ def prepare_to_resume(model: nn.Module, optimizer: Optimizers, saved: Any, sched
     ]
     names = [name for _, _, group in noted for name in group[NOTE]]
     new = reparametrise_named(inner, names)
-    gammas: dict[str, Any] = {name: sigma.gamma for name, sigma in sigma_layers(inner) if name in names}
+    found = {name: sigma.gamma for name, sigma in sigma_layers(inner) if without_wrappers(name) in names}
     for trained_by in optimizers if noted else ():
-        _forget_gammas(inner, trained_by, gammas)
+        _forget_gammas(inner, trained_by, found)
+    gammas: dict[str, Any] = {without_wrappers(name): gamma for name, gamma in found.items()}
     for trained_by, index, group in noted:
         if index < len(trained_by.param_groups):
             trained_by.param_groups[index]["params"].extend(gammas[name] for name in group[NOTE])
@@ -94,11 +97,11 @@ def reparametrise_named(model: nn.Module, names: list[str]) -> list[str]:
     Raises:
         ValueError: the model has no such layer.
     """
-    there = {name for name, _ in sigma_layers(model)}
+    there = {without_wrappers(name) for name, _ in sigma_layers(model)}
     missing = [name for name in dict.fromkeys(names) if name not in there]
     if not missing:
         return []
-    known = {target.name: target.module for target in layers(model)}
+    known = {without_wrappers(target.name): target.module for target in layers(model)}
     if unknown := [name for name in missing if name not in known]:
         raise ValueError(f"{unknown[0]}: the checkpoint of a rescued run has it, and the model has no such layer")
     picked = {id(known[name]) for name in missing}

@@ -39,8 +39,7 @@ class MonitorCallback(TrainerCallback):
 
     Raises:
         ValueError: every is no whole number from 1, or on_alarm is something else. At the start of training, what else
-            `Monitor` refuses, and `torch_compile=True`, which compiles where a callback cannot look: call `model.compile()`
-            before the Trainer gets the model.
+            `Monitor` refuses.
     """
 
     def __init__(
@@ -63,16 +62,12 @@ class MonitorCallback(TrainerCallback):
         self.trainer, self.monitor, self._rescue, self._training = None, None, None, False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if args.torch_compile:
-            raise ValueError(
-                "torch_compile = True hides the model from the monitor: leave it out, and call model.compile()"
-            )
         self._stop, self._training = False, True
         if self.on_alarm == "rescue":  # before the monitor, which compiled models are called through as well
             self._rescue = TrainerRescue(self.trainer)
         self._processes, self._batches = _sharing_processes(kwargs["model"], args), 1
         self.monitor = Monitor(
-            kwargs["model"],
+            self.trainer.model_wrapped,
             self.every,
             path=Path(args.output_dir),
             optimizer=kwargs["optimizer"],

@@ -12,19 +12,15 @@ class QKClipCallback(TrainerCallback):
         threshold, alpha, every: as for `QKClip`.
 
     Raises:
-        ValueError: at the start of training, what `QKClip` refuses, and `torch_compile=True`, which compiles where a callback
-            cannot look: call `model.compile()` before the Trainer gets the model.
+        ValueError: at the start of training, what `QKClip` refuses.
     """
 
     def __init__(self, threshold: float = 100.0, alpha: float = 0.5, every: int = 1) -> None:
         self.settings, self.clip = {"threshold": threshold, "alpha": alpha, "every": every}, None
+        self.trainer = None  # set by introduce_trainers
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if args.torch_compile:
-            raise ValueError(
-                "torch_compile = True hides the model from QK-clip: leave it out, and call model.compile()"
-            )
-        self.clip = QKClip(kwargs["model"], **self.settings)
+        self.clip = QKClip(self.trainer.model_wrapped, **self.settings)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.clip.step()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 
 from hf_stable import MonitorCallback
 from stable_monitor import AlarmConfig
@@ -116,17 +117,35 @@ def test_an_alarm_is_heard_and_ends_the_run_if_asked(tmp_path, on_alarm, caplog)
     assert (tmp_path / "checkpoint-4").exists() == stop
 
 
-def test_compiled_training(tmp_path):
-    def compile_in_place(model):
-        model.compile(backend="aot_eager")
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
-    plain = train(tmp_path / "plain", steps=3, prepare=compile_in_place)
-    watched = train(tmp_path / "watched", MonitorCallback(2), steps=3, prepare=compile_in_place)
-    assert losses(watched) == losses(plain)
-    layers = [list(record["layers"]) for record in read(tmp_path / "watched")]
-    assert layers == [["transformer.h.0.attn", "transformer.h.1.attn"]] * 2
-    with pytest.raises(ValueError, match="torch_compile = True hides the model"):
-        train(tmp_path, MonitorCallback(2), torch_compile=True, torch_compile_backend="aot_eager")
+
+@pytest.mark.parametrize("how", ["model.compile()", "torch_compile", "its regions"])
+def test_compiled_training(tmp_path, how, monkeypatch):
+    """Records are those of the run that is not compiled, and nothing is compiled or broken up for them."""
+
+    def compile_in_place(model):
+        model.compile(backend="eager")
+
+    def run(folder, *callbacks):
+        torch.compiler.reset()
+        counters.clear()
+        trainer = train(tmp_path / folder, *callbacks, **same, **compiled)
+        return losses(trainer), counters["stats"]["unique_graphs"], counters["graph_break"].total()
+
+    compiled = {"prepare": compile_in_place} if how == "model.compile()" else COMPILED
+    if how == "its regions":  # as Accelerate compiles them
+        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "1")
+    same = {"steps": 3, "gradient_accumulation_steps": 2}
+    if how == "torch_compile":
+        same["gradient_checkpointing"] = True
+    assert run("watched", MonitorCallback(2)) == run("plain")
+    assert counters["stats"]["unique_graphs"] > 0
+    train(tmp_path / "eager", MonitorCallback(2), **same)
+    for record, expected in zip(read(tmp_path / "watched"), read(tmp_path / "eager"), strict=True):
+        assert record["layers"].keys() == expected["layers"].keys() and len(record["layers"]) == 2
+        for name, layer in expected["layers"].items():
+            assert record["layers"][name]["entropy"] == pytest.approx(layer["entropy"], abs=1e-3)
 
 
 @pytest.mark.parametrize("every", [0, 1.5])

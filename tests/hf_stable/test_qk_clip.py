@@ -1,11 +1,13 @@
 """QK-clip under transformers' Trainer."""
 
 import pytest
+import torch
 
 from hf_stable import MonitorCallback, QKClipCallback
 from stable_monitor.records import read
 
-from .test_monitor import train
+from .collapsing import without_dropout
+from .test_monitor import COMPILED, train
 
 
 def largest(folder) -> list[float]:
@@ -24,8 +26,17 @@ def test_logits_stay_under_the_threshold(tmp_path, accumulation):
     assert all(5e-4 < logit < 2e-3 for logit in clipped[1:])
 
 
-def test_what_a_callback_cannot_see_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="torch_compile = True hides the model from QK-clip"):
-        train(tmp_path, QKClipCallback(), torch_compile=True)
+def test_a_compiled_model_is_clipped_as_the_plain_one(tmp_path):
+    settings = {"steps": 2, "learning_rate": 1e-7, "prepare": without_dropout}
+    plain = train(tmp_path, QKClipCallback(1e-3), **settings)
+    compiled = train(tmp_path, QKClipCallback(1e-3), **settings, **COMPILED)
+    free = train(tmp_path, **settings)
+    for name, W in plain.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], W, rtol=1e-4, atol=1e-6)
+    weights = (trainer.model.transformer.h[0].attn.c_attn.weight for trainer in (plain, free))
+    assert not torch.allclose(*weights, rtol=1e-2)
+
+
+def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="threshold = 0"):
         train(tmp_path, QKClipCallback(0))

@@ -15,8 +15,8 @@ from stable_monitor import AlarmConfig, rescue, rescue_checkpoint
 from stable_monitor.records import read
 from tests.engines.processes import agreed, spawn
 
-from .collapsing import LAYER, SAVING, Collapse, in_a_process, rescued
-from .test_monitor import CONFIG, data, losses, train
+from .collapsing import LAYER, SAVING, Collapse, in_a_process, rescued, without_dropout
+from .test_monitor import COMPILED, CONFIG, data, losses, train
 
 
 def reparametrised(model) -> list[str]:
@@ -49,7 +49,7 @@ def test_the_alarm_rescues_and_the_model_is_saved_as_it_is(tmp_path):
     torch.testing.assert_close(again.eval()(tokens).logits, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiled_model_is_rescued(tmp_path):
+def test_a_model_compiled_in_place_is_rescued(tmp_path):
     """As `model.compile()` has it called, without the seconds that compiling takes; a hook would not be called."""
 
     def compile_in_place(model):
@@ -58,6 +58,25 @@ def test_a_compiled_model_is_rescued(tmp_path):
     trainer = rescued(tmp_path, prepare=compile_in_place, steps=4)
     assert reparametrised(trainer.model) == [f"{LAYER}.c_attn"]
     assert [len(record.get("rescues", [])) for record in read(tmp_path)] == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_model_that_the_trainer_compiles_is_rescued_as_the_plain_one(tmp_path, regions, monkeypatch):
+    """It is compiled anew, gammas are trained, and the same script resumes it."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(int(regions)))
+    settings = {**SAVING, "steps": 6, "prepare": without_dropout}
+    plain = rescued(tmp_path / "plain", **settings)
+    compiled = rescued(tmp_path / "compiled", **settings, **COMPILED)
+    marks = [len(record.get("rescues", [])) for record in read(tmp_path / "compiled")]
+    assert marks == [0, 0, 1, 0, 0, 0] and reparametrised(compiled.model) == [f"{LAYER}.c_attn"]
+    ours, theirs = compiled.model.state_dict(), plain.model.state_dict()
+    for name, W in theirs.items():
+        torch.testing.assert_close(ours[name], W, rtol=1e-3, atol=1e-4)
+    (gamma,) = (W for name, W in ours.items() if name.endswith("gamma"))
+    assert not torch.equal(gamma[:2], torch.ones(2))
+    if regions:  # whose modules have other names inside
+        again = train(tmp_path / "again", resume=str(tmp_path / "compiled" / "checkpoint-4"), **settings, **COMPILED)
+        same_runs(again, compiled)
 
 
 def test_what_cannot_be_rescued_stops_with_a_checkpoint_and_a_line(tmp_path, caplog, monkeypatch):

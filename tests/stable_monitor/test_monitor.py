@@ -268,36 +268,6 @@ def test_losses_are_bitwise_those_without_it(settings):
     assert all(torch.equal(a, b) for a, b in zip(without.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("how", ["torch.compile(model)", "model.compile()", "block.compile()"])
-def test_compiled_models_are_measured_and_left_as_they_are(how):
-    def count(module, *_):
-        module.count.add_(1)
-
-    def build():
-        model = gpt()
-        model.register_buffer("count", torch.zeros(()))
-        model.register_forward_hook(count)
-        if how == "torch.compile(model)":
-            return model, torch.compile(model, backend="aot_eager")
-        for part in [model] if how == "model.compile()" else model.h:
-            part.compile(backend="aot_eager")
-        return model, model
-
-    model, called = build()
-    losses = train(model, 4, called=called)
-    model, called = build()
-    records = []
-    assert losses == train(model, 4, lambda c, _: Monitor(c, 2, writers=[records.append]), called=called)
-    assert model.count.item() == 4
-    plain = []
-    train(gpt(), 4, lambda c, _: Monitor(c, 2, writers=[plain.append]))
-    assert [record["step"] for record in records] == [0, 2]
-    for a, b in zip(records, plain, strict=True):
-        assert a["layers"].keys() == b["layers"].keys()
-        for name in a["layers"]:
-            assert a["layers"][name]["entropy"] == pytest.approx(b["layers"][name]["entropy"], abs=1e-3)
-
-
 def hooks(model) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
