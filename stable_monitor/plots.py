@@ -173,12 +173,16 @@ def headings(figure: Figure, axes: np.ndarray, title: str, names: list[str], acr
     figure.text(LEFT / width, 1 - 0.1 / height, title, fontsize=12, weight="bold", va="top")
     room = int(11 * axes[0, 0].get_position().width * width)  # letters
     for panel, name in zip(axes[1 if across else 0], names, strict=True):
-        panel.set_title(name if len(name) <= room else "…" + name[1 - room :], loc="left")
+        panel.set_title(name if len(name) <= room else "…" + name[1 - room :], loc="left", pad=2 if across else None)
     for panel in axes[-1]:
         panel.set_xlabel("updates")
     figure.align_ylabels(axes[:, 0])
+    if across:  # the names of the runs, in the place beside their panel
+        lines, labels = axes[0, 0].get_legend_handles_labels()
+        labels = [label if len(label) <= room else "…" + label[1 - room :] for label in labels]
+        axes[0, 1].legend(lines, labels, loc="upper left", frameon=False, fontsize=min(9, 150 / len(labels)))
     legend: dict[str, Any] = {}
-    for panel in axes.flat:
+    for panel in axes[1 if across else 0 :].flat:
         lines, labels = panel.get_legend_handles_labels()
         legend |= dict(zip(labels, lines, strict=True))
     place = (1 - RIGHT / width, 1)

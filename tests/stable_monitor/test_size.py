@@ -14,6 +14,7 @@ from stable_monitor.columns import Thinned
 from stable_monitor.curves import MOST_CURVES, heat, number, over_heads
 from stable_monitor.records import FILE_NAME, Records, Run, load
 from stable_monitor.report import main
+from stable_monitor.summary import plain
 from stable_monitor.thin import main as thin
 from tests.stable_monitor.test_report import Page, in_chromium, record, validation, write
 
@@ -220,3 +221,10 @@ def test_a_run_that_writes_while_it_is_thinned_loses_nothing(tmp_path, capsys, m
     assert thin([str(run), "--every", "5"]) == 1
     assert "a run has written to it meanwhile" in capsys.readouterr().err
     assert [r["step"] for r in load(run)[0]] == list(range(21))
+
+
+def test_numbers_of_a_list_are_rounded_as_numpy_rounds_them():
+    rng = np.random.default_rng(0)
+    values = [*(rng.uniform(-1, 1, 2000) * 10.0 ** rng.integers(-300, 300, 2000)).tolist(), 0.0, 999999.5, 5e-324, 1e5]
+    rounded = [float(np.format_float_scientific(x, precision=5, unique=False)) for x in values]
+    assert plain([*values, math.nan, math.inf, -math.inf]) == [*rounded, None, None, None]
