@@ -36,7 +36,10 @@ tbody th {{ min-width: 7em; overflow-wrap: anywhere; }}
 .scroll {{ max-height: 22em; overflow: auto; width: fit-content; max-width: 100%; }}
 details {{ margin-top: 1.2em; }}
 summary {{ font-weight: bold; cursor: pointer; }}
-@media (max-width: 759px) {{ th, td {{ white-space: nowrap; }} }}
+@media (max-width: 759px) {{
+  th, td {{ white-space: nowrap; }}
+  tbody th {{ white-space: normal; max-width: 9em; }}  /* a long name leaves room for what it did */
+}}
 main, .row {{ display: grid; gap: 14px 16px; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }}
 section {{ grid-column: 1 / -1; margin-top: 1em; }}
 @media (min-width: 1150px) {{
