@@ -23,7 +23,7 @@ from .interception import UNSEEN, unseen_warning
 from .optimizers import Optimizers, listed, short
 from .projections import SpectralNorms
 from .ranks import Ranks
-from .records import RecordFile, read
+from .records import RecordFile, Records
 from .remedies import remedy
 from .rescue import Rescued, rescue
 from .summary import by_head, gradient_norms, plain
@@ -360,7 +360,7 @@ class Monitor:
             holds_records = file.prepare()
         if holds_records:
             with self._warning(f"the alarm's history in {file.path}"):
-                for record in read(file.path):
+                for record in Records(file.path):
                     if record["step"] < step:
                         self._watch.look(record)
         return file

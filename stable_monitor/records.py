@@ -3,18 +3,34 @@
 A line is the record of an update, or a validation: {"step": ..., "validation": {name: number}}.
 """
 
+import gc
 import json
 import logging
 import os
-from contextlib import suppress
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+from .columns import Columns
 
 FILE_NAME = "monitor.jsonl"
 NUMBERS = ("time", "loss", "lr", "grad_l2", "grad_linf", "entropy", "threshold")  # keys of a record or an alarm
 BY_HEAD = ("entropy", "entropy_min", "max_logit", "bound")
+OF_LAYER = itemgetter("kind", *BY_HEAD, "sigma", "lag", "keys", "grad_l2", "grad_linf")  # as the monitor writes a layer
+OF_RECORD = itemgetter("step", "layers", "alarms", "time", "loss", "lr", "grad_l2", "grad_linf")
+START = re.compile(rb'\{"step": (\d{1,15})[,}]')  # and the start of a line
+OF_NUMBERS = {float, int, bool, type(None)}  # types that JSON's numbers, and null, become
+# NaN and Infinity, which are not JSON, but which json writes, become null.
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+CHUNK = 1 << 18  # bytes of lines that are read at once
 log = logging.getLogger("stable_monitor")
 
 
@@ -56,13 +72,110 @@ class RecordFile:
                 raise
 
 
+class Records:
+    """The records of a run in ascending order of steps, read from its file each time that they are gone through.
+
+    Only one is in memory at a time. Which lines count, `load` says; it is found by a look at the steps alone, and lines are
+    parsed when their turn comes. A warning names those that are neither records nor validations, when the last was read.
+
+    Args:
+        run: a directory with `monitor.jsonl`, or such a file of any name.
+
+    Attributes:
+        steps: of the records, in order; of a line that turns out to be no record, too.
+        validations: in order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no record; also when they are gone through.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        self.path = Path(run)
+        if self.path.is_dir():
+            self.path /= FILE_NAME
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path}: no such file; a run is a directory that holds {FILE_NAME}, or such a file"
+            )
+        self.steps, self.validations = array("q"), list[dict[str, Any]]()
+        self._lines, self._validation_lines = array("q"), array("q")  # their numbers, from 0
+        self._wrong: list[int] = []
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file):
+                self._place(number, line)
+        if not self.steps:
+            raise self._none()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        wrong, found = list(self._wrong), False
+        for number, line, record in self._read(self._lines):
+            if record is not None:
+                found = True
+                yield record
+            elif line.endswith(b"\n"):
+                wrong.append(number)
+        if not found:
+            raise self._none()
+        if wrong:
+            some = ", ".join(str(number + 1) for number in sorted(wrong)[:5]) + ", ..." * (len(wrong) > 5)
+            log.warning("%s, line%s %s: not a record of the monitor; left out", self.path, "s"[: len(wrong) - 1], some)
+
+    def lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """The lines of records and validations, and what they hold, in the order of the file."""
+        numbers = array("q", sorted([*self._lines, *self._validation_lines]))
+        yield from ((line, found) for _, line, found in self._read(numbers) if found is not None)
+
+    def _read(self, numbers: array) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+        """The lines of these numbers, and what they hold."""
+        number = place = 0  # of the line that comes next, and where `numbers` goes on
+        with self.path.open("rb") as file:
+            while place < len(numbers) and (lines := file.readlines(CHUNK)):
+                end = bisect_left(numbers, number + len(lines), place)
+                chosen = [lines[at - number] for at in numbers[place:end]]
+                yield from zip(numbers[place:end], chosen, parsed_all(chosen), strict=True)
+                number, place = number + len(lines), end
+
+    def _none(self) -> ValueError:
+        return ValueError(f"{self.path}: holds no record; the monitor writes one JSON object a line")
+
+    def _place(self, number: int, line: bytes) -> None:
+        """Adds a line, and removes those that it replaces. It is parsed if it replaces any or is not as the monitor writes it,
+        for no other line can do harm before its turn comes."""
+        start = START.match(line)
+        is_validation = b'"layers"' not in line
+        line_parsed = None
+        if start is None or is_validation or self._replaces(int(start[1])):
+            line_parsed = parsed(line)
+            if line_parsed is None:
+                self._wrong += [number] if line.endswith(b"\n") else []
+                return
+        step = line_parsed["step"] if line_parsed is not None else int(start[1])
+        is_validation = line_parsed is not None and "validation" in line_parsed
+        is_rescue = line_parsed is not None and "rescues" in line_parsed
+        while self.steps and (self.steps[-1] > step or (self.steps[-1] == step and not is_validation)):
+            self.steps.pop(), self._lines.pop()
+        while self.validations and not is_rescue and self.validations[-1]["step"] > step - is_validation:
+            self.validations.pop(), self._validation_lines.pop()
+        if is_validation:
+            self.validations.append(line_parsed), self._validation_lines.append(number)
+        else:
+            self.steps.append(step), self._lines.append(number)
+
+    def _replaces(self, step: int) -> bool:
+        """Whether a record of this step would replace any line."""
+        return bool(self.steps and self.steps[-1] >= step) or bool(
+            self.validations and self.validations[-1]["step"] > step
+        )
+
+
 def read(run: str | Path) -> list[dict[str, Any]]:
     """The records of a run, as `load` reads them."""
     return load(run)[0]
 
 
 def load(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(records, validations) of a run in ascending order of steps.
+    """(records, validations) of a run in ascending order of steps, all in memory; `Records` reads one after another.
 
     An unfinished last line, of a writer that was killed, is left out. Where the run was resumed from an earlier checkpoint, a
     line replaces earlier lines of its own kind with the same step, and all earlier lines with later steps. Lines that are
@@ -75,35 +188,8 @@ def load(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         FileNotFoundError: there is no such file.
         ValueError: the file holds no record.
     """
-    path = Path(run)
-    if path.is_dir():
-        path /= FILE_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a run is a directory that holds {FILE_NAME}, or such a file")
-    whole = path.read_bytes()
-    lines = whole.splitlines()
-    records: list[dict[str, Any]] = []
-    validations: list[dict[str, Any]] = []
-    wrong = []
-    for number, line in enumerate(lines, 1):
-        parsed = _parsed(line)
-        if parsed is None:
-            wrong.append(number)
-            continue
-        same, others = (validations, records) if "validation" in parsed else (records, validations)
-        while same and same[-1]["step"] >= parsed["step"]:
-            same.pop()
-        while others and others[-1]["step"] > parsed["step"] and "rescues" not in parsed:  # it was written again
-            others.pop()
-        same.append(parsed)
-    if wrong and wrong[-1] == len(lines) and not whole.endswith(b"\n"):
-        wrong.pop()
-    if not records:
-        raise ValueError(f"{path}: holds no record; the monitor writes one JSON object a line")
-    if wrong:
-        some = ", ".join(map(str, wrong[:5])) + ", ..." * (len(wrong) > 5)
-        log.warning("%s, line%s %s: not a record of the monitor; left out", path, "s" * (len(wrong) > 1), some)
-    return records, validations
+    records = Records(run)
+    return list(records), records.validations
 
 
 def in_words(entropy: float | None, unit: str = "") -> str:
@@ -113,48 +199,126 @@ def in_words(entropy: float | None, unit: str = "") -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the report: its name, and its records and validations as `load` returns them."""
+    """A run of the report: its name, its records, of `load` or as a stream, `Records`, and its validations."""
 
     name: str
-    records: list[dict[str, Any]]
+    records: Iterable[dict[str, Any]]
     validations: list[dict[str, Any]]
 
+    @classmethod
+    def stream(cls, name: str, path: str | Path) -> "Run":
+        """The run at `path`, of which no more than a few records are in memory at a time."""
+        records = Records(path)
+        return cls(name, records, records.validations)
+
     @cached_property
+    def columns(self) -> Columns:
+        """What the report draws of the records, collected in one pass."""
+        return self.collect()
+
+    def collect(self, *observers: Callable[[dict[str, Any]], Any]) -> Columns:
+        """Makes `columns` now, and calls the observers with each record in the same pass, in order."""
+        steps = self.records.steps if isinstance(self.records, Records) else [r["step"] for r in self.records]
+        columns = self.__dict__["columns"] = Columns(steps)
+        with _without_collector():
+            for record in self.records:
+                for observer in observers:
+                    observer(record)
+                columns.add(record)
+            columns.close()
+        return columns
+
+    @property
     def layers(self) -> dict[str, list[str]]:
         """The attention layers' names by kind ("encoder", "decoder", "cross"), in the order of depth."""
-        kinds = {name: layer["kind"] for record in self.records for name, layer in record["layers"].items()}
+        kinds = self.columns.kinds
         return {kind: [name for name in kinds if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())}
 
-    @cached_property
+    @property
     def alarms(self) -> list[dict[str, Any]]:
         """All alarms in order, each with its "step"."""
-        return [{"step": record["step"], **alarm} for record in self.records for alarm in record["alarms"]]
+        return self.columns.alarms
 
-    @cached_property
+    @property
     def rescues(self) -> list[dict[str, Any]]:
         """All rescued layers in order, each with the "step" of the record after which it was."""
-        return [{"step": record["step"], **rescue} for record in self.records for rescue in record.get("rescues", [])]
+        return self.columns.rescues
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """The record or validation in a line; None if it is neither."""
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """A context without Python's search for cycles: records have none, and it takes half of the time to read them."""
+    was = gc.isenabled()
+    gc.disable()
     try:
-        record = json.loads(
-            line, parse_constant=lambda name: None
-        )  # NaN and Infinity, which are not JSON, but which json writes, become null
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The record or validation in a line; None if it is neither."""
+    return parsed_all([line])[0]
+
+
+def parsed_all(lines: list[bytes]) -> list[dict[str, Any] | None]:
+    """What `parsed` returns, for each line. All that the monitor wrote is looked at together, which is faster."""
+    found = list(map(_decoded, lines))
+    try:
+        if _are_whole(found):
+            return found
+    except (KeyError, TypeError, AttributeError):
+        pass
+    return [record if _is_right(record) else None for record in found]
+
+
+def _decoded(line: bytes) -> Any:
+    try:
+        return DECODER.decode(line.decode())
     except (ValueError, RecursionError):
         return None
-    step = record.get("step") if isinstance(record, dict) else None
-    if not isinstance(step, int) or not 0 <= step < 1 << 53 or not _has_numbers(record):
-        return None
+
+
+def _are_whole(records: list[Any]) -> bool:
+    """Whether all are records as the monitor writes them, with nothing missing, without alarm or rescue, and so right.
+
+    Raises:
+        KeyError, TypeError, AttributeError: they are not.
+    """
+    of_model = list(map(OF_RECORD, records))
+    steps, layers, alarms = zip(*(model[:3] for model in of_model), strict=True)
+    if any(alarms) or not ({*map(type, layers)} == {dict} and {*map(type, alarms)} == {list}):
+        return False
+    if any("rescues" in record or "validation" in record for record in records):
+        return False
+    of_layers = list(map(OF_LAYER, chain.from_iterable(map(dict.values, layers))))
+    if not of_layers:
+        return False
+    kinds, *columns = zip(*of_layers, strict=True)
+    heads, roles = list(chain(*columns[:4])), list(chain(*columns[4:6]))
+    if not ({*map(type, kinds)} == {str} and {*map(type, heads)} == {list} and {*map(type, roles)} == {dict}):
+        return False
+    values = (chain.from_iterable(model[3:] for model in of_model), *columns[6:])
+    of_roles = chain.from_iterable(map(dict.values, roles))
+    return _are_steps(steps) and _are_numbers(chain(*values, chain.from_iterable(heads), of_roles))
+
+
+def _is_right(record: Any) -> bool:
+    if not isinstance(record, dict) or not _are_steps([record.get("step")]) or not _has_numbers(record):
+        return False
     if "validation" in record:
         found = record["validation"]
-        return record if isinstance(found, dict) and all(map(_is_number, found.values())) else None
+        return isinstance(found, dict) and _are_numbers(found.values())
     layers, alarms, rescues = record.get("layers"), record.get("alarms"), record.get("rescues", [])
     if not isinstance(layers, dict) or not all(map(_is_layer, layers.values())):
-        return None
+        return False
     listed = isinstance(alarms, list) and isinstance(rescues, list)
-    return record if listed and all(map(_is_alarm, alarms)) and all(map(_is_rescue, rescues)) else None
+    return listed and all(map(_is_alarm, alarms)) and all(map(_is_rescue, rescues))
+
+
+def _are_steps(steps: Iterable[Any]) -> bool:
+    return all(isinstance(step, int) and 0 <= step < 1 << 53 for step in steps)
 
 
 def _is_layer(layer: Any) -> bool:
@@ -163,9 +327,9 @@ def _is_layer(layer: Any) -> bool:
     heads = [layer.get(key, []) for key in BY_HEAD]
     by_role = [layer.get(key, {}) for key in ("sigma", "lag")]
     return (
-        all(isinstance(values, list) and all(map(_is_number, values)) for values in heads)
-        and all(isinstance(values, dict) and all(map(_is_number, values.values())) for values in by_role)
-        and all(_is_number(layer.get(key)) for key in ("keys", "grad_l2", "grad_linf"))
+        all(isinstance(values, list) and _are_numbers(values) for values in heads)
+        and all(isinstance(values, dict) and _are_numbers(values.values()) for values in by_role)
+        and _are_numbers(map(layer.get, ("keys", "grad_l2", "grad_linf")))
     )
 
 
@@ -177,13 +341,14 @@ def _is_rescue(rescue: Any) -> bool:
     if not isinstance(rescue, dict) or not isinstance(rescue.get("layer"), str):
         return False
     pairs = [rescue.get(key) for key in ("entropy", "queries", "keys")]
-    return all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in pairs)
+    return all(isinstance(pair, list) and len(pair) == 2 and _are_numbers(pair) for pair in pairs)
 
 
 def _has_numbers(values: dict[str, Any]) -> bool:
-    return all(_is_number(values.get(key)) for key in NUMBERS)
+    return _are_numbers(map(values.get, NUMBERS))
 
 
-def _is_number(x: Any) -> bool:
-    """Whether x is a number, or null, as a record may hold in place of one."""
-    return x is None or (isinstance(x, int | float) and abs(x) < 1e308)
+def _are_numbers(values: Iterable[Any]) -> bool:
+    """Whether all are numbers, or null, as a record may hold in place of one."""
+    values = list(values)
+    return {*map(type, values)} <= OF_NUMBERS and max(map(abs, filter(None, values)), default=0) < 1e308

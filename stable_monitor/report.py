@@ -1,7 +1,7 @@
 """`python -m stable_monitor.report RUN [RUN ...] -o report.html`: the records of monitored runs, side by side on one page.
 
 RUN is a directory that holds `monitor.jsonl`, or such a file. The page needs no network: its figures are inline SVG. PNG files
-of the same figures are written beside it.
+of the same figures are written beside it. Records are read one after another, and drawn as far as pixels can show them.
 """
 
 import argparse
@@ -12,80 +12,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .curves import FIGURES, Value, mean_entropy, number, validation_loss
+import numpy as np
+
+from .curves import mean_entropy, validation_loss
+from .layout import figures
+from .page import PAGE
 from .plots import draw
-from .records import FILE_NAME, Run, in_words, load
+from .records import FILE_NAME, Run, in_words
+from .sections import section
 
 RESCUED = ("entropy", "queries", "keys")
 ALARM_ROWS = 1000  # the most alarms in the table
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 14px/1.45 "DejaVu Sans", Verdana, sans-serif; color: #222; margin: 1.5em 2em; }}
-h1 {{ font-size: 20px; margin: 0 0 .6em; }}
-nav {{ margin: 1em 0; }}
-a {{ color: #2457a6; margin-right: 1em; }}
-table {{ border-collapse: collapse; }}
-th, td {{ text-align: left; padding: .25em 1.2em .25em 0; border-bottom: 1px solid #ddd; }}
-th {{ position: sticky; top: 0; background: #fff; }}
-.scroll {{ max-height: 22em; overflow: auto; width: fit-content; max-width: 100%; }}
-details {{ margin-top: 1.2em; }}
-summary {{ font-weight: bold; cursor: pointer; }}
-figure {{ margin: 1.6em 0 0; overflow-x: auto; }}
-.hot {{ stroke: #e6007e !important; stroke-width: 2.5 !important; }}
-#name {{ position: fixed; padding: .1em .5em; background: #222; color: #fff; pointer-events: none; display: none; }}
-</style>
-<h1>{title}</h1>
-{summary}
-<nav>{links}</nav>
-<p>Lighter curves are deeper layers. Point at a curve for the name of its layer, which lights up in every panel.
-{sections}
-<div id="name"></div>
-<script>
-const name = document.getElementById("name"), layers = {{}};
-for (const group of document.querySelectorAll('g[id*="/"]')) {{
-  const path = group.querySelector(":scope > path");
-  if (!path) continue;
-  const [run, panel, layer] = group.id.split("/").map(decodeURIComponent);
-  group.parentNode.classList.add("panel");
-  (group.parentNode.curves ??= []).push({{path, layer, text: `${{layer}} · ${{panel}} · ${{run}}`}});
-  (layers[layer] ??= []).push(path);
-}}
-// How far below or above the point (x, y) the curve passes, in units of the drawing.
-function gap(curve, x, y) {{
-  const at = curve.points ??= curve.path.getAttribute("d").match(/-?[\\d.]+/g).map(Number);
-  if (x < at[0] - 5 || x > at.at(-2) + 5) return Infinity;
-  let i = 2;
-  while (i < at.length - 2 && at[i] < x) i += 2;
-  if (at.length == 2) return Math.abs(at[1] - y);
-  const part = Math.min(1, Math.max(0, (x - at[i - 2]) / (at[i] - at[i - 2])));
-  return Math.abs(at[i - 1] + part * (at[i + 1] - at[i - 1]) - y);
-}}
-document.addEventListener("pointermove", event => {{
-  for (const path of document.querySelectorAll(".hot")) path.classList.remove("hot");
-  const panel = event.target.closest(".panel");
-  let nearest = null, least = 10;
-  if (panel) {{
-    const point = new DOMPoint(event.clientX, event.clientY).matrixTransform(panel.getScreenCTM().inverse());
-    for (const curve of panel.curves) {{
-      const distance = gap(curve, point.x, point.y);
-      if (distance < least) [nearest, least] = [curve, distance];
-    }}
-  }}
-  name.style.display = nearest ? "block" : "none";
-  if (!nearest) return;
-  for (const path of layers[nearest.layer]) {{
-    path.classList.add("hot");
-    path.parentNode.parentNode.append(path.parentNode);  // in front of the others
-  }}
-  name.textContent = nearest.text;
-  name.style.left = `${{Math.min(event.clientX + 14, innerWidth - name.offsetWidth - 5)}}px`;
-  name.style.top = `${{event.clientY + 14}}px`;
-}});
-</script>
-"""
 
 
 def unique_names(paths: list[Path]) -> list[str]:
@@ -102,25 +39,49 @@ def unique_names(paths: list[Path]) -> list[str]:
     raise ValueError(f"the same run is given twice: {', '.join(map(str, paths))}")
 
 
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = [f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows]
-    return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>\n" + "\n".join(lines) + "</table>"
+def table(head: list[str], rows: list[list[Any]], caption: str) -> str:
+    """A table that scrolls by itself where it is wide or long, by keys too; the first cell of a row is its head."""
+    lines = [
+        f"<tr><th scope=row>{escape(str(first))}</th>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>"
+        for first, *row in rows
+    ]
+    heads = "".join(f"<th scope=col>{cell}</th>" for cell in head)
+    whole = f"<table><thead><tr>{heads}</tr></thead>\n<tbody>" + "\n".join(lines) + "</tbody></table>"
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">{whole}</div>'
 
 
-def last_loss(lines: list[dict[str, Any]], loss: Value) -> str:
-    """The last finite loss as text, with its step unless that is the last."""
-    for line in reversed(lines):
-        if (known := loss(line)) is not None:
-            since = "" if line is lines[-1] else f" at {line['step']}, none since"
-            return f"{known:.4g}{since}"
-    return "not recorded"
+def last_number(known: tuple[int, float] | None, last: int) -> str:
+    """The last (step, loss) as text, with its step unless that is the `last` of all."""
+    if known is None:
+        return "not recorded"
+    step, loss = known
+    return f"{loss:.4g}" + ("" if step == last else f" at {step}, none since")
+
+
+def last_loss(run: Run) -> str:
+    return last_number(run.columns.last_loss, run.columns.span[1])
+
+
+def last_validation(run: Run) -> str:
+    found = [(line["step"], loss) for line in run.validations if (loss := validation_loss(line)) is not None]
+    return last_number(found[-1], run.validations[-1]["step"]) if found else "not recorded"
+
+
+def least_entropy_of_all(run: Run) -> str:
+    """The layer with the smallest mean entropy in any record, as text."""
+    found = run.columns.of_layers.get("entropy")
+    if found is None:
+        return "not recorded"
+    row, column = np.unravel_index(np.nanargmin(found.values), found.values.shape)
+    step = found.steps[row, min(column, found.steps.shape[1] - 1)]
+    return f"{list(run.columns.kinds)[column]}: {found.values[row, column]:.3g} nats at {step}"
 
 
 def least_entropy(run: Run) -> str:
     """The layer with the smallest mean entropy in the last record, as text; a NaN counts as the smallest."""
     entropies = [
         (-1 if value is None else value, f"{name}: {in_words(value, ' nats')}")
-        for name, layer in run.records[-1]["layers"].items()
+        for name, layer in run.columns.last["layers"].items()
         if layer.get("entropy") and layer.get("keys", 0) is not None
         for value in [mean_entropy(layer)]
     ]
@@ -128,14 +89,15 @@ def least_entropy(run: Run) -> str:
 
 
 def summary(runs: list[Run]) -> str:
-    head = ["run", "records", "updates", "last loss", "last validation loss", "least mean entropy at the end", "alarms"]
+    head = ["run", "records", "updates", "last loss", "last validation loss"]
+    head += ["least mean entropy of the run", "and at the end", "alarms"]
     rows = []
     for run in runs:
-        steps = f"{run.records[0]['step']} to {run.records[-1]['step']}"
+        steps = "{} to {}".format(*run.columns.span)
         alarms = f"{len(run.alarms)}, the first at {run.alarms[0]['step']}" if run.alarms else "none"
-        losses = last_loss(run.records, number("loss")), last_loss(run.validations, validation_loss)
-        rows.append([run.name, len(run.records), steps, *losses, least_entropy(run), alarms])
-    return table(head, rows)
+        entropies = least_entropy_of_all(run), least_entropy(run)
+        rows.append([run.name, run.columns.records, steps, last_loss(run), last_validation(run), *entropies, alarms])
+    return table(head, rows, "Summary")
 
 
 def alarm_section(runs: list[Run]) -> str:
@@ -154,7 +116,7 @@ def alarm_section(runs: list[Run]) -> str:
     )
     return (
         f'<details id="alarms" open><summary>Alarms ({len(rows)})</summary>'
-        f'<div class="scroll">{table(head, rows[:ALARM_ROWS])}</div>{more}</details>'
+        f"{table(head, rows[:ALARM_ROWS], 'Alarms')}{more}</details>"
     )
 
 
@@ -165,7 +127,18 @@ def rescue_section(runs: list[Run]) -> str:
         for rescue in run.rescues
     ]
     head = ["run", "after update", "layer", "entropy (nats)", "norm of W_q", "norm of W_k"]
-    return f'<details id="rescues" open><summary>Rescues</summary>{table(head, rows)}</details>' if rows else ""
+    if not rows:
+        return ""
+    return f'<details id="rescues" open><summary>Rescues</summary>{table(head, rows, "Rescues")}</details>'
+
+
+def thinned_note(runs: list[Run]) -> str:
+    """What was left out of long runs."""
+    found = [series for run in runs for series in (*run.columns.of_model.values(), *run.columns.of_layers.values())]
+    widest = max((series.interval for series in found), default=0)
+    if not widest:
+        return ""
+    return f"<p>Of long runs, the least and the largest value in every {widest:,} updates or fewer are drawn.</p>"
 
 
 def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambda path: None) -> None:
@@ -178,21 +151,23 @@ def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambd
         raise ValueError(f"{out}: the page's name must end in .html")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
-    runs = [Run(name, *load(path)) for name, path in zip(unique_names(paths), paths, strict=True)]
-    sections = [alarm_section(runs), rescue_section(runs)]
-    for name, (title, _) in FIGURES.items():
-        png = out.with_name(f"{out.stem}_{name}.png")
-        svg = draw(name, runs, png)
-        if svg is None:
-            sections.append(f'<p id="{name}">{title}: not recorded.')
-            continue
-        written(png)
-        link = f'<div><a href="{quote(png.name)}">{escape(png.name)}</a></div>'
-        sections.append(f'<figure id="{name}">{svg}{link}</figure>')
+    runs = [Run.stream(name, path) for name, path in zip(unique_names(paths), paths, strict=True)]
+    for run in runs:
+        run.collect()
+    sections, links = [], []
+    for figure in figures(runs):
+        links.append(f'<a href="#{figure.name}">{escape(figure.title)}</a>')
+        sections.append(section(figure))
+        if figure.rows:
+            png = out.with_name(f"{out.stem}_{figure.name}.png")
+            draw(figure, png)
+            written(png)
+            link = f'<p><a href="{quote(png.name)}">{escape(png.name)}</a></p></section>'
+            sections[-1] = sections[-1].removesuffix("</section>") + link
     page = PAGE.format(
         title=escape("Training of " + ", ".join(run.name for run in runs)),
-        summary=summary(runs),
-        links="".join(f'<a href="#{name}">{title}</a>' for name, (title, _) in FIGURES.items()),
+        summary=summary(runs) + thinned_note(runs) + alarm_section(runs) + rescue_section(runs),
+        links="".join(links),
         sections="\n".join(sections),
     )
     out.write_text(page, encoding="utf-8")

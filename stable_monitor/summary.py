@@ -76,7 +76,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, list):
-        return [plain(x) for x in value]
+        return _rounded(value) if {*map(type, value)} == {float} else [plain(x) for x in value]
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
+
+
+def _rounded(values: list[float]) -> list[float | None]:
+    """What `plain` makes of each, in one go: most of what a record holds are lists of floats, a number a head."""
+    text = f"%.{DIGITS}g " * len(values) % tuple(values)
+    return [x if math.isfinite(x) else None for x in map(float, text.split())]
