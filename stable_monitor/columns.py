@@ -63,7 +63,8 @@ class Thinned:
         self._dtype = np.uint32 if span < 1 << 32 else np.uint64  # of steps since the first
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
         self._open = -1  # the interval of the last part, which may have more to come
-        self.steps, self.values = np.empty((0, 1)), np.empty((0, columns))
+        self.steps: np.ndarray = np.empty((0, 1), np.int64)
+        self.values: np.ndarray = np.empty((0, columns))
 
     def add(self, steps: np.ndarray, values: np.ndarray) -> None:
         """Appends (records,) steps and (records, columns) values; later calls may have more columns."""

@@ -148,7 +148,7 @@ def heat(run: Run, kind: str, panel: str) -> np.ndarray | None:
     first, last = run.columns.span
     width = min(HEAT_COLUMNS, len(found.steps))
     rows = min(HEAT_ROWS, len(places))
-    over = HEATS[panel][1]
+    over: Any = HEATS[panel][1]
     grid = np.full((rows, width), np.nan, np.float32)
     values = found.values[:, columns]
     steps = np.broadcast_to(found.steps[:, columns] if found.steps.shape[1] > 1 else found.steps, values.shape)

@@ -10,9 +10,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .records import FILE_NAME, load
+from .records import FILE_NAME, Run
 from .remedies import remedy
-from .verdicts import Verdict, examine
+from .verdicts import Examination, Verdict
 
 
 def diagnose(run: Path) -> tuple[Verdict, tuple[str, str]]:
@@ -21,9 +21,12 @@ def diagnose(run: Path) -> tuple[Verdict, tuple[str, str]]:
     Raises:
         OSError, ValueError: the run cannot be read.
     """
-    records, _ = load(run)
-    verdict = examine(records)
-    return verdict, remedy(verdict.verdict, records[-1].get("stack", ""))
+    examination, stack = Examination(), ""
+    for record in Run.stream(str(run), run).records:
+        examination.look(record)
+        stack = record.get("stack", "")
+    verdict = examination.verdict()
+    return verdict, remedy(verdict.verdict, stack)
 
 
 def main(argv: list[str] | None = None) -> int:

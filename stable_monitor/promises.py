@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stable_core.layers import chain_of, find_qk_norms, matrix_shape, num_heads, num_key_heads, own_biases, rows_of
 from stable_core.qk_clip import query_and_key_places
 
-from .calls import AttentionCall, FusedCall
+from .calls import Call, FusedCall
 from .projections import is_sigma_reparam
 
 ROLES = {"q": ("query",), "k": ("key", "query")}  # the arguments that are projected, where projections are not called
@@ -47,7 +47,7 @@ class Promise:
     fault: str = ""
 
 
-def promise(call: AttentionCall, inputs: Mapping[nn.Module, Input]) -> Promise:
+def promise(call: Call, inputs: Mapping[nn.Module, Input]) -> Promise:
     """What bounds the logits of this call. `inputs`: of the projections and norms that were called in this pass."""
     attention = call.site.module
     if (longest := _l2(call)) is not None:
@@ -69,7 +69,7 @@ def promise(call: AttentionCall, inputs: Mapping[nn.Module, Input]) -> Promise:
     return Promise("σReparam", scale * lengths["q"] * lengths["k"]) if lengths.keys() == {"q", "k"} else Promise()
 
 
-def _l2(call: AttentionCall) -> float | None:
+def _l2(call: Call) -> float | None:
     """s max |q_i|^2 where the kernel is given [2 q_i, 1] and [k_j, -|k_j|^2]; else None."""
     if not isinstance(call, FusedCall) or not (call.q[..., -1] == 1).all():
         return None
@@ -79,7 +79,7 @@ def _l2(call: AttentionCall) -> float | None:
     return call.scale * (call.q[..., :-1].float() / 2).square().sum(-1).max().item()
 
 
-def _scale(call: AttentionCall) -> float | None:
+def _scale(call: Call) -> float | None:
     """s; where softmax is written out what the module has as such, or 1 / sqrt(d1). None where d1 is not known."""
     if isinstance(call, FusedCall):
         return abs(call.scale)
@@ -122,7 +122,7 @@ def _greatest_length(norm: nn.Module, given: Input, heads: tuple[int | None, int
     return (columns.max() + torch.linalg.vector_norm(beta, dim=-1).max()).item()
 
 
-def _reparametrised(call: AttentionCall, inputs: Mapping[nn.Module, Input]) -> dict[str, float]:
+def _reparametrised(call: Call, inputs: Mapping[nn.Module, Input]) -> dict[str, float]:
     """The greatest lengths {"q": ..., "k": ...} of queries and keys over all heads, where σReparam makes their weights."""
     attention, lengths = call.site.module, {}
     for held, (layer, tensor) in query_and_key_places(attention).items():
@@ -141,7 +141,7 @@ def _reparametrised(call: AttentionCall, inputs: Mapping[nn.Module, Input]) -> d
     return lengths
 
 
-def _longest_input(call: AttentionCall, layer: nn.Module, role: str, inputs: Mapping[nn.Module, Input]) -> float:
+def _longest_input(call: Call, layer: nn.Module, role: str, inputs: Mapping[nn.Module, Input]) -> float:
     """The longest token that a projection is given: by the layer's call, or by the attention's arguments."""
     if layer in inputs and layer is not call.site.module:
         return inputs[layer].longest

@@ -126,7 +126,7 @@ class Records:
         numbers = array("q", sorted([*self._lines, *self._validation_lines]))
         yield from ((line, found) for _, line, found in self._read(numbers) if found is not None)
 
-    def _read(self, numbers: array) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    def _read(self, numbers: array[int]) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
         """The lines of these numbers, and what they hold."""
         number = place = 0  # of the line that comes next, and where `numbers` goes on
         with self.path.open("rb") as file:
@@ -150,17 +150,21 @@ class Records:
             if line_parsed is None:
                 self._wrong += [number] if line.endswith(b"\n") else []
                 return
-        step = line_parsed["step"] if line_parsed is not None else int(start[1])
-        is_validation = line_parsed is not None and "validation" in line_parsed
+        step = line_parsed["step"] if line_parsed is not None else int(start[1]) if start is not None else 0
         is_rescue = line_parsed is not None and "rescues" in line_parsed
+        is_validation = line_parsed is not None and "validation" in line_parsed
         while self.steps and (self.steps[-1] > step or (self.steps[-1] == step and not is_validation)):
-            self.steps.pop(), self._lines.pop()
+            self.steps.pop()
+            self._lines.pop()
         while self.validations and not is_rescue and self.validations[-1]["step"] > step - is_validation:
-            self.validations.pop(), self._validation_lines.pop()
-        if is_validation:
-            self.validations.append(line_parsed), self._validation_lines.append(number)
+            self.validations.pop()
+            self._validation_lines.pop()
+        if line_parsed is not None and is_validation:
+            self.validations.append(line_parsed)
+            self._validation_lines.append(number)
         else:
-            self.steps.append(step), self._lines.append(number)
+            self.steps.append(step)
+            self._lines.append(number)
 
     def _replaces(self, step: int) -> bool:
         """Whether a record of this step would replace any line."""
@@ -313,8 +317,9 @@ def _is_right(record: Any) -> bool:
     layers, alarms, rescues = record.get("layers"), record.get("alarms"), record.get("rescues", [])
     if not isinstance(layers, dict) or not all(map(_is_layer, layers.values())):
         return False
-    listed = isinstance(alarms, list) and isinstance(rescues, list)
-    return listed and all(map(_is_alarm, alarms)) and all(map(_is_rescue, rescues))
+    if not isinstance(alarms, list) or not isinstance(rescues, list):
+        return False
+    return all(map(_is_alarm, alarms)) and all(map(_is_rescue, rescues))
 
 
 def _are_steps(steps: Iterable[Any]) -> bool:

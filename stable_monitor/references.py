@@ -39,7 +39,7 @@ class StandIn:
         return interface_arguments(args, kwargs) if self._signature is None else by_name(self._signature, args, kwargs)
 
     def __reduce__(self) -> str:
-        return self.__qualname__  # it is copied and pickled as the function is, by name
+        return str(vars(self)["__qualname__"])  # it is copied and pickled as the function is, by name
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from .layout import figures
 from .page import PAGE
 from .plots import draw
 from .records import FILE_NAME, Run, in_words
+from .remedies import remedy
 from .sections import section
+from .verdicts import WORDS, Examination, Verdict
 
 RESCUED = ("entropy", "queries", "keys")
 ALARM_ROWS = 1000  # the most alarms in the table
@@ -72,7 +74,7 @@ def least_entropy_of_all(run: Run) -> str:
     found = run.columns.of_layers.get("entropy")
     if found is None:
         return "not recorded"
-    row, column = np.unravel_index(np.nanargmin(found.values), found.values.shape)
+    row, column = map(int, np.unravel_index(np.nanargmin(found.values), found.values.shape))
     step = found.steps[row, min(column, found.steps.shape[1] - 1)]
     return f"{list(run.columns.kinds)[column]}: {found.values[row, column]:.3g} nats at {step}"
 
@@ -98,6 +100,27 @@ def summary(runs: list[Run]) -> str:
         entropies = least_entropy_of_all(run), least_entropy(run)
         rows.append([run.name, run.columns.records, steps, last_loss(run), last_validation(run), *entropies, alarms])
     return table(head, rows, "Summary")
+
+
+def verdict_section(runs: list[Run], verdicts: list[Verdict]) -> str:
+    """What became of each run, and what to try."""
+    rows = []
+    for run, verdict in zip(runs, verdicts, strict=True):
+        what, guide = remedy(verdict.verdict, run.columns.last.get("stack", ""))
+        more = f"{what} ({guide})" if what else ""
+        rows.append(
+            [
+                run.name,
+                WORDS[verdict.verdict],
+                verdict.layer,
+                "" if verdict.step is None else verdict.step,
+                verdict.why,
+                more,
+            ]
+        )
+    healthy = sum(verdict.verdict == "healthy" for verdict in verdicts)
+    head = ["run", "verdict", "layer", "from update", "why", "try"]
+    return f'<p id="verdict"><strong>{healthy} of {len(runs)} runs healthy</strong></p>{table(head, rows, "Verdicts")}'
 
 
 def alarm_section(runs: list[Run]) -> str:
@@ -152,8 +175,10 @@ def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambd
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
     runs = [Run.stream(name, path) for name, path in zip(unique_names(paths), paths, strict=True)]
-    for run in runs:
-        run.collect()
+    examinations = [Examination() for _ in runs]
+    for run, examination in zip(runs, examinations, strict=True):
+        run.collect(examination.look)
+    verdicts = [examination.verdict() for examination in examinations]
     sections, links = [], []
     for figure in figures(runs):
         links.append(f'<a href="#{figure.name}">{escape(figure.title)}</a>')
@@ -166,7 +191,11 @@ def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambd
             sections[-1] = sections[-1].removesuffix("</section>") + link
     page = PAGE.format(
         title=escape("Training of " + ", ".join(run.name for run in runs)),
-        summary=summary(runs) + thinned_note(runs) + alarm_section(runs) + rescue_section(runs),
+        summary=verdict_section(runs, verdicts)
+        + summary(runs)
+        + thinned_note(runs)
+        + alarm_section(runs)
+        + rescue_section(runs),
         links="".join(links),
         sections="\n".join(sections),
     )

@@ -81,6 +81,7 @@ def flex(score_mod: Callable[..., Any] | None, block_mask: Any) -> Rule | None:
     """FlexAttention's score_mod, then its BlockMask: blocks that it lists, and in them what its mask_mod lets through."""
 
     def score(logits: Tensor, *where: Tensor) -> Tensor:
+        assert score_mod is not None
         return _hidden_by_a_number(_over_all(score_mod, first=True)(logits, *(x.flatten() for x in where)))
 
     def mask(logits: Tensor, *where: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def with_sink(rule: Rule | None, sinks: Tensor) -> Rule:
     return sunk
 
 
-def _over_all(function: Callable[..., Any] | None, first: bool = False) -> Callable[..., Any]:
+def _over_all(function: Callable[..., Any], first: bool = False) -> Callable[..., Any]:
     """A function of single numbers, a score where `first`, then batch, head, query and key, as one of a chunk."""
     for place in (3, 2, 1, 0):
         where = [0 if i == place else None for i in range(4)]

@@ -110,11 +110,12 @@ def _rows(
         raise ValueError("forward: it gives no tensors; it must call the model")
     if any(x.isnan().any() for x in found.first.outputs):
         raise ValueError("forward: its outputs are not numbers; go back to a sound checkpoint")
-    for *row, fault in found.verdicts(lag):
-        yield Row(*row, fault or "acts", not fault)
-    for target in layers(model) if filter_fn else ():
-        if target.tensor_name in target.module._parameters and filter_fn(target.module, target.module_name):
-            yield Row(without_wrappers(target.name), "none", "", "", "picked, and not reparametrised", False)
+    for name, remedy, measured, promised, fault in found.verdicts(lag):
+        yield Row(name, remedy, measured, promised, fault or "acts", not fault)
+    if filter_fn is not None:
+        for target in layers(model):
+            if target.tensor_name in target.module._parameters and filter_fn(target.module, target.module_name):
+                yield Row(without_wrappers(target.name), "none", "", "", "picked, and not reparametrised", False)
     for module, name, remedy, measured, promised, fault in Attentions(model, forward, found.first, clip).verdicts():
         if promised == "nothing" and filter_fn is not None and not filter_fn(module, name):
             yield Row(name, remedy, measured, promised, f"{fault}; not picked", True)

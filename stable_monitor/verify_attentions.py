@@ -49,8 +49,9 @@ class Attentions:
             factors = {name: _growth(seen, clip if name in clipped else None) for name, seen in before.items()}
             _multiply({seen.module: factors[name] for name, seen in before.items()}, clip)
             self._grown = self._again()
-            for name in clipped if clip else ():
-                clip_heads(self._grown[name].module, self._grown[name].logits, clip.threshold, clip.alpha)
+            if clip is not None:
+                for name in clipped:
+                    clip_heads(self._grown[name].module, self._grown[name].logits, clip.threshold, clip.alpha)
             self._clipped = self._again() if clipped else {}
         still = {name for name, seen in before.items() if abs(self._grown[name].largest) <= STILL * abs(seen.largest)}
         still = {name for name in still if before[name].promise.bound == math.inf and name not in clipped}

@@ -101,7 +101,8 @@ class Layers:
             outputs = [y for y in Trial(self._model, self._forward, graph=True).outputs if y.requires_grad]
         if outputs:
             with torch.enable_grad():
-                total = sum(y.float().flatten() @ torch.arange(y.numel(), device=y.device).cos() for y in outputs)
+                parts = [y.float().flatten() @ torch.arange(y.numel(), device=y.device).cos() for y in outputs]
+                total = torch.stack(parts).sum()
             with suppress(RuntimeError):  # reentrant checkpointing has no such gradients
                 gradients = torch.autograd.grad(total, [W_hat for _, W_hat in leaves], allow_unused=True)
                 used = {name for (name, _), g in zip(leaves, gradients, strict=True) if g is not None and g.any()}
