@@ -126,7 +126,7 @@ class Records:
         numbers = array("q", sorted([*self._lines, *self._validation_lines]))
         yield from ((line, found) for _, line, found in self._read(numbers) if found is not None)
 
-    def _read(self, numbers: array[int]) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    def _read(self, numbers: "array[int]") -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
         """The lines of these numbers, and what they hold."""
         number = place = 0  # of the line that comes next, and where `numbers` goes on
         with self.path.open("rb") as file:
