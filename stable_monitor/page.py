@@ -3,6 +3,7 @@
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
+{reload}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
@@ -34,6 +35,7 @@ th, td {{ text-align: left; padding: .25em 1.2em .25em 0; border-bottom: 1px sol
 thead th {{ position: sticky; top: 0; background: var(--paper); vertical-align: bottom; }}
 tbody th {{ min-width: 7em; overflow-wrap: anywhere; }}
 .scroll {{ max-height: 22em; overflow: auto; width: fit-content; max-width: 100%; }}
+#verdict ul {{ box-sizing: border-box; padding-left: 1.4em; margin: .4em 0 1em; overflow-wrap: anywhere; }}
 details {{ margin-top: 1.2em; }}
 summary {{ font-weight: bold; cursor: pointer; }}
 @media (max-width: 759px) {{

@@ -6,6 +6,7 @@ of the same figures are written beside it. Records are read one after another, a
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -21,7 +22,7 @@ from .plots import draw
 from .records import FILE_NAME, Run, in_words
 from .remedies import remedy
 from .sections import section
-from .verdicts import WORDS, Examination, Verdict
+from .verdicts import Examination, Verdict
 
 RESCUED = ("entropy", "queries", "keys")
 ALARM_ROWS = 1000  # the most alarms in the table
@@ -104,23 +105,14 @@ def summary(runs: list[Run]) -> str:
 
 def verdict_section(runs: list[Run], verdicts: list[Verdict]) -> str:
     """What became of each run, and what to try."""
-    rows = []
+    items = []
     for run, verdict in zip(runs, verdicts, strict=True):
         what, guide = remedy(verdict.verdict, run.columns.last.get("stack", ""))
-        more = f"{what} ({guide})" if what else ""
-        rows.append(
-            [
-                run.name,
-                WORDS[verdict.verdict],
-                verdict.layer,
-                "" if verdict.step is None else verdict.step,
-                verdict.why,
-                more,
-            ]
-        )
+        more = f"<br>Try: <code>{escape(what)}</code><br>More: {escape(guide)}" if what else ""
+        items.append(f"<li><strong>{escape(run.name)}</strong>: {escape(str(verdict))}{more}</li>")
     healthy = sum(verdict.verdict == "healthy" for verdict in verdicts)
-    head = ["run", "verdict", "layer", "from update", "why", "try"]
-    return f'<p id="verdict"><strong>{healthy} of {len(runs)} runs healthy</strong></p>{table(head, rows, "Verdicts")}'
+    head = f"<h2>{healthy} of {len(runs)} runs healthy</h2>"
+    return f'<section id="verdict">{head}<ul class="scroll" tabindex="0" aria-label="Verdicts">{"".join(items)}</ul></section>'
 
 
 def alarm_section(runs: list[Run]) -> str:
@@ -164,8 +156,12 @@ def thinned_note(runs: list[Run]) -> str:
     return f"<p>Of long runs, the least and the largest value in every {widest:,} updates or fewer are drawn.</p>"
 
 
-def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambda path: None) -> None:
+def report(
+    paths: list[Path], out: Path, written: Callable[[Path], None] = lambda path: None, reload: int | None = None
+) -> None:
     """Writes the page to `out` and `<out's stem>_<figure>.png` beside it; calls `written` with each file, the page last.
+
+    A browser loads the page anew every `reload` seconds.
 
     Raises:
         ValueError, OSError: a run cannot be read, or `out` cannot be written; one line that names the file.
@@ -198,6 +194,7 @@ def report(paths: list[Path], out: Path, written: Callable[[Path], None] = lambd
         + rescue_section(runs),
         links="".join(links),
         sections="\n".join(sections),
+        reload="" if reload is None else f'<meta http-equiv="refresh" content="{reload}">',
     )
     out.write_text(page, encoding="utf-8")
     written(out)
@@ -207,9 +204,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stable_monitor.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"directory with {FILE_NAME}, or such a file")
     parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    parser.add_argument("--watch", type=int, metavar="SECONDS", help="write it anew every so often, until Ctrl-C")
     args = parser.parse_args(argv)
+    if args.watch is not None and args.watch < 1:
+        parser.error(f"argument --watch: {args.watch}: allowed are whole numbers from 1")
     try:
-        report(args.runs, args.out, written=lambda path: print(path, flush=True))
+        report(args.runs, args.out, written=lambda path: print(path, flush=True), reload=args.watch)
+        while args.watch is not None:
+            time.sleep(args.watch)
+            report(args.runs, args.out, reload=args.watch)
+    except KeyboardInterrupt:
+        report(args.runs, args.out)  # which does not load itself anew
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

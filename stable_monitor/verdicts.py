@@ -7,8 +7,8 @@ layer's median head divided by log(keys): 1 is attention to all keys alike.
   second record or is then not a number; or it is above EXPLODED times at the very record at which a layer has collapsed. At the
   end it has not come back, or layers have collapsed. Or: at the end it has lost half of what it had won.
 - **collapse**: at the end a layer has collapsed: its relative entropy fell below GONE at a logit above LARGE, and has not been
-  above BACK since, nor its largest logit below half of LARGE. Or: a layer is below LOW, and the loss has lost a quarter of
-  what it had won from the first to the best record, at least FELL of the first.
+  above BACK since, nor above LOW at a logit below LARGE, nor its logit below half of LARGE. Or: a layer is below LOW, and the
+  loss has lost a quarter of what it had won from the first to the best record, at least FELL of the first.
 - **nan**: the loss or an entropy is not a number at the last record, or the gradient at the last OVERFLOWS of them (a scaler of
   fp16 skips single ones), and was one before.
 - **vanishing**: over the last records, gradient norms of the first third of layers are below FADED times those of the last
@@ -209,7 +209,7 @@ class _Layer:
         self.low_since = None if self.relative >= LOW else step if self.low_since is None else self.low_since
         if self.relative < GONE and self.logit > LARGE:
             self.gone_since = step if self.gone_since is None else self.gone_since
-        elif self.relative > BACK or self.logit < LARGE / 2:
+        elif self.relative > BACK or (self.relative > LOW and self.logit < LARGE) or self.logit < LARGE / 2:
             self.gone_since = None
 
 

@@ -218,6 +218,27 @@ def test_a_resumed_run_repeats_its_validations(tmp_path):
     assert load(run)[1] == []
 
 
+def test_a_watched_page_is_written_anew_until_ctrl_c(tmp_path, monkeypatch, capsys):
+    run, out = write(tmp_path / "run", [record(1, {"attn": "encoder"})]), tmp_path / "report.html"
+    pages = []
+
+    def sleep(seconds):
+        pages.append((seconds, out.read_text()))
+        if len(pages) == 2:
+            raise KeyboardInterrupt
+        write(run, [record(step, {"attn": "encoder"}) for step in (1, 7)])
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert main([str(run), "-o", str(out), "--watch", "30"]) == 0
+    reload = '<meta http-equiv="refresh" content="30">'
+    assert all(seconds == 30 and reload in page for seconds, page in pages)
+    assert ["1 to 7" in page for _, page in pages] == [False, True]
+    assert reload not in out.read_text() and "1 to 7" in out.read_text()
+    with pytest.raises(SystemExit):
+        main([str(run), "--watch", "0"])
+    assert "argument --watch: 0: allowed are whole numbers from 1" in capsys.readouterr().err
+
+
 def test_what_cannot_be_reported_is_said_in_one_line(tmp_path, capsys):
     good = str(write(tmp_path / "good", [record(1, {"attn": "encoder"})]))
     out, bare = str(tmp_path / "report.html"), tmp_path / "bare"
