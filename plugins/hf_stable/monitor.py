@@ -24,10 +24,9 @@ class MonitorCallback(TrainerCallback):
     """Runs `stable_monitor.Monitor` under a Trainer: `Trainer(..., callbacks=[MonitorCallback(every=100)])`.
 
     Records go to `monitor.jsonl` in the output directory, and `attention_entropy`, `attention_entropy_min` (nats) and
-    `attention_logit_max` into the Trainer's log history (TensorBoard and W&B do not hear of them there: give `writers`). The
-    loss is that of the update's first batch (of which transformers, with accumulation or several processes, makes a share of
-    the whole update's; it is scaled back as if all batches had as many items); gradients are those that the optimizer steps
-    with, after clipping.
+    `attention_logit_max` into what the Trainer logs: the console, TensorBoard, W&B. The loss is that of the update's first batch
+    (of which transformers, with accumulation or several processes, makes a share of the whole update's; it is scaled back as if
+    all batches had as many items); gradients are those that the optimizer steps with, after clipping.
     A resumed run goes on in the same file. Evaluations during training are written there too, as validations.
 
     Args:
@@ -90,8 +89,9 @@ class MonitorCallback(TrainerCallback):
         shares = self._processes * self._batches if self._processes else 1
         record, self._batches = self.monitor.step(lr=self._lr, output_loss_scale=shares), 1
         if record is not None:
-            numbers = {f"attention_{name}": value for name, value in headline(record).items()}
-            state.log_history.append({**numbers, "step": state.global_step})
+            own_turn = control.should_log  # which any log takes for done
+            self.trainer.log({f"attention_{name}": value for name, value in headline(record).items()})
+            control.should_log = own_turn
         if self._stop:
             control.should_training_stop = control.should_save = True
         return control

@@ -24,7 +24,7 @@ class Collapse(transformers.TrainerCallback):
 
 
 def rescued(folder, *callbacks, **settings):
-    callback = MonitorCallback(1, "rescue", alarm=AlarmConfig(fraction=0.5))
+    callback = MonitorCallback(1, "rescue", alarm=AlarmConfig(fraction=0.5, logit=0))
     return train(folder, Collapse(), callback, *callbacks, **settings)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
+from transformers import TrainerCallback
 
 from hf_stable import MonitorCallback
 from stable_monitor import AlarmConfig
@@ -40,6 +41,16 @@ def train(folder, *callbacks, steps=6, resume=None, prepare=lambda model: None, 
     return trainer
 
 
+class Logged(TrainerCallback):
+    """What a Trainer tells those that log."""
+
+    def __init__(self) -> None:
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
 def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -47,7 +58,8 @@ def losses(trainer) -> list[float]:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_records_and_the_same_losses(tmp_path, accumulation):
     plain = train(tmp_path / "plain", gradient_accumulation_steps=accumulation)
-    watched = train(tmp_path / "watched", MonitorCallback(2), gradient_accumulation_steps=accumulation)
+    logged = Logged()
+    watched = train(tmp_path / "watched", logged, MonitorCallback(2), gradient_accumulation_steps=accumulation)
     assert losses(watched) == losses(plain)
     assert all(torch.equal(a, b) for a, b in zip(watched.model.parameters(), plain.model.parameters(), strict=True))
 
@@ -66,6 +78,9 @@ def test_records_and_the_same_losses(tmp_path, accumulation):
     shown = [entry for entry in watched.state.log_history if "attention_entropy" in entry]
     means = [sum(sum(layer["entropy"]) / 8 for layer in record["layers"].values()) for record in records]
     assert [entry["attention_entropy"] for entry in shown] == pytest.approx(means, rel=1e-4)
+    assert [logs["attention_entropy"] for logs in logged.logs if "attention_entropy" in logs] == [
+        entry["attention_entropy"] for entry in shown
+    ]  # as TensorBoard and W&B hear it
 
 
 def test_validations_in_training_are_the_trainers(tmp_path):
@@ -109,7 +124,9 @@ class Collapse(transformers.TrainerCallback):
 @pytest.mark.parametrize("on_alarm", ["warn", "stop", "function"])
 def test_an_alarm_is_heard_and_ends_the_run_if_asked(tmp_path, on_alarm, caplog):
     heard, stop = [], on_alarm == "stop"
-    callback = MonitorCallback(1, heard.append if on_alarm == "function" else on_alarm, alarm=AlarmConfig(fraction=0.5))
+    callback = MonitorCallback(
+        1, heard.append if on_alarm == "function" else on_alarm, alarm=AlarmConfig(fraction=0.5, logit=0)
+    )
     trainer = train(tmp_path, Collapse(), callback)
     assert [(alarm.step, alarm.layer) for alarm in heard] == [(3, "transformer.h.1.attn")] * (on_alarm == "function")
     assert [r.message.partition(":")[0] for r in caplog.records if "collapse" in r.message] == ["update 3"]

@@ -111,7 +111,7 @@ def test_an_adapter_is_not_rescued(tmp_path, caplog):
     arguments = transformers.TrainingArguments(
         str(tmp_path), per_device_train_batch_size=4, max_steps=5, report_to="none", use_cpu=True, disable_tqdm=True
     )
-    callback = MonitorCallback(1, "rescue", alarm=AlarmConfig(fraction=0.5))
+    callback = MonitorCallback(1, "rescue", alarm=AlarmConfig(fraction=0.5, logit=0))
     trainer = transformers.Trainer(model, arguments, train_dataset=data(), callbacks=[Collapse(), callback])
     trainer.train()
     assert trainer.state.global_step == 3 and (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from stable_monitor import EntropyCollapse, Monitor, TensorBoardWriter, WandbWriter, stop_training
+from stable_monitor import AlarmConfig, EntropyCollapse, Monitor, TensorBoardWriter, WandbWriter, stop_training
 from stable_monitor.records import read
 from stable_monitor.report import report
 from tests.stable_monitor.models import batch, gpt, train
@@ -113,7 +113,7 @@ def _worker(rank: int, folder: str, how: str) -> None:
 
 def _stop_together(rank: int, called) -> None:
     """Rank 0 sees a collapse, and both stop."""
-    monitor = Monitor(called, 1, on_alarm=stop_training)
+    monitor = Monitor(called, 1, on_alarm=stop_training, alarm=AlarmConfig(logit=0))
     monitor._watch.look({"step": 0, "layers": {"h.0.attn": {"entropy": [1e6 if rank == 0 else 0.0], "bound": [0.0]}}})
     _, loss = called(*batch(0))
     loss.backward()
