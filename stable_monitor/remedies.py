@@ -27,7 +27,8 @@ STACKS = {
         "nan": "bf16=True in place of fp16=True, max_grad_norm=1.0, half of learning_rate",
     },
     "nanogpt": {
-        "collapse": "--init_from=resume --monitor_every=10 --monitor_alarm=rescue; anew: --reparam=sigma --gamma_init=spectral",
+        "collapse": "--init_from=resume --monitor_every=10 --monitor_alarm=rescue; "
+        "anew: --norm=layernorm --attention=dot --init=stock --reparam=sigma --gamma_init=spectral",
         "vanishing": "--residual=pre-ln, or --residual=deepnorm",
         "blowup": "half of --learning_rate, a longer --warmup_iters, --grad_clip=1.0",
         "nan": "--dtype=bfloat16 in place of float16, --grad_clip=1.0, half of --learning_rate",
