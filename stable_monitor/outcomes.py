@@ -97,6 +97,9 @@ def plot(rows: list[Row], path: Path) -> None:
                 alpha=0.15,
             )
         axes.set_xscale("log")
+        rates = list(rows[0].losses)
+        axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
+        axes.minorticks_off()
         axes.set(xlabel="learning rate", ylabel="final loss")
         axes.legend(title="sensitivity", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         figure.savefig(path, dpi=120)

@@ -3,8 +3,8 @@
     python -m recipes.lr_sensitivity.alarms recipes/lr_sensitivity/results/*.jsonl
 
 A run is lost where its rate is above the best one of its variant and seed, and its validation loss more than MARGIN above that
-one's; it is sound where it is no more than MARGIN above. It is lost from the record on from which its loss, averaged over three
-records, stays more than MARGIN above that of the best rate; an alarm at that record or before is in time.
+one's; it is sound where it is no more than MARGIN above. It is lost from the record on from which its loss stays more than
+MARGIN above that of the best rate, on the same batches; an alarm at that record or before is in time.
 
 An alarm rings where a layer's entropy is below `fraction` of the highest that it had, and its largest logit above `logit`.
 """
@@ -14,7 +14,6 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -79,16 +78,15 @@ def _final(line: Line) -> float:
 
 def _lost(line: Line, best: Line) -> int:
     """The update from which on the loss stays above that of the best rate."""
-    above = [a > b + MARGIN for a, b in zip(_smooth(line), _smooth(best), strict=False)]
+    above = [a > b + MARGIN for a, b in zip(_losses(line), _losses(best), strict=False)]
     since = len(above)
     while since and above[since - 1]:
         since -= 1
     return line["steps"][min(since, len(above) - 1)]
 
 
-def _smooth(line: Line) -> list[float]:
-    losses = [math.inf if loss is None else loss for loss in line["loss"]]
-    return [fmean(losses[max(0, i - 1) : i + 2]) for i in range(len(losses))]
+def _losses(line: Line) -> list[float]:
+    return [math.inf if loss is None else loss for loss in line["loss"]]
 
 
 def tell(runs: list[Labelled], fraction: float, logit: float) -> tuple[int, int, int]:

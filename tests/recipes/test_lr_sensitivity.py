@@ -1,15 +1,18 @@
 """recipes/lr_sensitivity: its sweep, small, and its README's tables against the logs."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from recipes.gpt import prepare
-from recipes.lr_sensitivity import run, train
+from recipes.lr_sensitivity import alarms, figures, logs, run, train
+from recipes.lr_sensitivity.logs import outcomes
 from recipes.lr_sensitivity.train import STACKS, schedule
 from stable_monitor.outcomes import Outcome, summarise, table
+from stable_monitor.records import read
 
 RECIPE = Path(run.__file__).parent
 
@@ -19,12 +22,6 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("characters")
     prepare.write("to be, or not to be: that is the question. " * 200, folder)
     return folder
-
-
-def test_a_small_sweep(data, tmp_path, capsys):
-    options = ["gpt", "--data", str(data), "--output", str(tmp_path), "--updates", "2", "--seeds", "1", "--jobs", "1"]
-    assert run.main([*options, "--rates", "1e-3", "1e-2", "--variants", "sigma"]) == 0
-    assert "| sigma | " in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.parametrize("variant", run.VARIANTS)
@@ -50,8 +47,54 @@ def test_the_schedule_is_warm_up_and_a_cosine_to_zero():
 @pytest.mark.parametrize("path", sorted((RECIPE / "results").glob("*.jsonl")), ids=lambda path: path.stem)
 def test_the_tables_of_the_readme_are_those_of_the_logs(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    outcomes = [
-        Outcome(**{**line, "final": float("nan") if line["final"] is None else line["final"]}) for line in lines
+    assert {line["seed"] for line in lines} == {1, 2, 3} and path.with_suffix(".png").exists()
+    assert table(summarise(outcomes(lines))) in (RECIPE / "README.md").read_text()
+
+
+def line(lr: float, final: float | None, losses: list[float], entropy: list[float], logit: float) -> dict:
+    layers = {"a": {"entropy": entropy, "logit": [logit] * len(entropy)}}
+    return {"lr": lr, "final": final, "steps": [0, 10, 20, 30], "loss": losses, "layers": layers}
+
+
+def test_an_alarm_is_in_time_where_it_rings_before_the_loss_is_lost():
+    slow = line(1e-4, 3.0, [4.0, 3.8, 3.6, 3.4], [1.0, 1.0, 1.0, 1.0], 1.0)
+    best = line(1e-3, 2.0, [4.0, 3.0, 2.5, 2.0], [1.0, 0.9, 0.8, 0.7], 9.0)
+    near = line(1e-2, 2.05, [4.0, 3.0, 2.5, 2.0], [1.0, 0.25, 0.2, 0.2], 20.0)
+    lost = line(1e-1, 3.0, [4.0, 3.0, 3.0, 3.0], [1.0, 0.28, 0.05, 0.05], 200.0)
+    nan = line(1.0, None, [4.0, 3.0, 2.5, 9.0], [1.0, 1.0, 1.0, 1.0], 1.0)
+    runs = alarms.label([slow, best, near, lost, nan])
+    assert [(run.line["lr"], run.lost) for run in runs] == [(1e-3, None), (1e-2, None), (1e-1, 10), (1.0, 20)]
+    assert alarms.rings(lost, 0.3, 50.0) == 10 and alarms.rings(lost, 0.1, 50.0) == 20
+    assert alarms.rings(near, 0.3, 50.0) is None and alarms.rings(near, 0.3, 0.0) == 10
+    assert alarms.tell(runs, 0.3, 50.0) == (1, 1, 0)
+    assert alarms.tell(runs, 0.1, 50.0) == (1, 0, 0)
+    assert alarms.tell(runs, 0.3, 0.0) == (1, 1, 1)
+
+
+def test_variants_are_apart_where_every_seed_says_so():
+    losses = {"level": (2.0, 2.1), "steep": (2.0, 3.0), "between": (2.0, 2.5)}
+    found = [
+        Outcome(variant, lr, seed, 4.0, loss + (0.4 * seed if variant == "between" and lr == 1.0 else 0.0))
+        for variant, ends in losses.items()
+        for lr, loss in zip((0.1, 1.0), ends, strict=True)
+        for seed in (1, 2)
     ]
-    assert {outcome.seed for outcome in outcomes} == {1, 2, 3} and path.with_suffix(".png").exists()
-    assert table(summarise(outcomes)) in (RECIPE / "README.md").read_text()
+    assert figures.apart(summarise(found)) == [("level", "steep"), ("level", "between")]
+
+
+def test_a_sweep_becomes_a_log_and_its_figures(data, tmp_path, capsys):
+    options = ["gpt", "--data", str(data), "--output", str(tmp_path), "--updates", "2", "--seeds", "1", "--jobs", "1"]
+    assert run.main([*options, "--rates", "1e-3", "1e-2", "--variants", "sigma"]) == 0
+    log = tmp_path / "gpt.jsonl"
+    assert logs.main([str(tmp_path), str(log)]) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    record = read(tmp_path / "sigma-0.001-1")[0]
+    layer = record["layers"]["transformer.h.0.attn"]
+    found = lines[0]["layers"]["transformer.h.0.attn"]
+    assert lines[0]["loss"] == [pytest.approx(record["loss"], abs=1e-4)] and lines[0]["verdict"] == "healthy"
+    assert found["entropy"] == [pytest.approx(sorted(layer["entropy"])[1] / math.log(layer["keys"]), abs=1e-3)]
+    assert found["logit"] == [pytest.approx(max(layer["max_logit"]), rel=1e-2)]
+    assert figures.main([str(log)]) == 0 and log.with_suffix(".png").exists()
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    assert alarms.main([str(log), "--picture", str(tmp_path / "alarms.png")]) == 0
+    assert "0 lost runs" in capsys.readouterr().out

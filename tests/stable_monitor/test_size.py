@@ -165,7 +165,9 @@ def test_the_losses_of_several_runs_are_in_one_panel_and_keys_name_them(tmp_path
     assert np.array_equal(a[1:, 1], b[:-1, 1])  # b's loss is that of a, an update earlier
     assert "whole model · all losses · b</div>" in text
     assert 'data-focused="true"' in text and 'data-wide="false"' in text
-    assert text.count("<h1") == 1 and text.count('role="img"') == text.count('aria-label="') - 3  # verdicts, summary and links
+    assert (
+        text.count("<h1") == 1 and text.count('role="img"') == text.count('aria-label="') - 3
+    )  # verdicts, summary and links
 
 
 @pytest.mark.parametrize(
