@@ -24,9 +24,9 @@ class MonitorCallback(TrainerCallback):
     """Runs `stable_monitor.Monitor` under a Trainer: `Trainer(..., callbacks=[MonitorCallback(every=100)])`.
 
     Records go to `monitor.jsonl` in the output directory, and `attention_entropy`, `attention_entropy_min` (nats) and
-    `attention_logit_max` into what the Trainer logs: the console, TensorBoard, W&B. The loss is that of the update's first batch
-    (of which transformers, with accumulation or several processes, makes a share of the whole update's; it is scaled back as if
-    all batches had as many items); gradients are those that the optimizer steps with, after clipping.
+    `attention_logit_max` into what the Trainer logs: the console, TensorBoard, W&B. The loss is that of the update's first
+    batch (of which transformers, with accumulation or several processes, makes a share of the whole update's; it is scaled back
+    as if all batches had as many items); gradients are those that the optimizer steps with, after clipping.
     A resumed run goes on in the same file. Evaluations during training are written there too, as validations.
 
     Args:

@@ -60,11 +60,11 @@ def test_an_alarm_is_in_time_where_it_rings_before_the_loss_is_lost():
     slow = line(1e-4, 3.0, [4.0, 3.8, 3.6, 3.4], [1.0, 1.0, 1.0, 1.0], 1.0)
     best = line(1e-3, 2.0, [4.0, 3.0, 2.5, 2.0], [1.0, 0.9, 0.8, 0.7], 9.0)
     near = line(1e-2, 2.05, [4.0, 3.0, 2.5, 2.0], [1.0, 0.25, 0.2, 0.2], 20.0)
-    lost = line(1e-1, 3.0, [4.0, 3.0, 3.0, 3.0], [1.0, 0.28, 0.05, 0.05], 200.0)
+    lost = line(1e-1, 3.0, [4.0, 3.0, 3.0, 3.0], [1.0, 0.28, 0.28, 0.05], 200.0)
     nan = line(1.0, None, [4.0, 3.0, 2.5, 9.0], [1.0, 1.0, 1.0, 1.0], 1.0)
     runs = alarms.label([slow, best, near, lost, nan])
-    assert [(run.line["lr"], run.lost) for run in runs] == [(1e-3, None), (1e-2, None), (1e-1, 10), (1.0, 20)]
-    assert alarms.rings(lost, 0.3, 50.0) == 10 and alarms.rings(lost, 0.1, 50.0) == 20
+    assert [(run.line["lr"], run.lost) for run in runs] == [(1e-3, None), (1e-2, None), (1e-1, 20), (1.0, 30)]
+    assert alarms.rings(lost, 0.3, 50.0) == 10 and alarms.rings(lost, 0.1, 50.0) == 30
     assert alarms.rings(near, 0.3, 50.0) is None and alarms.rings(near, 0.3, 0.0) == 10
     assert alarms.tell(runs, 0.3, 50.0) == (1, 1, 0)
     assert alarms.tell(runs, 0.1, 50.0) == (1, 0, 0)
