@@ -21,7 +21,8 @@ class AlarmConfig:
     below fraction * reference while the layer's largest attention logit is above `logit`. reference is the highest value so far
     of the median of the layer's earlier records, without collapsed ones; the highest, because the median itself falls in a
     collapse that takes several records. Low entropy at small logits is attention that works. Entropy that is NaN counts as
-    collapsed. The defaults are what hears most without a false alarm in recipes/lr_sensitivity.
+    collapsed. The defaults hear most in time with one false alarm in 85 sound runs
+    (recipes/lr_sensitivity).
 
     A layer raises one alarm when it falls below the threshold, and no other before it has recovered: above twice the
     threshold, or above the middle between threshold and reference if that is lower. So a layer that stays near its threshold

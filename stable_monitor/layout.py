@@ -71,7 +71,7 @@ def figures(runs: list[Run]) -> list[Figure]:
         rows = [
             row for quantity in quantities for kind in [WHOLE_MODEL, *kinds] if (row := row_of(quantity, kind, runs))
         ]
-        if name == "loss" and len(runs) > 1 and rows:
+        if name == "loss" and len(runs) > 1 and rows and rows[0].quantity == "loss":
             rows.insert(0, together(rows[0]))
         found.append(Figure(name, title, rows, span))
     rows = [row for panel in HEATS for kind in kinds if (row := heat_row(panel, kind, runs))]

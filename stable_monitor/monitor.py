@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -291,12 +292,16 @@ class Monitor:
         if lr is None:
             groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
             lr = next((group["lr"] for group in groups if "lr" in group), None)
+        loss = self._number("loss", loss)
+        gradient = self._gradients.get("")
+        numbers = {"loss": loss, "grad_l2": None if gradient is None else float(gradient[0])}
         record = {
-            **self._stack,
             "step": self.updates,
             "time": round(time.time(), 3),
-            **plain({"loss": self._number("loss", loss), "lr": self._number("lr", lr)}),
+            **self._stack,
+            **plain({"loss": loss, "lr": self._number("lr", lr)}),
             **self._gradient(""),
+            "nonfinite": [name for name, x in numbers.items() if x is not None and not math.isfinite(x)],
             "layers": {},
             "alarms": [],
         }

@@ -128,7 +128,8 @@ def fill(axes: Axes, row: layout.Row, panel: layout.Panel, span: tuple[int, int]
             style["color"] = DEPTH(line.place)
         elif line.style.startswith("run"):
             style |= {"color": run_color(line)}
-            style |= {"label": line.name} if line.style == "run" else {}
+            # matplotlib leaves names that begin with an underscore out of its legends.
+            style |= {"label": line.name.replace("_", "\u200b_", 1)} if line.style == "run" else {}
         elif line.style == "lost":  # on the lower edge
             style |= {"transform": axes.get_xaxis_transform(), "clip_on": False}
         if len(line.x) == 1 and "marker" not in style:
@@ -180,7 +181,7 @@ def headings(figure: Figure, axes: np.ndarray, title: str, names: list[str], acr
     if across:  # the names of the runs, in the place beside their panel
         lines, labels = axes[0, 0].get_legend_handles_labels()
         labels = [label if len(label) <= room else "…" + label[1 - room :] for label in labels]
-        axes[0, 1].legend(lines, labels, loc="upper left", frameon=False, fontsize=min(9, 150 / len(labels)))
+        axes[0, 1].legend(lines, labels, loc="upper left", frameon=False, fontsize=min(9, 150 / max(len(labels), 1)))
     legend: dict[str, Any] = {}
     for panel in axes[1 if across else 0 :].flat:
         lines, labels = panel.get_legend_handles_labels()

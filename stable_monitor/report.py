@@ -208,17 +208,30 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.watch is not None and args.watch < 1:
         parser.error(f"argument --watch: {args.watch}: allowed are whole numbers from 1")
+    if args.watch is not None:
+        watch(args.runs, args.out, args.watch)
     try:
-        report(args.runs, args.out, written=lambda path: print(path, flush=True), reload=args.watch)
-        while args.watch is not None:
-            time.sleep(args.watch)
-            report(args.runs, args.out, reload=args.watch)
-    except KeyboardInterrupt:
-        report(args.runs, args.out)  # which does not load itself anew
+        report(args.runs, args.out, written=lambda path: print(path, flush=True))
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def watch(paths: list[Path], out: Path, seconds: int) -> None:
+    """Writes the report every so many seconds, until Ctrl-C; what is wrong is said, and may be right the next time."""
+    said = ""
+    try:
+        while True:
+            try:
+                report(paths, out, reload=seconds)
+            except (OSError, ValueError) as error:
+                if str(error) != said:
+                    print(f"report: {error}; tried again every {seconds} seconds", file=sys.stderr)
+                said = str(error)
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        pass
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .interception import UNSEEN, Interception, without_wrappers
 from .optimizers import Optimizers, listed, place_without_decay
 from .resume import average_gradients, note_gammas
 from .summary import by_head
-from .verdicts import LOW, median_head
+from .verdicts import LARGE, LOW, median_head
 
 HALVINGS = 6  # at the most, of the limit
 log = logging.getLogger("stable_monitor")
@@ -80,7 +80,8 @@ def rescue(
         forward: runs the model on a batch, in training mode; what it returns does not matter. It is called without
             gradient, twice or more, and random numbers and buffers are afterwards what they were.
         layers: attention modules by name, to be rescued whatever their entropy.
-        fraction: a layer has collapsed where the entropy of its median head is below this part of log(keys).
+        fraction: a layer has collapsed where the entropy of its median head is below this part of log(keys), and its largest
+            logit above 50.
         logit: where one has collapsed, those with a larger attention logit than this are taken to be on the way there. The
             default is the threshold of MuonClip's QK-clip.
         limit: the largest spectral norm that W_q and W_k are left with.
@@ -93,21 +94,30 @@ def rescue(
     inner, optimizers, named = unwrap(model), listed(optimizer), list(layers)
     before = _look(inner, forward)
     _raise_together(_what_is_wrong(before, named))
-    low = {name for name, seen in before.items() if name in named or seen.entropy < fraction * seen.uniform}
+    low = {
+        name
+        for name, seen in before.items()
+        if name in named or (seen.entropy < fraction * seen.uniform and seen.largest_logit > LARGE)
+    }
     large = {name for name, seen in before.items() if seen.largest_logit > logit} if low else set()
     picked = _decided_by_rank_0([name for name in before if name in low | large])
     if not picked:
         log.warning("nothing to rescue: no layer's entropy is below %g of log(keys)", fraction)
         return []
     bounded = bound_and_train(model, optimizers, {name: before[name].module for name in picked}, limit, scheduler)
-    after = _look(inner, forward)
+    last, after = before, _look(inner, forward)
     for halved in (limit / 2**n for n in range(1, HALVINGS + 1)):
-        still = _decided_by_rank_0([name for name in picked if after[name].entropy < LOW * after[name].uniform])
+        # Low entropy that a smaller norm does not raise has another cause, such as a bias of position.
+        helped = [name for name in picked if after[name].entropy > 1.1 * last[name].entropy]
+        still = _decided_by_rank_0([name for name in helped if after[name].entropy < LOW * after[name].uniform])
         if not still:
             break
         again = bound_and_train(model, optimizers, {name: before[name].module for name in still}, halved)
         bounded |= {name: _both(bounded[name], again[name]) for name in still}
-        after = _look(inner, forward)
+        last, after = after, _look(inner, forward)
+    for name in picked:
+        if after[name].entropy < LOW * after[name].uniform:
+            log.warning("%s: its entropy stays low, and not for the size of its queries and keys", name)
     done = []
     for name in picked:
         entropy = before[name].entropy, after[name].entropy

@@ -21,8 +21,10 @@ def thin(run: str | Path, every: int) -> tuple[int, int]:
     """
     if every < 2:
         raise ValueError(f"every = {every}: allowed are whole numbers from 2")
+    path = Path(run)
+    path = path / FILE_NAME if path.is_dir() else path
+    size = path.stat().st_size if path.is_file() else 0  # before it is read: a run may write to it
     records = Records(run)
-    size = records.path.stat().st_size
     new = records.path.with_name(records.path.name + ".thinned")
     before = after = 0
     skipped = False

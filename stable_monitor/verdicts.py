@@ -10,7 +10,7 @@ layer's median head divided by log(keys): 1 is attention to all keys alike.
   above BACK since, nor above LOW at a logit below LARGE, nor its logit below half of LARGE. Or: a layer is below LOW, and the
   loss has lost a quarter of what it had won from the first to the best record, at least FELL of the first.
 - **nan**: the loss or an entropy is not a number at the last record, or the gradient at the last OVERFLOWS of them (a scaler of
-  fp16 skips single ones), and was one before.
+  fp16 skips single ones).
 - **vanishing**: over the last records, gradient norms of the first third of layers are below FADED times those of the last
   third, and nearly all layers attend to all keys alike.
 - **unseen**: none of these, and no record has an attention.
@@ -89,22 +89,28 @@ class Examination:
             if layer.get("entropy") and (layer.get("keys", 0) is not None or None in layer["entropy"]):
                 self._layers.setdefault(name, _Layer()).look(step, layer)
         collapsed = any(layer.gone_since is not None for layer in self._layers.values())
-        self._look_at_loss(step, record.get("loss"), collapsed)
-        self._collapsed = self._collapsed or collapsed
         for what in ("loss", "grad_l2"):
             if record.get(what) is not None:
                 self._known.add(what)
                 self._nan.pop(what, None)
-            elif what in self._known:
+            elif self._is_nan(record, what):
                 self._nan.setdefault(what, []).append(step)
+        self._look_at_loss(step, record.get("loss"), collapsed)
+        self._collapsed = self._collapsed or collapsed
         ratio = first_by_last(record["layers"])
         self._fading_since = None if not ratio < FADED else step if self._fading_since is None else self._fading_since
         if not math.isnan(ratio):
             self._first_by_last.append(ratio)
 
+    def _is_nan(self, record: dict[str, Any], what: str) -> bool:
+        """Whether a number that is null was measured; in a record that does not say so, whether it ever was."""
+        if "nonfinite" in record:
+            return what in record["nonfinite"]
+        return what in record and what in self._known
+
     def _look_at_loss(self, step: int, loss: float | None, collapsed: bool) -> None:
         if loss is None:
-            self._rose = self._rose or self._rising
+            self._rose = self._rose or (self._rising if "loss" in self._nan else None)
             return
         self._losses.append(loss)
         if loss < self._best:
@@ -161,10 +167,14 @@ class Examination:
                 "blowup", step, "", f"the loss went from {best:.4g} to {median(self._losses):.4g}, entropy did not fall"
             )
         least, step, name = min((*layer.least, name) for name, layer in self._layers.items())
-        rescued = f"; {self._rescued} layers were rescued" if self._rescued else ""
-        return Verdict(
-            "healthy", None, "", f"least entropy {least:.2g} of log(keys), in {name} at update {step}{rescued}"
-        )
+        if least == math.inf:
+            return Verdict("unseen", None, "", "no record says how many keys there are")
+        why = f"least entropy {least:.2g} of log(keys), in {name} at update {step}"
+        if were := [layer.first_gone for layer in self._layers.values() if layer.first_gone is not None]:
+            why += f"; {len(were)} layers had collapsed, the first at update {min(were)}, and came back"
+        if self._rescued:
+            why += f"; {self._rescued} rescues"
+        return Verdict("healthy", None, "", why)
 
     def _not_a_number(self) -> Verdict | None:
         found = [(self._nan["loss"][0], "", "the loss")] if "loss" in self._nan else []
@@ -192,6 +202,7 @@ class _Layer:
     relative = logit = math.nan
     least = (math.inf, 0)  # relative entropy, and when
     gone_since: int | None = None
+    first_gone: int | None = None
     low_since: int | None = None  # below LOW
     nan_since: int | None = None
 
@@ -204,11 +215,12 @@ class _Layer:
         if keys is None or keys <= 1:
             return
         self.relative = entropy / math.log(keys)
-        self.logit = max((x for x in layer.get("max_logit", ()) if x is not None), default=math.nan)
+        self.logit = max((x for x in layer.get("max_logit", ()) if x is not None), default=math.inf)
         self.least = min(self.least, (self.relative, step))
         self.low_since = None if self.relative >= LOW else step if self.low_since is None else self.low_since
         if self.relative < GONE and self.logit > LARGE:
             self.gone_since = step if self.gone_since is None else self.gone_since
+            self.first_gone = self.gone_since if self.first_gone is None else self.first_gone
         elif self.relative > BACK or (self.relative > LOW and self.logit < LARGE) or self.logit < LARGE / 2:
             self.gone_since = None
 

@@ -239,6 +239,33 @@ def test_a_watched_page_is_written_anew_until_ctrl_c(tmp_path, monkeypatch, caps
     assert "argument --watch: 0: allowed are whole numbers from 1" in capsys.readouterr().err
 
 
+def test_a_watched_run_may_begin_later_and_ctrl_c_ends_a_plain_report(tmp_path, monkeypatch, capsys):
+    run, out = tmp_path / "run", str(tmp_path / "report.html")
+    naps = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+        if len(naps) == 2:
+            write(run, [record(1, {"attn": "encoder"})])
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert main([str(run), "-o", out, "--watch", "5"]) == 0
+    assert capsys.readouterr().err.count("no such file") == 1
+    monkeypatch.setattr("stable_monitor.report.report", lambda *args, **settings: sleep(0) or naps.clear() or sleep(0))
+    monkeypatch.setattr("time.sleep", None)
+    with pytest.raises(KeyboardInterrupt):
+        naps[:] = [0, 0]
+        main([str(run), "-o", out])
+
+
+def test_runs_of_any_name_and_without_a_loss(tmp_path):
+    runs = [write(tmp_path / name, [record(1, {"attn": "encoder"}, loss=None)]) for name in ("_a", "_b")]
+    assert main([*map(str, runs), "-o", str(tmp_path / "report.html")]) == 0
+    assert "loss of all runs" not in (tmp_path / "report.html").read_text()
+
+
 def test_what_cannot_be_reported_is_said_in_one_line(tmp_path, capsys):
     good = str(write(tmp_path / "good", [record(1, {"attn": "encoder"})]))
     out, bare = str(tmp_path / "report.html"), tmp_path / "bare"

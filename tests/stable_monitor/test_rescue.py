@@ -245,6 +245,27 @@ def test_a_limit_that_is_too_large_is_halved_until_entropy_is_back():
     assert rescue(model, optimizer, forward_of(model), limit=done.queries[1])[0].entropy == pytest.approx(done.entropy)
 
 
+class Biased(nn.Module):
+    """Attention that a bias of position alone makes sharp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        place = torch.arange(x.shape[1])
+        return self.attention(x, x, x, attn_mask=-60.0 * (place[:, None] - place).abs().float())[0]
+
+
+def test_low_entropy_that_has_another_cause_is_not_bounded_away(caplog):
+    model, x = Biased(), torch.randn(2, 8, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    assert rescue(model, optimizer, lambda: model(x)) == []  # its logits are small
+    (done,) = rescue(model, optimizer, lambda: model(x), layers=["attention"])
+    assert done.entropy[1] < 0.1 and done.queries[1] == pytest.approx(min(LIMIT, done.queries[0]), rel=1e-3)
+    assert "attention: its entropy stays low, and not for the size of its queries and keys" in caplog.text
+
+
 def test_what_is_wrong_is_one_line():
     model, optimizer = collapsed(1)
     for error, settings in (

@@ -186,3 +186,28 @@ def test_each_verdict_has_its_row_and_each_stack_its_remedy():
     assert set(ROWS.values()) <= headings
     assert set(ROWS) == set(WORDS) - {"healthy"}
     assert all(set(remedies) == set(ROWS) - {"unseen"} for remedies in STACKS.values())
+
+
+def test_a_loss_that_was_not_given_is_no_nan():
+    healthy = [record(step, nonfinite=[]) for step in range(4)]
+    assert examine([*healthy, record(4, loss=None, nonfinite=[])]).verdict == "healthy"
+    assert examine([*healthy, record(4, loss=None, nonfinite=["loss"])]).verdict == "nan"
+    assert examine([record(0, loss=None, nonfinite=["loss"])]).verdict == "nan"  # from the first record on
+    assert examine([*healthy, *(record(step, grad_l2=None, nonfinite=[]) for step in (4, 5, 6))]).verdict == "healthy"
+
+
+def test_what_a_layer_does_not_say():
+    def without(*keys: str):
+        made = record(0, entropy=0.01)
+        for key in keys:
+            del made["layers"]["a"][key]
+        return examine([made]).verdict
+
+    assert without("max_logit") == "collapse"
+    assert without("keys") == "unseen"
+
+
+def test_a_healthy_run_says_what_had_collapsed():
+    lines = [(2.0, 0.9, 5.0), (2.0, 0.01, 500.0), (1.0, 0.9, 5.0)]
+    found = examine(record(step, *numbers) for step, numbers in enumerate(lines))
+    assert found.verdict == "healthy" and "1 layers had collapsed, the first at update 1, and came back" in found.why
