@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from stable_core.attention_entropy import Rule
 
@@ -110,7 +111,12 @@ def _over_all(function: Callable[..., Any], first: bool = False) -> Callable[...
     for place in (3, 2, 1, 0):
         where = [0 if i == place else None for i in range(4)]
         function = torch.vmap(function, in_dims=(0, *where) if first else tuple(where))
-    return function
+
+    def over_all(*args: Tensor) -> Any:
+        with TransformGetItemToIndex():  # which torch itself needs for functions that index a tensor: table[head]
+            return function(*args)
+
+    return over_all
 
 
 def _hidden_by_a_number(scores: Tensor) -> Tensor:

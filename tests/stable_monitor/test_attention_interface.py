@@ -83,7 +83,8 @@ def kernels(monkeypatch):
     hub.flash_attn_func, hub.flash_attn_varlen_func = stand_ins.flash_attn_func, stand_ins.flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, hub.__name__, hub)
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda *args, **kwargs: hub)
-    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True, raising=False)
+    monkeypatch.setattr(hub_kernels, "_kernels_available", True, raising=False)  # where transformers is older
     for interface in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
 
