@@ -162,6 +162,7 @@ def test_the_spectral_norm_is_gamma_at_the_start(case):
 def test_gamma_at_sigma_keeps_the_function(case):
     plain, model, x = case.plain(), case.reparametrised(), case.input()
     before, after = case.run(plain, x), case.run(model, x)
+    assume(before.isfinite().all())  # attention with weights of 100 may overflow in float16
     tolerance = 1e-5 if case.dtype == torch.float32 else 8 * torch.finfo(case.dtype).eps
     assert (after.double() - before.double()).norm() <= tolerance * before.double().norm()
 
