@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .optimizers import Optimizers, listed, short, with_parts
-from .verdicts import LARGE, LOW, Examination, median_head
+from .verdicts import LARGE, LOW, Examination, largest_logit, median_head
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,7 @@ class Watch:
             if len(past) >= self.config.patience:
                 reference = self._highest[name] = max(self._highest[name], past[(len(past) - 1) // 2])
                 threshold = self.config.fraction * reference
-            logit = max((x for x in layer.get("max_logit", ()) if x is not None), default=math.inf)
-            if (entropy < threshold and logit > self.config.logit) or (
+            if (entropy < threshold and largest_logit(layer) > self.config.logit) or (
                 math.isnan(entropy) and before >= self.config.patience
             ):
                 if name not in self.collapsed:

@@ -215,7 +215,7 @@ class _Layer:
         if keys is None or keys <= 1:
             return
         self.relative = entropy / math.log(keys)
-        self.logit = max((x for x in layer.get("max_logit", ()) if x is not None), default=math.inf)
+        self.logit = largest_logit(layer)
         self.least = min(self.least, (self.relative, step))
         self.low_since = None if self.relative >= LOW else step if self.low_since is None else self.low_since
         if self.relative < GONE and self.logit > LARGE:
@@ -246,6 +246,11 @@ def median_head(values: list[float | None]) -> float:
     """The lower median over heads; NaN if one is null (NaN in a record), as one such head makes all later layers NaN."""
     known = [value for value in values if value is not None]
     return median_low(known) if known and len(known) == len(values) else math.nan
+
+
+def largest_logit(layer: dict[str, Any]) -> float:
+    """Of all heads in a layer of a record; infinite where none is known, so that entropy alone decides."""
+    return max((x for x in layer.get("max_logit", ()) if x is not None), default=math.inf)
 
 
 def examine(records: Iterable[dict[str, Any]]) -> Verdict:
