@@ -265,6 +265,7 @@ def entropy(bench: Bench) -> None:
             "dense formula": partial(dense_entropy, q, k),
             "attention_entropy": partial(attention_entropy, q, k, scale=HEAD_DIM**-0.5),
             "attention_statistics": partial(attention_statistics, q, k, scale=HEAD_DIM**-0.5),
+            "... by torch's operators": partial(attention_statistics, q, k, scale=HEAD_DIM**-0.5, kernels="torch"),
         }
         for one in work.values():
             one()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
 from recipes.gpt.muon import BETAS, CLIP, LENGTH, SHAPES, WEIGHT_DECAY, batches
@@ -34,6 +35,7 @@ class Training:
     """
 
     clip = CLIP
+    device = torch.device("cpu")
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, seed: int) -> None:
         self.model, self.optimizer, self.lr, self.seed = model, optimizer, lr, seed
@@ -54,6 +56,14 @@ class Training:
     def factor(self, update: int) -> float:
         return 1.0
 
+    def to(self, device: torch.device) -> None:
+        """Trains there, before the first update."""
+        self.model.to(device)
+        self.device = device
+
+    def _there(self, batch: Any) -> Any:
+        return tree_map_only(Tensor, lambda x: x.to(self.device), batch)
+
     def copy(self) -> "Training":
         new = copy.copy(self)
         new.model, new.optimizer = copy.deepcopy((self.model, self.optimizer))
@@ -64,7 +74,7 @@ class Training:
         """One update but for clearing the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.factor(self.update)
-        loss = self.loss(batch)
+        loss = self.loss(self._there(batch))
         loss.backward()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -76,7 +86,7 @@ class Training:
     def validate(self) -> float:
         """Mean loss in nats."""
         self.model.eval()
-        losses = [self.loss(batch).item() for batch in self.validation()]
+        losses = [self.loss(self._there(batch)).item() for batch in self.validation()]
         self.model.train()
         return sum(losses) / len(losses)
 
@@ -89,10 +99,12 @@ def characters(data: Path) -> dict[str, np.ndarray]:
 class Characters(Training):
     """nanoGPT's GPT, 0.8M parameters."""
 
+    shape = SHAPES["small"]
+
     def __init__(self, data: Path, lr: float, seed: int, options: Options = STOCK) -> None:
         self.parts = characters(data)
         torch.manual_seed(seed)
-        n_layer, n_head, n_embd = SHAPES["small"]
+        n_layer, n_head, n_embd = self.shape
         vocab_size = int(max(part.max() for part in self.parts.values())) + 1
         sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab_size}
         model = self.build(sizes, options)
@@ -110,6 +122,18 @@ class Characters(Training):
 
     def loss(self, batch: Any) -> Tensor:
         return self.model(*batch)[1]
+
+
+class Characters25M(Characters):
+    """Eight blocks of width 512."""
+
+    shape = 8, 8, 512
+
+
+class Characters85M(Characters):
+    """The shape of GPT-2 small."""
+
+    shape = SHAPES["gpt2"]
 
 
 class GPT2(Characters):

@@ -11,12 +11,16 @@ and A K is one call of a fused attention kernel with V = K. Memory grows with T,
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .kernels import why_not
 from .theory import entropy_lower_bound
+from .watching import is_transformed
 
 # A value of an additive mask at or below this hides the key: models write -inf, finfo.min or -10000.
 MASKED = -1e4
@@ -62,12 +66,19 @@ def _in_full_precision(function: Callable[Given, Found]) -> Callable[Given, Foun
 
 @_in_full_precision
 def attention_entropy(
-    q: Tensor, k: Tensor, *, scale: float, attn_mask: Tensor | None = None, is_causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    kernels: str = "auto",
 ) -> Tensor:
     """Ent(A_i) of every query in nats, shape (batch, heads, queries), fp32, without gradient.
 
-    On a CPU it is one fused attention call. On other devices, with a finite additive mask (ALiBi, relative positions), and
-    where logits are so large that the equation above would lose digits, logits are formed for a chunk of queries at a time.
+    On a CPU it is one fused attention call, and on a GPU a Triton kernel. Where neither can be, and on a CPU with a finite
+    additive mask (ALiBi, relative positions) or with logits so large that the equation above would lose digits, logits are
+    formed for a chunk of queries at a time.
 
     Args:
         q: (batch, heads, queries, head_dim), any floating dtype; the arithmetic is in fp32.
@@ -76,11 +87,16 @@ def attention_entropy(
         attn_mask: as for `F.scaled_dot_product_attention`, broadcastable to (batch, heads, queries, keys): boolean, True
             where a query sees a key, or floating, added to the logits. A query that sees no key has entropy 0.
         is_causal: query i sees keys 0..i, in addition to attn_mask.
+        kernels: "auto" runs the Triton kernel on GPUs of CUDA from compute capability 8.0, where it is faster; "torch" never
+            does; "triton" raises ValueError where it cannot run.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a value of `kernels` that is not allowed.
     """
-    mask = _check(q, k, attn_mask)
+    _check(q, k, attn_mask)
+    if _takes_kernel(q, k, kernels):
+        return _in_kernel(q, k, scale, attn_mask, is_causal).entropy
+    mask = _added(attn_mask, q.device)
     q, k = q.float(), k.float()
     largest = abs(scale) * q.norm(dim=-1).max() * k.norm(dim=-1).max()
     if q.device.type == "cpu" and largest <= LARGEST_LOGIT and (mask is None or _only_hides(mask)):
@@ -101,13 +117,17 @@ def attention_statistics(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     rule: Rule | None = None,
+    kernels: str = "auto",
 ) -> AttentionStatistics:
     """Entropy, largest logit, the entropy's lower bound and the number of keys of every query.
 
-    Arguments and errors as for `attention_entropy`; `rule` changes the logits after them. Logits are formed in chunks, as no
-    fused kernel returns the largest.
+    Arguments and errors as for `attention_entropy`; `rule` changes the logits after them. With a rule, and where the Triton
+    kernel does not run, logits are formed in chunks, as no fused kernel of torch returns the largest.
     """
-    mask = _check(q, k, attn_mask)
+    _check(q, k, attn_mask)
+    if _takes_kernel(q, k, kernels, rule):
+        return _in_kernel(q, k, scale, attn_mask, is_causal)
+    mask = _added(attn_mask, q.device)
     return _in_chunks(_logits(q.float(), k.float(), scale, mask, is_causal, rule), q.shape[:3], q.device)
 
 
@@ -132,7 +152,8 @@ def largest_logits(
     Of a `rule` it is only used which keys it hides: the values are those before it. Other arguments and errors as for
     `attention_entropy`.
     """
-    mask = _check(q, k, attn_mask)
+    _check(q, k, attn_mask)
+    mask = _added(attn_mask, q.device)
     lengths = [torch.linalg.vector_norm(x.float(), dim=-1).amax((0, 2)) for x in (q, k)]
     group = q.shape[1] // k.shape[1]
     bound = abs(scale) * lengths[0] * lengths[1].repeat_interleave(group)
@@ -185,21 +206,67 @@ def _row_statistics(logits: Tensor) -> AttentionStatistics:
     return AttentionStatistics(entropy, largest, bound, visible)
 
 
-def _check(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> Tensor | None:
-    """The mask as fp32 to be added to the logits, in four dimensions; ValueError for shapes that do not fit."""
+def _check(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> None:
+    """Raises ValueError for shapes that do not fit."""
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}: allowed are (batch, heads, queries, head_dim) and "
             "(batch, key_heads, keys, head_dim), where key_heads divides heads"
         )
     if attn_mask is None:
-        return None
+        return
     whole = (*q.shape[:3], k.shape[2])
     if attn_mask.ndim > 4 or any(n not in (1, m) for n, m in zip(attn_mask.shape[::-1], whole[::-1], strict=False)):
         raise ValueError(f"attn_mask {tuple(attn_mask.shape)}: it must be broadcastable to {whole}")
-    if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros(attn_mask.shape, device=q.device).masked_fill_(~attn_mask, -math.inf)
-    return attn_mask.float().reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
+
+
+def _added(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """The mask as fp32 to be added to the logits, in four dimensions."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=device).masked_fill_(~mask, -math.inf)
+    return _in_four_dimensions(mask.float())
+
+
+def _in_four_dimensions(mask: Tensor) -> Tensor:
+    return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+
+
+def _takes_kernel(q: Tensor, k: Tensor, kernels: str, rule: Rule | None = None) -> bool:
+    """Whether the Triton kernel finds the statistics. Raises ValueError where it must and cannot."""
+    if kernels not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels = {kernels!r}: allowed are 'auto', 'torch', 'triton'")
+    if kernels == "torch" or not (q.is_cuda or kernels == "triton"):
+        return False
+    why = why_not(q.device, torch.float32)
+    if not why and rule is not None:
+        why = "with a rule logits are formed"
+    if not why and not (_is_plain(q) and _is_plain(k) and _kernel().takes(q, k)):
+        why = f"q {tuple(q.shape)} in {q.dtype}, k in {k.dtype}"
+    if why and kernels == "triton":
+        raise ValueError(f"kernels = 'triton': {why}; set it to 'auto'")
+    return not why
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x has memory that a kernel can read: no subclass, and under no compiler, tracer or transformation."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(x) in (Tensor, nn.Parameter) and not (tracing or is_transformed())
+
+
+@functools.cache
+def _kernel() -> ModuleType:
+    return import_module(".kernels_attention", __package__)  # as in kernels.py, so that a saved model does not ask for Triton
+
+
+def _in_kernel(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> AttentionStatistics:
+    if mask is not None:
+        mask = _in_four_dimensions(mask)
+    found = _kernel().row_statistics(q, k, scale=scale, masked=MASKED, mask=mask, is_causal=is_causal)
+    entropy, largest, spread, keys = found
+    bound = entropy_lower_bound(spread.sqrt(), keys).masked_fill(keys == 0, 0.0)
+    return AttentionStatistics(entropy, largest, bound, keys)
 
 
 def _only_hides(mask: Tensor) -> bool:

@@ -35,7 +35,7 @@ VARIANTS = {
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     stack: tyro.conf.Positional[Literal[*STACKS]]
-    """gpt (nanoGPT's), vit (timm's) or translation (fairseq's)"""
+    """gpt (nanoGPT's, also with 25 or 85 million parameters), vit (timm's) or translation (fairseq's)"""
     output: Path
     """folder of the sweep"""
     data: Path | None = None
@@ -46,9 +46,10 @@ class Settings:
     updates: int = 200
     jobs: int = os.cpu_count() or 1
     """runs at a time, a thread each"""
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.stack == "gpt" and not (self.data is not None and (self.data / "meta.pkl").is_file()):
+        if self.stack.startswith("gpt") and not (self.data is not None and (self.data / "meta.pkl").is_file()):
             raise ValueError(f"data = {self.data}: allowed are folders that recipes.gpt.prepare wrote")
 
 
@@ -67,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--data",
         str(data),
     ]
-    training += ["--lr", "{lr}", "--seed", "{seed}", "--updates", str(settings.updates), "{variant}"]
+    training += ["--lr", "{lr}", "--seed", "{seed}", "--updates", str(settings.updates)]
+    training += ["--device", settings.device, "{variant}"]
     options = ["--out", str(settings.output), "--jobs", str(settings.jobs), "--seed", *map(str, settings.seeds)]
     options += ["--lr", *map(str, settings.rates)]
     options += [word for name in settings.variants for word in ("--variant", f"{name}={VARIANTS[name]}")]

@@ -10,16 +10,22 @@ import torch
 import tyro
 
 from recipes.command import command, keyword_arguments
-from recipes.trainings import Characters, Training, Translation, Vision
+from recipes.trainings import Characters, Characters25M, Characters85M, Training, Translation, Vision
 from stable_monitor import Monitor, QKClip
 
-STACKS = {"gpt": Characters, "vit": Vision, "translation": Translation}
+STACKS = {
+    "gpt": Characters,
+    "gpt-25m": Characters25M,
+    "gpt-85m": Characters85M,
+    "vit": Vision,
+    "translation": Translation,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     stack: tyro.conf.Positional[Literal[*STACKS]]
-    """gpt (nanoGPT's), vit (timm's) or translation (fairseq's)"""
+    """gpt (nanoGPT's, also with 25 or 85 million parameters), vit (timm's) or translation (fairseq's)"""
     out: Path
     """folder for monitor.jsonl"""
     data: Path
@@ -32,6 +38,8 @@ class Settings:
     """as NAME=VALUE: reparam=sigma gamma_init=spectral z_loss=1e-4 ..."""
     qk_clip: float = 0.0
     """threshold; 0 for none"""
+    device: str = "cpu"
+    """a GPU computes products in TF32"""
 
 
 def schedule(update: int, updates: int) -> float:
@@ -43,6 +51,8 @@ def train(settings: Settings) -> float:
     training: Training = STACKS[settings.stack](
         settings.data, settings.lr, settings.seed, keyword_arguments(settings.options, "options")
     )
+    torch.backends.cuda.matmul.allow_tf32 = True
+    training.to(torch.device(settings.device))
     training.clip = 1.0
     training.factor = lambda update: schedule(update, settings.updates)
     if settings.qk_clip:
