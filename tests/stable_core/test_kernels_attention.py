@@ -115,7 +115,7 @@ def test_bitwise_the_same_twice():
 @here
 def test_what_it_refuses():
     q, k = some(5, 6)
-    for q, k, settings, why in (
+    for one, other, settings, why in (
         (q[:, :3], k, {}, "key_heads divides heads"),
         (q, k.half(), {}, "k in torch.float16"),
         (q.double(), k.double(), {}, "in torch.float64"),
@@ -123,7 +123,7 @@ def test_what_it_refuses():
         (q, k, {"rule": lambda logits, *where: logits}, "with a rule"),
     ):
         with pytest.raises(ValueError, match=re.escape(why)):
-            kernel(q, k, scale=1.0, **settings)
+            kernel(one, other, scale=1.0, **settings)
 
 
 def test_the_setting():
@@ -131,5 +131,5 @@ def test_the_setting():
     with pytest.raises(ValueError, match="kernels = 'cuda': allowed are 'auto', 'torch', 'triton'"):
         attention_statistics(q, k, scale=1.0, kernels="cuda")
     if DEVICE.type == "cpu" and not INTERPRETED:
-        with pytest.raises(ValueError, match="kernels = 'triton': .*set it to 'auto'"):
+        with pytest.raises(ValueError, match=r"kernels = 'triton': .*set it to 'auto'"):
             kernel(q, k, scale=1.0)
