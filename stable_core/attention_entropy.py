@@ -257,9 +257,8 @@ def _is_plain(x: Tensor) -> bool:
 
 @functools.cache
 def _kernel() -> ModuleType:
-    return import_module(
-        ".kernels_attention", __package__
-    )  # as in kernels.py, so that a saved model does not ask for Triton
+    # By import_module, as in kernels.py, so that a saved model does not ask for Triton.
+    return import_module(".kernels_attention", __package__)
 
 
 def _in_kernel(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> AttentionStatistics:
