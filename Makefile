@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --max-worker
 .PHONY: help venv lock quickstart test test-all test-newest test-oldest lint bench docs clean
 
 help:
-	@echo "make quickstart   install, train an 18L-18L translation model four ways on the CPU, show the result"
+	@echo "make quickstart   install, train a GPT that collapses, alone, rescued and with σReparam, and show the result"
 	@echo "make test         install, run the tests (make test-all: the slow ones too)"
 	@echo "make test-newest  the same tests with the newest of everything, whatever the lock and upper bounds say"
 	@echo "make test-oldest  the same tests with the lowest torch, timm and transformers that pyproject.toml allows"
@@ -65,7 +65,7 @@ lock: $(UV)
 	@echo "== requirements.lock is renewed; next: make test"
 
 quickstart: $(STABLE_VENV)/ready
-	$(BIN)/python -m recipes.quickstart.quickstart
+	$(BIN)/python -m recipes.quickstart.run
 
 test: $(STABLE_VENV)/ready
 	$(PYTEST) -m "not slow"

@@ -212,11 +212,11 @@ class WideVision(Vision):
 
 @cache
 def number_words(data: Path, *flags: str) -> tuple[Any, Any, Any]:
-    """fairseq's task of the quickstart, what it builds models from, and a validation in batches."""
+    """fairseq's task of recipes/number_words, what it builds models from, and a validation in batches."""
     from fairseq import options, tasks, utils
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-    from recipes.quickstart.quickstart import NARROW, ROOT, prepare
+    from recipes.number_words.run import NARROW, ROOT, prepare
 
     plugin = ["--user-dir", str(ROOT / "plugins" / "fairseq_sigma")]
     narrow = [str(option) for option in NARROW]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.quickstart.quickstart import NARROW, ROOT, prepare
+from recipes.number_words.run import NARROW, ROOT, prepare
 from recipes.runs import call, last_line, python
 from stable_monitor.records import read
 
@@ -77,7 +77,7 @@ def every(updates: int, run: Run) -> tuple:
 
 
 def translation(model: Model, run: Run, out: Path) -> dict:
-    """The quickstart's data and width, in batches of 24 for depth."""
+    """The data and width of recipes/number_words, in batches of 24 for depth."""
     folder = out / run.name
     status, output = python(
         *("-m", "fairseq_cli.train", out / "text" / "data", "--user-dir", ROOT / "plugins" / "fairseq_sigma"),

@@ -60,7 +60,7 @@ def test_a_run_that_failed_leaves_the_others_in_the_log(tmp_path):
     assert runs.run_all(again, path, 1, str, console) == [{"name": "a", "x": 1}, {"name": "b", "x": 2}]
 
 
-@pytest.mark.slow  # the quickstart's test trains the same models
+@pytest.mark.slow  # the test of number_words trains the same models
 def test_a_translation_experiment_from_the_command_line(tmp_path, monkeypatch, capsys):
     """DeepNorm with and without σReparam, one layer a side, from the first update to the table."""
     given = EXPERIMENTS["translation"]

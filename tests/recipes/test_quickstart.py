@@ -1,65 +1,60 @@
-"""The quickstart: its data against numbers known by heart, and the whole command with a few updates and sentences."""
+"""The quickstart: the whole command with a few updates, again after it, and after a run that did not end."""
 
 import sys
 
 import pytest
 
-from recipes.quickstart import quickstart
-from recipes.quickstart.quickstart import RUNS, SIZES, losses, prepare
+from recipes.gpt.prepare import write
+from recipes.quickstart import run, train
+from stable_monitor.records import FILE_NAME, read
 from tests.warm import PYTHON
 
 
-def test_the_parallel_text_is_number_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart, "fairseq", lambda *args: None)  # binarises it, in the next test but one
-    monkeypatch.setattr(quickstart, "finish", lambda *args: None)
-    prepare(tmp_path)
-    pairs = {}
-    for split, size in SIZES.items():
-        english, german = ((tmp_path / "text" / f"{split}.{l}").read_text().splitlines() for l in ("en", "de"))
-        assert len(english) == len(german) == size
-        pairs |= dict(zip(english, german, strict=True))
-    assert len(pairs) == sum(SIZES.values())  # no test number is a training number
-    ones = {
-        "one": "ein",
-        "two": "zwei",
-        "three": "drei",
-        "four": "vier",
-        "five": "fünf",
-        "six": "sechs",
-        "seven": "sieben",
-    }
-    for english, german in pairs.items():
-        words = english.split()
-        if words[0] in ones and words[1:2] == ["hundred"]:
-            assert german.replace(" ", "").startswith(f"{ones[words[0]]}hundert")
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    write("To be, or not to be, that is the question. " * 50, folder)
+    return folder
 
 
-def test_a_log_is_read_in_nats(tmp_path):
-    (tmp_path / "log").write_text('{"epoch": 1, "loss": "2.000", "num_updates": "5"}\n{"train_loss": "9"}\nother\n')
-    curve = losses(tmp_path / "log")
-    assert list(curve) == [5] and abs(curve[5] - 1.386294) < 1e-5
-
-
-def test_the_command_trains_translates_and_draws(tmp_path, monkeypatch, capsys):
-    runs = (RUNS[0], RUNS[-1])  # each of the four differs by its arch and rate alone
-    monkeypatch.setattr(quickstart, "RUNS", runs)
-    monkeypatch.setattr(quickstart, "SIZES", {"train": 5 * 48, "valid": 10, "test": 12})
-    monkeypatch.setattr(sys, "argv", ["quickstart", "--steps", "5", "--out", str(tmp_path)])
+def test_the_command_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "shakespeare", lambda: "To be, or not to be, that is the question. " * 50)
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--updates", "20", "--out", str(tmp_path)])
     monkeypatch.setattr(sys, "executable", PYTHON)
-    assert quickstart.main() == 0
+    assert run.main() == 0
     shown = capsys.readouterr().out
-    for run in runs:
-        assert run.label in shown
-        assert max(losses(tmp_path / f"{run.arch}-1" / "train.log")) == 5
-    assert shown.count("->") == 10
+    assert all(label in shown for label, _ in run.LABELS.values())
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "report.html").read_text()
-    for run in runs:
-        assert f"{run.arch}-1/entropy/decoder.layers.17.encoder_attn" in page
+    assert "sigma-1" in (tmp_path / "report.html").read_text()
+    files = {name: tmp_path / f"{name}-1" / FILE_NAME for name in run.RUNS}
+    before = {name: path.read_bytes() for name, path in files.items()}
+    assert read(tmp_path / "alone-1")[0]["loss"] == read(tmp_path / "rescued-1")[0]["loss"]  # until the alarm
+    files["alone"].write_bytes(before["alone"].splitlines(keepends=True)[0])  # one that was stopped
+    others = {name: path.stat().st_mtime_ns for name, path in files.items() if name != "alone"}
+    assert run.main() == 0
+    assert {name: files[name].stat().st_mtime_ns for name in others} == others
+    losses = [record["loss"] for record in read(tmp_path / "alone-1")]
+    assert len(losses) == 2 and losses[1] < losses[0]
 
 
-def test_wrong_steps_are_told(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["quickstart", "--steps", "0"])
+def test_a_run_that_fails_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", PYTHON)
+    with pytest.raises(RuntimeError, match=r"alone: .*no-such-folder"):
+        run.train("alone", tmp_path / "no-such-folder", tmp_path, 10, 1, lambda records: None)
+
+
+def test_wrong_updates_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--updates", "15"])
     with pytest.raises(SystemExit) as ended:
-        quickstart.main()
-    assert ended.value.code == 2 and "--steps 0: allowed are whole numbers from 5" in capsys.readouterr().err
+        run.main()
+    assert ended.value.code == 2 and "--updates 15: allowed are multiples of 10" in capsys.readouterr().err
+
+
+def test_the_monitor_changes_nothing_until_it_rescues(text, tmp_path):
+    """The run that is left alone is the plain loop's, to the bit."""
+    found = train.train("alone", text, tmp_path / "a", 10, 1)
+    training = train.Characters(text, train.LR, 1, {})
+    for batch in train.itertools.islice(training.batches(1), 10):
+        training.step(batch)
+        training.optimizer.zero_grad()
+    assert training.validate() == found

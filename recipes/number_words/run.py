@@ -1,8 +1,8 @@
-"""Trains an 18L-18L translation model four ways, side by side, on the CPU: `make quickstart`.
+"""Trains an 18L-18L translation model four ways, side by side, on the CPU: `python -m recipes.number_words.run`.
 
 English number words to German number words, letter by letter: "forty two" -> "z w e i u n d v i e r z i g". Post-LN at this
 depth never leaves the unigram level; with σReparam, DeepNorm or both it trains. The four runs share data, seed and all but
-the arch and the learning rate; a monitor looks on. An interrupted quickstart goes on where it stopped.
+the arch and the learning rate; a monitor looks on. An interrupted command goes on where it stopped.
 """
 
 import argparse
@@ -233,12 +233,10 @@ def run_all(args: argparse.Namespace, data: Path, console: Console) -> dict[tupl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], prog="python -m recipes.quickstart.quickstart"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m recipes.number_words.run")
     parser.add_argument("--steps", type=int, default=240, help="updates of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="(default: 1; README.md's figure: 1 2 3)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quickstart", help="(default: runs/quickstart)")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "number_words", help="(default: runs/number_words)")
     args = parser.parse_args()
     if args.steps < LOG_INTERVAL:
         parser.error(f"--steps {args.steps}: allowed are whole numbers from {LOG_INTERVAL}")
@@ -248,7 +246,7 @@ def main() -> int:
     console.print(table(results, args.seeds))
     best = max(RUNS, key=lambda run: results[run, args.seeds[0]][1].bleu)
     show_translations(best, results[best, args.seeds[0]][1], console)
-    picture = args.out / "quickstart.png"
+    picture = args.out / "number_words.png"
     plot(results, picture)
     page = args.out / "report.html"
     report([args.out / f"{run.arch}-{args.seeds[0]}" for run in RUNS], page)
