@@ -13,8 +13,10 @@ from transformers.utils import logging
 
 from hf_stable.exporting import check_vacant
 from stable_core.checkpoint_file import what_is_wrong
+from stable_core.extras import extra
 from stable_core.registry import import_methods
 
+PROG = "python -m hf_stable.convert"
 SOURCES = {
     "fairseq": "a checkpoint of fairseq_sigma, or of fairseq's transformer, with its dictionaries",
     "nanogpt": "ckpt.pt of nanoGPT",
@@ -24,9 +26,9 @@ SOURCES = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     given = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m hf_stable.convert", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[1])
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for source, what in SOURCES.items():
         command = commands.add_parser(source, help=what)
@@ -34,7 +36,11 @@ def main(argv: list[str] | None = None) -> int:
             "--methods", default="", metavar="MODULE,...", help="import these, which register your methods"
         )
         if source in given[:1]:  # fairseq and timm are not everybody's
-            module = importlib.import_module(f"hf_stable.convert_{source}")
+            try:
+                with extra(source if source in ("fairseq", "timm") else "hf"):
+                    module = importlib.import_module(f"hf_stable.convert_{source}")
+            except ModuleNotFoundError as error:
+                parser.error(str(error))
             module.add_arguments(command)
     args = parser.parse_args(given)
     logging.disable_progress_bar()
