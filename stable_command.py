@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         maybe = f"did you mean {near[0]}? " if near else ""
         return refuse(f"{name}: no such subcommand; {maybe}allowed are {', '.join(NAMES)}")
     command = COMMANDS[name]
+    if "" not in sys.path:  # as python -m has it: modules of the user's own are found, and a checkout's recipes
+        sys.path.insert(0, "")
     try:
         module = importlib.import_module(command.module)
     except ModuleNotFoundError as error:

@@ -35,6 +35,15 @@ def test_arguments_and_exit_status_are_the_modules(tmp_path, capsys):
     assert first == second and run in first
 
 
+def test_modules_of_the_working_directory_are_found_as_with_python_m(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "stable").write_text("import sys\nfrom stable_command import main\nsys.exit(main())\n")
+    (tmp_path / "mine.py").write_text("print('mine')\n")
+    command = [PYTHON, str(tmp_path / "bin" / "stable"), "convert", "gpt2", "nowhere", "out", "--methods", "mine"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "mine\n"), done.stderr
+
+
 # In a process of its own, where torch, all packages of ours and what the extras install cannot be imported.
 ALONE = """
 import sys
