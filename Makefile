@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS := 4
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --max-worker-restart 0
 
-.PHONY: help venv lock quickstart test test-all test-newest test-oldest lint bench docs clean
+.PHONY: help venv lock quickstart test test-all test-newest test-oldest lint bench docs dist clean
 
 help:
 	@echo "make quickstart   install, train a GPT that collapses, alone, rescued and with σReparam, and show the result"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint         ruff and formatting, as pre-commit runs them, and the types of core and monitor"
 	@echo "make bench        step times, memory, scaling, attention, the monitor and build times, side by side (an hour)"
 	@echo "make docs         the API reference, from the docstrings, into docs/api"
+	@echo "make dist         the sdist and the wheel, made of it and checked by twine, into dist"
 
 venv: $(STABLE_VENV)/ready
 
@@ -52,9 +53,9 @@ $(STABLE_VENV)/ready: $(STABLE_VENV)/locked pyproject.toml
 
 # uv makes locks. It asks the index that pip is configured for, within pip's own constraints; neither is written into the lock.
 pip_setting = $$($(PYTHON) -m pip config list | sed -nE "s/^(:env:|global)\.$(1)='(.*)'/\2/p" | head -n 1)
-COMPILE = UV_DEFAULT_INDEX="$(call pip_setting,index-url)" UV_CONSTRAINT="$(call pip_setting,constraint)" \
-	SSL_CERT_FILE="$${SSL_CERT_FILE:-$(call pip_setting,cert)}" \
-	$(UV) pip compile --quiet --extra all --upgrade --generate-hashes --no-annotate
+INDEX = UV_DEFAULT_INDEX="$(call pip_setting,index-url)" UV_CONSTRAINT="$(call pip_setting,constraint)" \
+	SSL_CERT_FILE="$${SSL_CERT_FILE:-$(call pip_setting,cert)}"
+COMPILE = $(INDEX) $(UV) pip compile --quiet --extra all --upgrade --generate-hashes --no-annotate
 
 $(UV):
 	@$(PYTHON) -m venv .venv-uv
@@ -102,6 +103,13 @@ docs: $(STABLE_VENV)/ready
 	@$(BIN)/python -W ignore -m pdoc --docformat google --output-directory docs/api $(PACKAGES)
 	@echo "== the API reference is docs/api/index.html"
 
+# Where the repository is, is said in setup.py; without it the metadata have no addresses.
+dist: $(UV)
+	@rm -rf dist
+	@$(INDEX) $(UV) build --quiet --python $(PYTHON) --out-dir dist
+	@$(INDEX) $(UV) tool run --quiet --python $(PYTHON) twine check --strict dist/*.whl dist/*.tar.gz
+	@echo "== $$(ls dist)"
+
 clean:
-	rm -rf .venv .venv-* build *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info
 	@echo "== the environments are gone; runs/ is kept"

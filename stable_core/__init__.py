@@ -41,6 +41,7 @@ What each file is for, in the order in which to read them:
     qk_clip.py              QK-clip: smaller weights for heads whose logits grew too large
     bounding.py             σReparam for queries and keys whose entropy has collapsed, with gamma in bounds
     interrupted.py          what is undone where a forward pass ends in an error
+    extras.py               what to install where an import fails
 """
 
 from .advancing import advance

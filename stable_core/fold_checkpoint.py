@@ -14,6 +14,8 @@ import torch
 from .checkpoint_file import read_checkpoint
 from .folding import fold_state_dict
 
+PROG = "python -m stable_core.fold_checkpoint"
+
 
 def fold_checkpoint(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Folds every state dict in it; returns the new checkpoint and the keys under which they were found.
@@ -44,8 +46,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{error}; {advice}") from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stable_core.fold_checkpoint", description=__doc__.split("\n\n")[0])
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].replace(PROG, prog))
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="written by torch.save")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the folded checkpoint goes")
     args = parser.parse_args(argv)

@@ -14,6 +14,8 @@ from .records import FILE_NAME, Run
 from .remedies import remedy
 from .verdicts import Examination, Verdict
 
+PROG = "python -m stable_monitor.diagnose"
+
 
 def diagnose(run: Path) -> tuple[Verdict, tuple[str, str]]:
     """The verdict of a run, and its remedy.
@@ -29,9 +31,9 @@ def diagnose(run: Path) -> tuple[Verdict, tuple[str, str]]:
     return verdict, remedy(verdict.verdict, stack)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m stable_monitor.diagnose",
+        prog=prog,
         description=__doc__.partition(": ")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -17,9 +17,12 @@ from functools import cached_property
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .columns import Columns
+from stable_core.extras import extra
+
+if TYPE_CHECKING:
+    from .columns import Columns
 
 FILE_NAME = "monitor.jsonl"
 NUMBERS = ("time", "loss", "lr", "grad_l2", "grad_linf", "entropy", "threshold")  # keys of a record or an alarm
@@ -216,12 +219,15 @@ class Run:
         return cls(name, records, records.validations)
 
     @cached_property
-    def columns(self) -> Columns:
+    def columns(self) -> "Columns":
         """What the report draws of the records, collected in one pass."""
         return self.collect()
 
-    def collect(self, *observers: Callable[[dict[str, Any]], Any]) -> Columns:
+    def collect(self, *observers: Callable[[dict[str, Any]], Any]) -> "Columns":
         """Makes `columns` now, and calls the observers with each record in the same pass, in order."""
+        with extra("monitor"):  # numpy, which training does without
+            from .columns import Columns
+
         steps = self.records.steps if isinstance(self.records, Records) else [r["step"] for r in self.records]
         columns = self.__dict__["columns"] = Columns(steps)
         with _without_collector():

@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
+from stable_core.extras import extra
 
-from .curves import mean_entropy, validation_loss
-from .layout import figures
 from .page import PAGE
-from .plots import draw
 from .records import FILE_NAME, Run, in_words
 from .remedies import remedy
-from .sections import section
 from .verdicts import Examination, Verdict
 
+with extra("monitor"):
+    import numpy as np
+
+    from .curves import mean_entropy, validation_loss
+    from .layout import figures
+    from .plots import draw
+    from .sections import section
+
+PROG = "python -m stable_monitor.report"
 RESCUED = ("entropy", "queries", "keys")
 ALARM_ROWS = 1000  # the most alarms in the table
 
@@ -200,8 +205,8 @@ def report(
     written(out)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stable_monitor.report", description=__doc__.split("\n\n")[0])
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].replace(PROG, prog))
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"directory with {FILE_NAME}, or such a file")
     parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
     parser.add_argument("--watch", type=int, metavar="SECONDS", help="write it anew every so often, until Ctrl-C")

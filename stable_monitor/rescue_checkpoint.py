@@ -19,6 +19,7 @@ from torch import nn
 
 from stable_core.bounding import LIMIT
 from stable_core.checkpoint_file import read_checkpoint
+from stable_core.extras import extra
 from stable_core.sigma_layers import sigma_layers
 from stable_core.sigma_reparam import SigmaReparamConfig, sigma_reparam
 from stable_core.targets import those_left
@@ -30,6 +31,7 @@ from .rescue import bound_and_train
 from .resume import note_gammas, reparametrise_named
 from .saved_optimizer import optimizer_holding, usual_groupings
 
+PROG = "python -m stable_monitor.rescue_checkpoint"
 STACKS = ("fairseq_sigma", "nanogpt_patch", "hf_stable", "recipes.vision")  # those with a module `opening`
 
 
@@ -126,7 +128,8 @@ def _open_plain(path: Path, model: str) -> Opened:
     if not colon or not name:
         raise ValueError(f"model = {model!r}: allowed are timm:NAME and MODULE:FUNCTION")
     if module == "timm":
-        import timm
+        with extra("timm"):
+            import timm
 
         built = timm.create_model(name)
     else:
@@ -154,11 +157,9 @@ def _open_plain(path: Path, model: str) -> Opened:
     return Opened(built, optimizer, save)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     description, details = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        prog="python -m stable_monitor.rescue_checkpoint", description=description, epilog=details
-    )
+    parser = argparse.ArgumentParser(prog=prog, description=description.replace(PROG, prog), epilog=details)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the new one goes; it must not be there yet")
     which = parser.add_mutually_exclusive_group(required=True)

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stable_core.extras import extra
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -64,7 +64,12 @@ def sharpness(
         ValueError: k, batches, a parameter's dtype or the optimizer not as above; more parameters than ARPACK can index; a
             loss that is not scalar or does not depend on the model; a loss or a product that is not finite.
         RuntimeError: Lanczos did not converge.
+        ModuleNotFoundError: scipy is not installed.
     """
+    with extra("monitor"):
+        import numpy as np
+        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
     named: dict[str, Tensor] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     weights = list(named.values())
     with _fork_rng(weights):  # a loader may draw random numbers
@@ -84,7 +89,7 @@ def sharpness(
             )
     scales = None if optimizer is None else list(_inverse_roots(optimizer, named))
 
-    def product(x: np.ndarray) -> np.ndarray:
+    def product(x: "np.ndarray") -> "np.ndarray":
         parts = torch.from_numpy(x).split([weight.numel() for weight in weights])
         vector = [part.view_as(weight).to(weight) for part, weight in zip(parts, weights, strict=True)]
         if scales is not None:

@@ -28,13 +28,25 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from stable_core.extras import extra
 
-from .outcomes import Outcome, plot, summarise, table
 from .records import FILE_NAME, load
-from .report import report
 
+with extra("monitor"):
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from .outcomes import Outcome, plot, summarise, table
+    from .report import report
+
+PROG = "python -m stable_monitor.sweep"
 PLACES = ("lr", "seed", "variant", "out")
 LAST = 10  # records whose losses are averaged where there was no validation
 
@@ -247,13 +259,13 @@ def collect(sweep: Sweep, console: Console) -> None:
     console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True, markup=False, highlight=False)
 
 
-def parse(argv: list[str]) -> tuple[Sweep, argparse.Namespace]:
+def parse(argv: list[str], prog: str = PROG) -> tuple[Sweep, argparse.Namespace]:
     """Raises ValueError for what cannot be swept."""
     description, example, details = (__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(
-        prog="python -m stable_monitor.sweep",
-        description=description,
-        epilog=f"{example}\n\n{details}",
+        prog=prog,
+        description=description.replace(PROG, prog),
+        epilog=f"{example.replace(PROG, prog)}\n\n{details}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the sweep, with a folder in it for each run")
@@ -311,10 +323,10 @@ def _variant(text: str) -> tuple[str, str]:
     return name, flags
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     console = Console()
     try:
-        sweep, args = parse(sys.argv[1:] if argv is None else argv)
+        sweep, args = parse(sys.argv[1:] if argv is None else argv, prog)
         claim(sweep)
         missing = [run for run in sweep.runs() if run.status() is None]
         if args.commands:

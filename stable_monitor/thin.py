@@ -12,6 +12,8 @@ from pathlib import Path
 
 from .records import FILE_NAME, Records
 
+PROG = "python -m stable_monitor.thin"
+
 
 def thin(run: str | Path, every: int) -> tuple[int, int]:
     """Thins the file of a run; returns the number of records before and after.
@@ -50,8 +52,8 @@ def thin(run: str | Path, every: int) -> tuple[int, int]:
     return before, after
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m stable_monitor.thin", description=__doc__.split("\n\n")[1])
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[1])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"directory with {FILE_NAME}, or such a file")
     parser.add_argument("--every", type=int, required=True, help="which records stay: one in so many")
     args = parser.parse_args(argv)

@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from stable_core.extras import extra
+
 from .records import in_words
 
 
@@ -43,7 +45,8 @@ class TensorBoardWriter:
     """Writes records to a directory for TensorBoard. Needs the package tensorboard."""
 
     def __init__(self, directory: str | Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        with extra("monitor"):
+            from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(directory))
 

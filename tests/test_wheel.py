@@ -1,9 +1,11 @@
-"""The wheel: what is in it, and that its six packages work from where it is installed, away from the checkout."""
+"""The wheel: what is in it, and that its packages and command work from where it is installed, away from the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -33,14 +35,20 @@ def call(*command, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a clean export: what git tracks or would, as it is now."""
-    export, out = tmp_path_factory.mktemp("export"), tmp_path_factory.mktemp("wheel")
+def export(tmp_path_factory) -> Path:
+    """What git tracks or would, as it is now."""
+    export = tmp_path_factory.mktemp("export")
     listed = call("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (export / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, export / name)
+    return export
+
+
+@pytest.fixture(scope="module")
+def wheel(export, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
     options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
     call(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", out, export)
     (path,) = out.iterdir()
@@ -68,19 +76,65 @@ def test_it_holds_the_six_packages_and_nothing_else(wheel):
         for package, place in PACKAGES.items()
         for path in (ROOT / place).rglob("*.py")
     }
-    assert names == expected | {"stable_core/py.typed", "stable_monitor/py.typed"}
+    assert names == expected | {"stable_command.py", "stable_core/py.typed", "stable_monitor/py.typed"}
     assert "nanogpt_patch/config/train_gpt.py" in names
 
 
-def test_it_names_its_license_and_extras(wheel):
+def metadata(wheel: Path) -> str:
     archive = zipfile.ZipFile(wheel)
-    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-    text = archive.read(metadata).decode()
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return archive.read(name).decode()
+
+
+def test_it_names_its_license_and_extras(wheel):
+    text = metadata(wheel)
     assert "Requires-Dist: torch>=2.10\n" in text
     assert f"\nVersion: {stable_core.__version__}\n" in text and stable_monitor.__version__ == stable_core.__version__
     for extra in ("monitor", "fairseq", "timm", "hf"):
         assert f"Provides-Extra: {extra}\n" in text
-    assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
+    assert "\nAuthor: the stable-transformer authors\n" in text and "\nLicense-Expression: MIT\n" in text
+    assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from setuptools import build_meta
+home, backend, out = sys.argv[1:]
+setup = Path("setup.py").read_text()
+assert setup.count('HOME = ""') == 1
+Path("setup.py").write_text(setup.replace('HOME = ""', f"HOME = {home!r}"))
+getattr(build_meta, backend)(out)
+"""
+RELATIVE = re.compile(r"\]\((?!https?://|#)")
+
+
+@pytest.mark.parametrize("home", ["", "https://example.org/stable"])
+def test_its_page_has_addresses_where_the_repository_has_one(home, export, tmp_path):
+    checkout = shutil.copytree(export, tmp_path / "checkout")
+    assert RELATIVE.search((checkout / "README.md").read_text())
+    call(sys.executable, "-c", BUILD, home, "build_wheel", tmp_path, cwd=checkout)
+    (wheel,) = tmp_path.glob("*.whl")
+    text = metadata(wheel)
+    assert not RELATIVE.search(text) and ("Project-URL: " in text) is bool(home)
+    tree = f"{home}/{{}}/v{stable_core.__version__}"
+    assert (f"Project-URL: Changelog, {tree.format('blob')}/CHANGELOG.md\n" in text) is bool(home)
+    assert f"]({tree.format('raw')}/" in text or not home
+
+
+def test_the_sdist_has_the_packages_and_no_part_of_the_tests(export, wheel, tmp_path):
+    checkout = shutil.copytree(export, tmp_path / "checkout")
+    call(sys.executable, "-c", BUILD, "", "build_sdist", tmp_path, cwd=checkout)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    root = f"stable_transformer-{stable_core.__version__}"
+    with tarfile.open(sdist) as archive:
+        names = {name.removeprefix(f"{root}/") for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py"} <= names
+    assert not [name for name in names if name.startswith(("tests", "recipes"))]
+    modules = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert modules == {name.removeprefix("plugins/") for name in names if name.endswith((".py", "py.typed"))} - {
+        "setup.py"
+    }
 
 
 IMPORTS = """
@@ -92,8 +146,8 @@ import timm
 vit = timm.create_model("sigma_vit_small_patch16_224", img_size=32, depth=1)
 assert "blocks.0.attn.qkv.parametrizations.weight.original" in vit.state_dict()
 from importlib.metadata import entry_points
-(script,) = entry_points(group="console_scripts", name="stable-fold")
-script.load()
+(script,) = entry_points(group="console_scripts", name="stable")
+assert script.load()(["--version"]) == 0
 import runpy
 for module in ("nanogpt_patch", "stable_monitor.report"):
     sys.argv = [module, "--help"]
@@ -105,7 +159,9 @@ for module in ("nanogpt_patch", "stable_monitor.report"):
 
 
 def test_its_packages_import_and_its_commands_answer(installed):
-    assert installed("-c", IMPORTS.format(packages=sorted(PACKAGES), site=str(installed.site))).count("usage: ") == 2
+    said = installed("-c", IMPORTS.format(packages=sorted(PACKAGES), site=str(installed.site)))
+    assert said.count("usage: ") == 2
+    assert f"stable-transformer {stable_core.__version__}\n" in said
 
 
 def test_fairseq_train_with_the_folder_it_prints(installed, corpus, tmp_path):  # noqa: F811

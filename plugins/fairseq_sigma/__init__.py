@@ -1,23 +1,26 @@
 """fairseq plugin: `fairseq-train --user-dir plugins/fairseq_sigma --arch sigma_transformer_18l ...`."""
 
-from . import mend
+from stable_core.extras import extra
 
-mend.apply()
+with extra("fairseq"):
+    from . import mend
 
-from . import (  # noqa: E402  on a mended fairseq; models and tasks register themselves
-    checkpoints,
-    ema,
-    half_precision,
-    language_model,  # noqa: F401
-    monitor,
-    optim,
-    qk_clip,
-    quantisation,
-    resume,
-    speech_task,  # noqa: F401
-    transformer,  # noqa: F401
-    z_loss,
-)
+    mend.apply()
+
+    from . import (  # on a mended fairseq; models and tasks register themselves
+        checkpoints,
+        ema,
+        half_precision,
+        language_model,  # noqa: F401
+        monitor,
+        optim,
+        qk_clip,
+        quantisation,
+        resume,
+        speech_task,  # noqa: F401
+        transformer,  # noqa: F401
+        z_loss,
+    )
 
 resume.install()
 checkpoints.name_what_does_not_fit()

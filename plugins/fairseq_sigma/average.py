@@ -13,6 +13,8 @@ import torch
 import fairseq_sigma  # noqa: F401  mends torch.load for fairseq's checkpoints
 from stable_core.checkpoint_file import read_checkpoint
 
+PROG = "python -m fairseq_sigma.average"
+
 
 def average(states: list[dict[str, torch.Tensor]], paths: list[Path]) -> dict[str, torch.Tensor]:
     """The mean of state dicts, read from `paths`, taken in fp32 and kept in each tensor's dtype.
@@ -37,8 +39,8 @@ def read(path: Path) -> dict:
     return checkpoint
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fairseq_sigma.average", description=__doc__.split("\n\n")[0])
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].replace(PROG, prog))
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="written by fairseq-train")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the mean goes")
     args = parser.parse_args(argv)

@@ -21,6 +21,7 @@ from stable_core.checkpoint_file import read_checkpoint
 from stable_core.options import NAMES, of
 from stable_core.residuals import build_residuals
 
+PROG = "python -m fairseq_sigma.export"
 OURS = {*NAMES, "init_std", "methods"}
 FOLDED_RESIDUAL = re.compile(r"(?P<side>encoder|decoder)\.layers\.\d+\.(?:.*\.out_proj|fc2)\.(?:weight|bias)")
 
@@ -77,8 +78,8 @@ def _as_transformer(state: dict, args: argparse.Namespace, arch: str) -> tuple[d
     return state, stock | {"_name": "transformer", "arch": "transformer", "user_dir": None}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fairseq_sigma.export", description=__doc__.split("\n\n")[0])
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].replace(PROG, prog))
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="written by fairseq-train")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the stock checkpoint goes")
     args = parser.parse_args(argv)

@@ -3,33 +3,36 @@
 `import hf_stable` registers the models; folders that they are saved to need this library no longer.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-)
+from stable_core.extras import extra
 
-from .configuration_sigma_transformer import SigmaTransformerConfig
-from .configuration_stable_gpt import StableGPTConfig
-from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
-from .exporting import export
-from .modeling_sigma_transformer import SigmaTransformerForConditionalGeneration, SigmaTransformerModel
-from .modeling_stable_gpt import StableGPTForCausalLM, StableGPTModel
-from .modeling_stable_vit import (
-    SigmaViTForImageClassification,
-    SigmaViTModel,
-    StableViTForImageClassification,
-    StableViTModel,
-)
-from .monitor import MonitorCallback
-from .qk_clip import QKClipCallback
-from .reparametrised import fold, sigma_reparam
-from .resume import resume_across_rescues
-from .tokenization_sigma_transformer import SigmaTransformerTokenizer
-from .z_loss import add_z_loss
+with extra("hf"):
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )
+
+    from .configuration_sigma_transformer import SigmaTransformerConfig
+    from .configuration_stable_gpt import StableGPTConfig
+    from .configuration_stable_vit import SigmaViTConfig, StableViTConfig
+    from .exporting import export
+    from .modeling_sigma_transformer import SigmaTransformerForConditionalGeneration, SigmaTransformerModel
+    from .modeling_stable_gpt import StableGPTForCausalLM, StableGPTModel
+    from .modeling_stable_vit import (
+        SigmaViTForImageClassification,
+        SigmaViTModel,
+        StableViTForImageClassification,
+        StableViTModel,
+    )
+    from .monitor import MonitorCallback
+    from .qk_clip import QKClipCallback
+    from .reparametrised import fold, sigma_reparam
+    from .resume import resume_across_rescues
+    from .tokenization_sigma_transformer import SigmaTransformerTokenizer
+    from .z_loss import add_z_loss
 
 __all__ = [
     "MonitorCallback",

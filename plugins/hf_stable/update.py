@@ -14,6 +14,8 @@ from hf_stable import SigmaTransformerTokenizer
 from hf_stable.note import METHOD, annotate
 from hf_stable.source import METHODS_HEADER, is_written, put, source_of
 
+PROG = "python -m hf_stable.update"
+
 
 def update(folder: str | Path) -> list[str]:
     """Brings a folder's files of source up to date, and the note in a config.json of `hf_stable.sigma_reparam`.
@@ -85,10 +87,8 @@ def _holds(path: Path, text: str) -> bool:
     return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_stable.update", description=__doc__.split("\n\n")[0].partition(": ")[2]
-    )
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n\n")[0].partition(": ")[2])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="what save_pretrained wrote")
     status = 0
     for folder in parser.parse_args(argv).folders:
