@@ -122,6 +122,7 @@ class Columns:
         records: their number.
         first_step, last: the step of the first record, and the last record itself.
         last_loss: (step, loss) of the last loss that is a number, or None.
+        pace: updates a second and the monitor's part of the time, both over the records that say so; None where none does.
         alarms, rescues: in order, each with its "step".
     """
 
@@ -135,6 +136,7 @@ class Columns:
         self.records = self.first_step = 0
         self.last: dict[str, Any] = {}
         self.last_loss: tuple[int, float] | None = None
+        self._paced, self._seconds, self._own_seconds = 0, 0.0, 0.0  # records; for an update in each of them
         self.alarms, self.rescues = list[dict[str, Any]](), list[dict[str, Any]]()
 
     def add(self, record: dict[str, Any]) -> None:
@@ -145,6 +147,10 @@ class Columns:
         self.last = record
         if (loss := record.get("loss")) is not None:
             self.last_loss = step, loss
+        if speed := record.get("updates_per_second"):
+            self._paced += 1
+            self._seconds += 1 / speed
+            self._own_seconds += (record.get("overhead") or 0.0) / speed
         if record["alarms"]:
             self.alarms += [{"step": step, **alarm} for alarm in record["alarms"]]
         if "rescues" in record:
@@ -160,6 +166,10 @@ class Columns:
         for found in (self.of_model, self.of_layers, self.ceiling):
             for thinned in found.values():
                 thinned.close()
+
+    @property
+    def pace(self) -> tuple[float, float] | None:
+        return (self._paced / self._seconds, self._own_seconds / self._seconds) if self._paced else None
 
     @property
     def span(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ more than a probe in 100 updates, and CUDA graphs would not ask it again whether
 
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -82,6 +82,7 @@ class TrainingInterception(Interception):
         allowed: asked before a probe whether it may run.
         every_call: probe before every call of an update, not only before the first.
         chosen: as for `Interception`.
+        timed: makes a context in which hooks are installed and probes run.
     """
 
     def __init__(
@@ -96,10 +97,12 @@ class TrainingInterception(Interception):
         allowed: Callable[[], bool] = lambda: True,
         every_call: bool = False,
         chosen: Mapping[str, str | Kernel] = types.MappingProxyType({}),
+        timed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         # order=1: it sees calls after other interceptions, such as attention_temperature, have changed them.
         super().__init__(model, handler, order=1, finished=finished, failed=failed, chosen=chosen)
         self._called, self._unmeasured, self._allowed, self._every_call = called, unmeasured, allowed, every_call
+        self._timed = timed
         self._noticed = False  # compiled code, in a pass with hooks
         self._pass: tuple[tuple[Any, ...], dict[str, Any], int] | None = None  # arguments, graphs compiled before
 
@@ -154,14 +157,19 @@ class TrainingInterception(Interception):
             finally:
                 hook.remove()
 
+    def _install(self) -> None:
+        with self._timed():
+            super()._install()
+
     def _probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._allowed():
-            return
-        try:
-            with unnoticed(self._model):
-                self._model(*args, **kwargs)
-        except Exception as error:  # the real forward pass may still succeed
-            self._unmeasured(error)
+        with self._timed():
+            if not self._allowed():
+                return
+            try:
+                with unnoticed(self._model):
+                    self._model(*args, **kwargs)
+            except Exception as error:  # the real forward pass may still succeed
+                self._unmeasured(error)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super()._enter(module, args, kwargs)

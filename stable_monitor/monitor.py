@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from .alarm import Alarm, AlarmConfig, Watch
 from .calls import Call
 from .chosen import Chosen, choose
+from .clock import Clock
 from .compiled import TrainingInterception, unwrap
 from .interception import UNSEEN, unseen_warning
-from .optimizers import Optimizers, listed, short
+from .optimizers import Optimizers, after_steps, listed, short
 from .projections import SpectralNorms
 from .ranks import Ranks
 from .records import RecordFile, Records
@@ -44,6 +45,8 @@ class Monitor:
             monitor.step(loss)  # the only line to add in the loop, before the gradients are cleared
             optimizer.zero_grad()
 
+    With `follow=True` even that line is left out: `step` is called after each step of the optimizer.
+
     A record holds the model's loss, learning rate and gradient norms (l2, l-inf), and for each attention module, by its name:
 
     - for each head the entropy in nats (mean and least over batch and queries), the lower bound of the entropy for logits of
@@ -51,6 +54,10 @@ class Monitor:
     - the spectral norms of its effective query, key, value and output weights, and its gradient norms;
     - `keys`, the number of keys, or its geometric mean where queries see different numbers: uniform attention has entropy
       log(keys).
+
+    It also holds `updates_per_second` since the last record, validations and all, and `overhead`, the part of that time that
+    the monitor took itself (with `writers`, without `on_alarm`). That is time of the host: work that is queued on a GPU and not
+    waited for is not in it.
 
     `python -m stable_monitor.report RUN` draws the records.
 
@@ -67,7 +74,8 @@ class Monitor:
         model: the module that the training loop calls: plain, compiled, or wrapped for distribution.
         every: number of updates from one record to the next; the first record is of the untrained model, step 0.
         path: a .jsonl file, or a directory for `monitor.jsonl`, to which each record is appended as one line. None: no file.
-        optimizer: to read the learning rate from; the first one of several in a list, tuple or dict.
+        optimizer: to read the learning rates from, or several in a list, tuple or dict. `lr` is that of the first group; where
+            others differ, `lrs` has those of all groups.
         step: number of updates made before, where a run is resumed; the alarm's history is read from their records in the file.
         alarm: settings of the alarm; `AlarmConfig()` if left out.
         on_alarm: called with each `Alarm` of rank 0, after it is logged, on every rank that has a monitor: `stop_training`,
@@ -78,10 +86,12 @@ class Monitor:
             of the module's forward -> (q, k, scale, mask), with q and k (batch, heads, tokens, head_dim) and a mask or None
             as `scaled_dot_product_attention` takes it: these are read, whatever computes the attention.
         stack: the training stack's name, for the records: `python -m stable_monitor.diagnose` then names its remedies.
+        follow: whether `step` is called by itself after each step of the optimizer, of several when all have made one. The loss
+            is then the `loss` of the model's output, if that is a dict with one; a step that a scaler skips is no update.
 
     Raises:
         ValueError: every or step is not a whole number, or too small; attention names no module, or says something else of it;
-            another argument is of another type.
+            there is no optimizer to follow, or it takes no hook; another argument is of another type.
     """
 
     def __init__(
@@ -97,6 +107,7 @@ class Monitor:
         writers: Iterable[Callable[[dict[str, Any]], None]] = (),
         attention: Chosen | None = None,
         stack: str = "",
+        follow: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model = {short(model)}: allowed are torch modules")
@@ -115,6 +126,8 @@ class Monitor:
             or not all(map(callable, writers := tuple(writers)))
         ):
             raise ValueError(f"writers = {writers!r}: allowed are functions of a record, in a list")
+        if follow and optimizer is None:
+            raise ValueError("follow = True: it needs the optimizer; allowed without one is False")
         self.every, self.updates = every, step
         self.last: dict[str, Any] | None = None  # the last record
         self._called, self._model, self._optimizers = (
@@ -125,6 +138,7 @@ class Monitor:
         self._on_alarm, self._writers = on_alarm, writers
         self._stack = {"stack": stack} if stack else {}
         self._verdict, self._said = "", set[str]()  # of the last record; those that were logged
+        self._clock = Clock()
         self._watch, self._sigma, self._closed = Watch(alarm or AlarmConfig()), SpectralNorms(self._all_here), False
         self._shards = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
         self._interception = TrainingInterception(
@@ -136,6 +150,7 @@ class Monitor:
             unmeasured=functools.partial(self._warn, "the model was not measured"),
             allowed=self._may_run_alone,
             chosen=choose(self._model, attention),
+            timed=self._clock.working,
         )
         self._processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._is_main = self._processes == 1 or dist.get_rank() == 0
@@ -143,6 +158,8 @@ class Monitor:
         self._armed = ExitStack()
         self._warned: set[str] = set()
         self._gradients: dict[str, Tensor] = {}  # the norms by module; "" is the whole model
+        self._rates: list[float | None] | None = None  # of all groups of the optimizers
+        self._steps = after_steps(self._optimizers, self._step) if follow else []  # hooks of the optimizers
         self._file = self._open(path, step) if path is not None and self._is_main else None
         self._prepare()
 
@@ -156,22 +173,48 @@ class Monitor:
             lr: the learning rate; left out, it is the optimizer's.
             output_loss_scale: factor for the loss of the model's output, where that was divided by the number of accumulated
                 batches.
+
+        Raises:
+            ValueError: the monitor follows the optimizer.
         """
+        if self._steps:
+            raise ValueError("follow = True: the monitor calls step itself; allowed where the loop does is False")
+        return self._step(loss, lr, output_loss_scale)
+
+    def _step(
+        self, loss: Tensor | float | None = None, lr: float | None = None, output_loss_scale: float = 1.0
+    ) -> dict[str, Any] | None:
         if loss is None and self._loss is not None:
             loss = self._loss * output_loss_scale
-        record = self._record(loss, lr) if self.is_recording else None
-        self._armed.close()
-        self.updates += 1
-        self._prepare()
-        if record is not None:
+        if not self.is_recording:
+            self.updates += 1
+            self._prepare()
+            return None
+        with self._clock.working():
+            record = self._record(loss, lr)
+            self._armed.close()
+            self.updates += 1
+            self._prepare()
             self.last = record
-            self._publish(record)
+            alarms = self._publish(record)
+        for alarm in alarms:
+            if self._is_main:
+                log.warning("%s", alarm)
+            if self._on_alarm is not None:
+                self._mark(self._on_alarm(alarm))
         return record
 
     def read_gradients(self, scale: float = 1.0) -> None:
-        """Reads the gradients now, for loops that clip or clear them before `step`. `scale` is the loss scale in them."""
-        if self.is_recording and not self._shards:
-            with self._warning("gradients"):
+        """Reads the gradients now, for loops that clip or clear them before `step`. `scale` is the loss scale in them.
+
+        Learning rates too, which a scheduler may change before `step`."""
+        if not self.is_recording:
+            return
+        if self._rates is None:
+            groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+            self._rates = [self._number("lr", group["lr"]) for group in groups if "lr" in group]
+        if not self._shards:
+            with self._clock.working(), self._warning("gradients"):
                 if any(isinstance(p.grad, DTensor) for p in self._model.parameters()) and not self._all_here():
                     raise RuntimeError("they are cut up, and not every rank has a monitor: construct it on every rank")
                 self._gradients = gradient_norms({"": self._model, **self._modules}, scale)
@@ -204,8 +247,10 @@ class Monitor:
         return done
 
     def close(self) -> None:
-        """Ends monitoring, and removes the hooks from the model."""
+        """Ends monitoring, and removes the hooks from the model and the optimizer."""
         self._armed.close()
+        for handle in self._steps:
+            handle.remove()
         self._closed, self.is_recording = True, False
 
     def __enter__(self) -> "Monitor":
@@ -219,7 +264,7 @@ class Monitor:
     def _prepare(self) -> None:
         """Prepares for the next update: resets what was measured, and installs hooks if it will have a record."""
         self.is_recording = not self._closed and self.updates % self.every == 0
-        self._gradients = {}
+        self._gradients, self._rates = {}, None
         self._forget()
         if self.is_recording:
             self._armed.enter_context(self._interception.of_training())
@@ -249,18 +294,19 @@ class Monitor:
         return False
 
     def _end_of_forward(self, output: Any) -> None:
-        self._unseen = self._interception.unseen()
-        if self._seen:
-            self._armed.close()
-            loss = output.get("loss") if isinstance(output, dict) else None
-            self._loss = loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        with self._clock.working():
+            self._unseen = self._interception.unseen()
+            if self._seen:
+                self._armed.close()
+                loss = output.get("loss") if isinstance(output, dict) else None
+                # A copy, as loops divide it in place.
+                self._loss = loss.detach().clone() if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
     def _see(self, call: Call) -> Call:
         site = call.site
         if self._model.training and site.name not in self._seen:
-            with self._warning(
-                site.name
-            ):  # sigma first: it may need all processes, and what comes then may fail on one
+            # sigma first: it may need all processes, and what comes then may fail on one
+            with self._clock.working(), self._warning(site.name):
                 norms = self._sigma.measure(site.name, site.module, site.parent)
                 self._seen[site.name] = *by_head(call), norms
                 self._modules[site.name] = site.module
@@ -289,9 +335,8 @@ class Monitor:
             if not self._shards and all(p.grad is None for p in self._model.parameters()):
                 self._warn("no gradient was seen: call step after backward, before the gradients are cleared")
             self.read_gradients()
-        if lr is None:
-            groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-            lr = next((group["lr"] for group in groups if "lr" in group), None)
+        rates = self._rates or []
+        lr = self._number("lr", lr) if lr is not None else next(iter(rates), None)
         loss = self._number("loss", loss)
         gradient = self._gradients.get("")
         numbers = {"loss": loss, "grad_l2": None if gradient is None else float(gradient[0])}
@@ -299,7 +344,7 @@ class Monitor:
             "step": self.updates,
             "time": round(time.time(), 3),
             **self._stack,
-            **plain({"loss": loss, "lr": self._number("lr", lr)}),
+            **plain({"loss": loss, "lr": lr, **({"lrs": rates} if len({*rates}) > 1 else {})}),
             **self._gradient(""),
             "nonfinite": [name for name, x in numbers.items() if x is not None and not math.isfinite(x)],
             "layers": {},
@@ -313,13 +358,14 @@ class Monitor:
                 **plain({"keys": log_keys.mean().exp(), **heads, **norms}),
                 **self._gradient(name),
             }
-        return record
+        return record | plain(self._clock.lap(self.updates))
 
     def _gradient(self, name: str) -> dict[str, float | None]:
         norms = self._gradients.get(name)
         return dict(zip(("grad_l2", "grad_linf"), (None, None) if norms is None else plain(norms), strict=True))
 
-    def _publish(self, record: dict[str, Any]) -> None:
+    def _publish(self, record: dict[str, Any]) -> list[Alarm]:
+        """Writes the record down, with the verdict and the alarms, which it returns."""
         alarms = self._watch.look(record)
         if self._on_alarm is not None and self._ranks is not None:  # rank 0 decides, as all ranks must stop together
             alarms = self._ranks.decided(alarms)
@@ -336,11 +382,7 @@ class Monitor:
                 writer(record)
         if self._is_main:
             self._say(record["step"], verdict)
-        for alarm in alarms:
-            if self._is_main:
-                log.warning("%s", alarm)
-            if self._on_alarm is not None:
-                self._mark(self._on_alarm(alarm))
+        return alarms
 
     def _say(self, step: int, verdict: Verdict) -> None:
         """Logs each kind of verdict once, where it is that of two records; the alarm says a collapse itself."""

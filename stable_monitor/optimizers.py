@@ -1,10 +1,12 @@
 """One optimizer, or several in a list, tuple or dict."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Optimizers = torch.optim.Optimizer | list[Any] | tuple[Any, ...] | dict[Any, Any]
 
@@ -22,6 +24,36 @@ def listed(optimizers: Optimizers) -> list[Any]:
             f"optimizer = {short(optimizers)}: allowed are an optimizer, or several in a list, tuple or dict"
         )
     return found
+
+
+def after_steps(optimizers: list[Any], call: Callable[[], Any]) -> list[RemovableHandle]:
+    """Has `call` called when each of the optimizers has made a step, those in wrappers such as Accelerate's too.
+
+    Raises:
+        ValueError: one of them takes no hook.
+    """
+    waiting = set(range(len(optimizers)))
+    handles: list[RemovableHandle] = []
+
+    def after(number: int, *_: Any) -> None:
+        waiting.discard(number)
+        if not waiting:
+            waiting.update(range(len(optimizers)))
+            call()
+
+    for number, optimizer in enumerate(optimizers):
+        inner = optimizer
+        while "_optimizer_step_post_hooks" not in vars(inner) and hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        try:
+            handles.append(inner.register_step_post_hook(functools.partial(after, number)))
+        except AttributeError as error:
+            for handle in handles:
+                handle.remove()
+            raise ValueError(
+                f"optimizer = {short(optimizer)}: it takes no hook ({error}); give the one inside it, or call step yourself"
+            ) from None
+    return handles
 
 
 def place_without_decay(

@@ -21,7 +21,7 @@ from stable_core.targets import FilterFn
 from .calls import Call, SoftmaxCall, padding
 from .compiled import TrainingInterception, unwrap
 from .interception import UNSEEN, without_wrappers
-from .optimizers import Optimizers, listed, short
+from .optimizers import Optimizers, after_steps, listed, short
 
 log = logging.getLogger("stable_monitor")
 VAIN = 2  # clips in a row without effect on a logit far above the threshold before a warning
@@ -223,22 +223,7 @@ class QKClip:
                     f"optimizer = {short(optimizers)}: it does not step {name}'s queries and keys themselves; give all "
                     "optimizers in a list, and build them after sigma_reparam and fully_shard"
                 )
-        waiting: set[int] = set()
-
-        def after(optimizer: Any, args: Any, kwargs: Any) -> None:
-            waiting.discard(id(optimizer))
-            if not waiting:
-                self.step()
-                waiting.update(map(id, optimizers))
-
-        waiting.update(map(id, optimizers))
-        for optimizer in optimizers:
-            try:
-                self._handles.append(optimizer.register_step_post_hook(after))
-            except AttributeError as error:
-                raise ValueError(
-                    f"optimizer = {short(optimizer)}: it takes no hook ({error}); give the one inside it, or call step yourself"
-                ) from None
+        self._handles = after_steps(optimizers, self.step)
 
     def _look_for_vain(self, clipped: dict[str, list[float]]) -> None:
         """Warns where a logit above 1.5 times the threshold does not fall by a tenth in VAIN clips in a row."""

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .columns import Columns
 
 FILE_NAME = "monitor.jsonl"
-NUMBERS = ("time", "loss", "lr", "grad_l2", "grad_linf", "entropy", "threshold")  # keys of a record or an alarm
+PACE = ("updates_per_second", "overhead")  # of a record; older ones lack them
+NUMBERS = ("time", "loss", "lr", *PACE, "grad_l2", "grad_linf", "entropy", "threshold")  # keys of a record or an alarm
 BY_HEAD = ("entropy", "entropy_min", "max_logit", "bound")
 OF_LAYER = itemgetter("kind", *BY_HEAD, "sigma", "lag", "keys", "grad_l2", "grad_linf")  # as the monitor writes a layer
 OF_RECORD = itemgetter("step", "layers", "alarms", "time", "loss", "lr", "grad_l2", "grad_linf")
@@ -311,7 +312,8 @@ def _are_whole(records: list[Any]) -> bool:
         return False
     values = (chain.from_iterable(model[3:] for model in of_model), *columns[6:])
     of_roles = chain.from_iterable(map(dict.values, roles))
-    return _are_steps(steps) and _are_numbers(chain(*values, chain.from_iterable(heads), of_roles))
+    added = chain.from_iterable(([r.get(key) for key in PACE], r.get("lrs", ())) for r in records)
+    return _are_steps(steps) and _are_numbers(chain(*values, chain.from_iterable(heads), of_roles, *added))
 
 
 def _is_right(record: Any) -> bool:
@@ -322,6 +324,9 @@ def _is_right(record: Any) -> bool:
         return isinstance(found, dict) and _are_numbers(found.values())
     layers, alarms, rescues = record.get("layers"), record.get("alarms"), record.get("rescues", [])
     if not isinstance(layers, dict) or not all(map(_is_layer, layers.values())):
+        return False
+    rates = record.get("lrs", [])
+    if not isinstance(rates, list) or not _are_numbers(rates):
         return False
     if not isinstance(alarms, list) or not isinstance(rescues, list):
         return False

@@ -108,13 +108,21 @@ def summary(runs: list[Run]) -> str:
     return table(head, rows, "Summary")
 
 
+def pace(run: Run) -> str:
+    """How fast the run went, and the monitor's part of its time, of records that say so."""
+    if run.columns.pace is None:
+        return ""
+    speed, own = run.columns.pace
+    return f"<br>{speed:.3g} updates/s; the monitor takes {100 * own:.3g} % of the time"
+
+
 def verdict_section(runs: list[Run], verdicts: list[Verdict]) -> str:
     """What became of each run, and what to try."""
     items = []
     for run, verdict in zip(runs, verdicts, strict=True):
         what, guide = remedy(verdict.verdict, run.columns.last.get("stack", ""))
         more = f"<br>Try: <code>{escape(what)}</code><br>More: {escape(guide)}" if what else ""
-        items.append(f"<li><strong>{escape(run.name)}</strong>: {escape(str(verdict))}{more}</li>")
+        items.append(f"<li><strong>{escape(run.name)}</strong>: {escape(str(verdict))}{more}{pace(run)}</li>")
     healthy = sum(verdict.verdict == "healthy" for verdict in verdicts)
     head = f"<h2>{healthy} of {len(runs)} runs healthy</h2>"
     return f'<section id="verdict">{head}<ul class="scroll" tabindex="0" aria-label="Verdicts">{"".join(items)}</ul></section>'

@@ -122,7 +122,7 @@ def _show(monitor) -> None:
 
     from stable_monitor import headline
 
-    for name in ("entropy", "entropy_min", "logit_max"):
+    for name in ("entropy", "entropy_min", "logit_max", "healthy"):
         metrics.log_derived(
             name, lambda _, name=name: round(headline(monitor.last).get(name, math.nan), 3), priority=450
         )

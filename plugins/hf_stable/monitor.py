@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,24 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stable_monitor import Alarm, AlarmConfig, Monitor, headline
+from stable_monitor import Alarm
+from stable_monitor.callbacks import Watching, logged
 
 from .rescue import TrainerRescue, introduce_trainers
 
 log = logging.getLogger(__name__)
 
-ALARM = ("warn", "stop", "rescue")
 CLOCKS = ("runtime", "per_second", "epoch", "time")  # what the Trainer's metrics say of the clock and not of the model
 
 
-class MonitorCallback(TrainerCallback):
+class MonitorCallback(Watching, TrainerCallback):
     """Runs `stable_monitor.Monitor` under a Trainer: `Trainer(..., callbacks=[MonitorCallback(every=100)])`.
 
-    Records go to `monitor.jsonl` in the output directory, and `attention_entropy`, `attention_entropy_min` (nats) and
-    `attention_logit_max` into what the Trainer logs: the console, TensorBoard, W&B. The loss is that of the update's first
-    batch (of which transformers, with accumulation or several processes, makes a share of the whole update's; it is scaled back
-    as if all batches had as many items); gradients are those that the optimizer steps with, after clipping.
-    A resumed run goes on in the same file. Evaluations during training are written there too, as validations.
+    Records go to `monitor.jsonl` in the output directory, and `attention_entropy`, `attention_entropy_min` (nats),
+    `attention_logit_max` and `attention_healthy`, 1 or 0, into what the Trainer logs: the console, TensorBoard, W&B. The loss
+    is that of the update's first batch (of which transformers, with accumulation or several processes, makes a share of the
+    whole update's; it is scaled back as if all batches had as many items); gradients are those that the optimizer steps with,
+    after clipping. A resumed run goes on in the same file. Evaluations during training are written there too, as validations.
 
     Args:
         every: updates from one record to the next.
@@ -41,56 +40,37 @@ class MonitorCallback(TrainerCallback):
             `Monitor` refuses.
     """
 
-    def __init__(
-        self,
-        every: int = 100,
-        on_alarm: str | Callable[[Alarm], Any] = "warn",
-        *,
-        alarm: AlarmConfig | None = None,
-        writers: Iterable[Callable[[dict], None]] = (),
-        attention: dict[str, Any] | None = None,
-    ) -> None:
-        if not isinstance(every, int) or every < 1:  # the monitor would say so at the start of training
-            raise ValueError(f"every = {every!r}: allowed are whole numbers from 1")
-        if on_alarm not in ALARM and not callable(on_alarm):
-            raise ValueError(
-                f"on_alarm = {on_alarm!r}: allowed are {', '.join(map(repr, ALARM))} and functions of an Alarm"
-            )
-        self.every, self.on_alarm, self.alarm, self.writers = every, on_alarm, alarm, writers
-        self.attention = attention
-        self.trainer, self.monitor, self._rescue, self._training = None, None, None, False
+    on_alarms = ("warn", "stop", "rescue")
+
+    trainer: Any = None
+    _rescue: TrainerRescue | None = None
+    _training = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._stop, self._training = False, True
+        self._training = True
         if self.on_alarm == "rescue":  # before the monitor, which compiled models are called through as well
             self._rescue = TrainerRescue(self.trainer)
         self._processes, self._batches = _sharing_processes(kwargs["model"], args), 1
-        self.monitor = Monitor(
+        self._watch(
             self.trainer.model_wrapped,
-            self.every,
             path=Path(args.output_dir),
             optimizer=kwargs["optimizer"],
             step=state.global_step,
-            alarm=self.alarm,
-            on_alarm=self._on_alarm,
             stack="transformers",
-            writers=self.writers,
-            attention=self.attention,
         )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.monitor.read_gradients()
-        self._lr = kwargs["optimizer"].param_groups[0]["lr"]
 
     def on_substep_end(self, args, state, control, **kwargs):
         self._batches += 1
 
     def on_step_end(self, args, state, control, **kwargs):
         shares = self._processes * self._batches if self._processes else 1
-        record, self._batches = self.monitor.step(lr=self._lr, output_loss_scale=shares), 1
+        record, self._batches = self.monitor.step(output_loss_scale=shares), 1
         if record is not None:
             own_turn = control.should_log  # which any log takes for done
-            self.trainer.log({f"attention_{name}": value for name, value in headline(record).items()})
+            self.trainer.log(logged(record))
             control.should_log = own_turn
         if self._stop:
             control.should_training_stop = control.should_save = True
@@ -108,12 +88,7 @@ class MonitorCallback(TrainerCallback):
             self._rescue.close()
 
     def _on_alarm(self, alarm: Alarm) -> Any:
-        if callable(self.on_alarm):
-            return self.on_alarm(alarm)
-        if self.on_alarm == "rescue":
-            return self._rescued(alarm)
-        self._stop = self.on_alarm == "stop"
-        return None
+        return self._rescued(alarm) if self.on_alarm == "rescue" else super()._on_alarm(alarm)
 
     def _rescued(self, alarm: Alarm) -> Any:
         state = self.trainer.state

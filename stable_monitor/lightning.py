@@ -1,0 +1,173 @@
+"""The monitor under Lightning's Trainer: `from stable_monitor.lightning import MonitorCallback`.
+
+It works with the packages `lightning` and `pytorch_lightning`. Neither is imported before that name is asked for.
+"""
+
+import functools
+import importlib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .alarm import Alarm, AlarmConfig
+from .callbacks import Watching, logged
+from .chosen import Chosen
+
+if TYPE_CHECKING:
+    MonitorCallback: Any
+
+log = logging.getLogger("stable_monitor")
+PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}  # and where their Callback is
+VALIDATION = re.compile(r"val(id(ation)?)?[_/]")
+
+
+class LightningWatching(Watching):
+    """`Trainer(callbacks=[MonitorCallback(every=100)])`: runs `stable_monitor.Monitor` under Lightning.
+
+    Records go to `monitor.jsonl`; `attention_entropy`, `attention_entropy_min` (nats), `attention_logit_max` and
+    `attention_healthy`, 1 or 0, to all of the Trainer's loggers with every record, and into the progress bar and
+    `callback_metrics`. The loss is the mean of the update's batches; gradients are those before clipping. Metrics of
+    validations in training whose names begin with val_ or val/ are written without that, as validations.
+
+    `training_step` of a recorded update is run through a module that has the parts of yours, as what Lightning calls itself is
+    no forward pass. Where they are compiled it is run once more, without gradient, so that what it logs for the epoch counts
+    that batch twice. Manual optimization is not followed; a warning says what to do. FSDP was not tried.
+
+    Args:
+        every, alarm, writers, attention: as for `Monitor`.
+        on_alarm: "warn"; "stop", which ends the training; or a function of the `Alarm`.
+        path: directory or .jsonl file. If left out, the first logger's directory, or without a logger the Trainer's
+            `default_root_dir`. A resumed run goes on in the same file if it is given the same path.
+
+    Raises:
+        ValueError: every is no whole number from 1, or on_alarm is something else. At the start of training, what else
+            `Monitor` refuses.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        on_alarm: str | Callable[[Alarm], Any] = "warn",
+        *,
+        path: str | Path | None = None,
+        alarm: AlarmConfig | None = None,
+        writers: Iterable[Callable[[dict[str, Any]], None]] = (),
+        attention: Chosen | None = None,
+    ) -> None:
+        super().__init__(every, on_alarm, alarm=alarm, writers=writers, attention=attention)
+        self.path = path
+        self._step: _TrainingStep | None = None
+        self._loss: Any = None  # the sum over the update's batches, of which each gives its share
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not pl_module.automatic_optimization:
+            log.warning(
+                "automatic_optimization = False: the monitor does not see such a training; in on_fit_start write "
+                "Monitor(self.part, every, path=..., optimizer=self.trainer.optimizers, follow=True), of the module that "
+                "training_step calls"
+            )
+            return
+        log_dir = trainer.log_dir  # which all processes must ask for
+        self._step = _TrainingStep(pl_module)
+        self._watch(
+            self._step,
+            path=self.path or log_dir or trainer.default_root_dir,
+            optimizer=trainer.optimizers,
+            step=trainer.global_step,
+            stack="lightning",
+        )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._step is not None and self.monitor is not None and self.monitor.is_recording:
+            self._step.take_over()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if self._step is not None and self.monitor is not None:
+            self.monitor.read_gradients()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._step is None or self.monitor is None:
+            return
+        self._step.give_back()
+        share = outputs.get("loss") if isinstance(outputs, dict) else None
+        if self.monitor.is_recording and share is not None:
+            self._loss = share if self._loss is None else self._loss + share
+        if trainer.global_step <= self.monitor.updates:  # more batches belong to the update
+            return
+        loss, self._loss = self._loss, None
+        record = self.monitor.step(loss)
+        if record is not None:
+            found = logged(record)
+            for logger in trainer.loggers:
+                logger.log_metrics(found, record["step"])
+            pl_module.log_dict(found, prog_bar=True, logger=False)
+        trainer.should_stop = trainer.should_stop or self._stop
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._step is None or self.monitor is None:
+            return
+        metrics = {name: value for name, value in trainer.callback_metrics.items() if VALIDATION.match(name)}
+        if metrics:
+            self.monitor.validated({VALIDATION.sub("", name, 1): value for name, value in metrics.items()})
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._step is not None and self.monitor is not None:
+            self._step.give_back()
+            self.monitor.close()
+            self._step = None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+
+class _TrainingStep(nn.Module):
+    """A LightningModule's `training_step` as a forward pass, with the LightningModule's own parts by their names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
+        self._of = [module]  # in a list, as it is no part
+        self._before: list[Any] | None = None  # what the module itself had by that name
+
+    def take_over(self) -> None:
+        """Has the module's `training_step` run through this one, until `give_back`."""
+        (module,) = self._of
+        if self._before is not None:
+            return
+        self._before = [module.__dict__["training_step"]] if "training_step" in module.__dict__ else []
+        self.training, self.forward = module.training, module.training_step
+
+        @functools.wraps(self.forward)  # Lightning looks at its arguments
+        def through(*args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        module.__dict__["training_step"] = through
+
+    def give_back(self) -> None:
+        (module,) = self._of
+        if self._before is not None:
+            del module.__dict__["training_step"]
+            if self._before:
+                module.__dict__["training_step"] = self._before[0]
+            self._before = None
+
+
+def __getattr__(name: str) -> Any:
+    """Makes `MonitorCallback`, a Callback of the package that is in use already, or else of one that is installed."""
+    if name != "MonitorCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = sorted(
+        (package for package in PACKAGES if find_spec(package)), key=lambda package: package not in sys.modules
+    )
+    if not found:
+        raise ImportError("MonitorCallback needs Lightning: pip install lightning, or pytorch-lightning")
+    base = importlib.import_module(PACKAGES[found[0]]).Callback
+    own = {"__module__": __name__, "__doc__": LightningWatching.__doc__}
+    globals()[name] = made = type(name, (LightningWatching, base), own)
+    return made
