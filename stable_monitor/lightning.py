@@ -141,7 +141,8 @@ class _TrainingStep(nn.Module):
         if self._before is not None:
             return
         self._before = [module.__dict__["training_step"]] if "training_step" in module.__dict__ else []
-        self.training, self.forward = module.training, module.training_step
+        step: Any = module.training_step
+        self.training, self.forward = module.training, step
 
         @functools.wraps(self.forward)  # Lightning looks at its arguments
         def through(*args: Any, **kwargs: Any) -> Any:

@@ -5,13 +5,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-<<<<<<< HEAD
 from stable_core.extras import extra
 
-from .records import in_words
-=======
 from .records import PACE, in_words
->>>>>>> rec
 
 
 def by_layer(record: dict[str, Any], key: str, over_heads: Callable[[list[float]], float]) -> dict[str, float]:
@@ -62,8 +58,8 @@ class TensorBoardWriter:
             self._writer.add_scalar(name, value, record["step"])
         for alarm in record["alarms"]:
             self._writer.add_text("alarm", f"{alarm['layer']}: {in_words(alarm['entropy'], ' nats')}", record["step"])
-        if (verdict := record.get("verdict")) != self._verdict:
-            self._writer.add_text("verdict", str(verdict), record["step"])
+        if (verdict := record.get("verdict", "")) != self._verdict:
+            self._writer.add_text("verdict", verdict, record["step"])
             self._verdict = verdict
         self._writer.flush()
 
