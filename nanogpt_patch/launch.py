@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +23,7 @@ from stable_core.options import renamed
 from stable_core.registry import import_methods
 from stable_core.sigma_layers import sigma_layers
 from stable_core.unfolding import is_plain, unfold_optimizer_state
-from stable_monitor import Monitor, QKClip, prepare_to_resume
+from stable_monitor import Monitor, QKClip, headline, prepare_to_resume
 
 from .alarm import CHOICES, action
 from .model import GPT, SETTINGS, STOCK, GPTConfig
@@ -199,6 +200,7 @@ class _MonitoredGPT(GPT):
                             optimizer=optimizer,
                             step=done + 1,
                             on_alarm=action(variables, optimizer),
+                            writers=[partial(_print, variables)],
                             stack="nanogpt",
                         )
                     )
@@ -215,6 +217,13 @@ class _MonitoredGPT(GPT):
             optimizer.register_step_pre_hook(before)
             optimizer.register_step_post_hook(after)
         return optimizer
+
+
+def _print(variables: dict, record: dict) -> None:
+    """A line beside the script's own of the same update, where it prints one and attention was measured."""
+    if record["step"] % variables["log_interval"] == 0 and (shown := headline(record)):
+        line = "iter {step}: attention entropy {entropy:.4f} nats, least layer {entropy_min:.4f}, largest logit {logit_max:.4g}"
+        print(line.format(step=record["step"], **shown))
 
 
 def _clip_from_the_second_update(optimizer: Optimizer, variables: dict) -> None:

@@ -46,6 +46,7 @@ def apply():
     fp16_on_cpu()
     sacrebleu_scores()
     refuse_to_train_nothing()
+    help_of_the_arch()
     log_lines_once()
 
 
@@ -304,6 +305,36 @@ def refuse_to_train_nothing():
         if getattr(namespace, "write_checkpoints_asynchronously", False) and not importlib.util.find_spec("iopath"):
             parser.error("--write-checkpoints-asynchronously: needs iopath (pip install iopath)")
         return parsed
+
+    options.parse_args_and_arch = parse_args_and_arch
+
+
+def help_of_the_arch():
+    """Makes ``--help`` show the flags of the ``--arch``, task, criterion and optimizer that are named beside it.
+
+    fairseq looks for these names in a first parse, which meets ``--help`` and exits: no flag of a model is ever shown. That
+    parse now goes without ``--help``. A training command that names no arch has the help it always had.
+    """
+    original = options.parse_args_and_arch
+    if not _source_has(original, "args, _ = parser.parse_known_args(input_args)"):
+        return
+
+    @functools.wraps(original)
+    def parse_args_and_arch(parser, input_args=None, *args, **kwargs):
+        given = sys.argv[1:] if input_args is None else input_args
+        names = [argument for argument in given if argument not in ("-h", "--help")]
+        if len(names) == len(given):
+            return original(parser, input_args, *args, **kwargs)
+
+        def first_parse(*_):
+            del parser.parse_known_args  # the later parses are the parser's own
+            parsed = parser.parse_known_args(names)
+            if getattr(parsed[0], "arch", "") is None:  # fairseq would end in an error without words
+                parser.parse_known_args(["--help"])
+            return parsed
+
+        parser.parse_known_args = first_parse
+        return original(parser, input_args, *args, **kwargs)
 
     options.parse_args_and_arch = parse_args_and_arch
 

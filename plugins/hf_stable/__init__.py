@@ -32,6 +32,7 @@ with extra("hf"):
     from .reparametrised import fold, sigma_reparam
     from .resume import resume_across_rescues
     from .tokenization_sigma_transformer import SigmaTransformerTokenizer
+    from .undecayed import UndecayedGamma
     from .z_loss import add_z_loss
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "StableViTConfig",
     "StableViTForImageClassification",
     "StableViTModel",
+    "UndecayedGamma",
     "add_z_loss",
     "export",
     "fold",

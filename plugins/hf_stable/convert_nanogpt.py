@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import inspect
+import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from stable_core.folding import fold_state_dict
 from stable_core.options import NAMES, Options, renamed
 from stable_core.unfolding import is_plain
 
+from .character_tokenizer import character_tokenizer
 from .configuration_stable_gpt import StableGPTConfig
 from .conversion import check_equal, load_whole, tokens_like
 from .exporting import export
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="ckpt.pt of nanoGPT's train.py")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
     parser.add_argument("--code", type=Path, metavar="MODEL_PY", help="nanoGPT's model.py, to compare outputs with")
-    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer to save along: a folder, or gpt2")
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer to save along: gpt2, a folder, or meta.pkl")
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -81,6 +83,14 @@ def run(args: argparse.Namespace) -> Path:
     model = from_nanogpt(checkpoint)
     if args.code is not None:
         check_against(model, checkpoint, args.code)
-    return export(
-        model, args.out, processors=(AutoTokenizer.from_pretrained(args.tokenizer),) if args.tokenizer else ()
-    )
+    return export(model, args.out, processors=_tokenizers(args.tokenizer, model.config.vocab_size))
+
+
+def _tokenizers(name: str | None, vocab_size: int) -> tuple:
+    if name is None:
+        ways = "--tokenizer gpt2 (from its hub; nanoGPT's own BPE), or --tokenizer data/NAME/meta.pkl for characters"
+        print(f"convert: no tokenizer is saved along: {ways}", file=sys.stderr)
+        return ()
+    if Path(name).suffix == ".pkl":
+        return (character_tokenizer(Path(name), vocab_size),)
+    return (AutoTokenizer.from_pretrained(name),)

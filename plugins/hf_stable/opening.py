@@ -14,6 +14,7 @@ from stable_core.checkpoint_file import read_checkpoint
 from stable_monitor.rescue_checkpoint import Opened
 from stable_monitor.saved_optimizer import Groups, optimizer_holding, usual_groupings
 
+from .undecayed import without_gammas
 from .weights import weight_files
 
 OPTIMIZER = "optimizer.pt"
@@ -54,7 +55,8 @@ def _class_of(path: Path) -> type[PreTrainedModel]:
 
 
 def _groupings(model: nn.Module) -> Iterator[Groups]:
-    """Trainer's, and the usual ones."""
-    decayed, named = Trainer.get_decay_parameter_names(None, model), dict(model.named_parameters())
-    yield [[p for name, p in named.items() if (name in decayed) is one] for one in (True, False)]
+    """Trainer's, those of one with UndecayedGamma, and the usual ones."""
+    trainers, named = Trainer.get_decay_parameter_names(None, model), dict(model.named_parameters())
+    for decayed in (trainers, without_gammas(model, trainers)):
+        yield [[p for name, p in named.items() if (name in decayed) is one] for one in (True, False)]
     yield from usual_groupings(model)

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,25 @@ def generated(data, trained):
     return fairseq(
         "generate", data, "--user-dir", USER_DIR, "--path", path, "--cpu", "--beam", 1, "--max-len-b", 9, "--sacrebleu"
     )
+
+
+def test_help_shows_the_flags_of_what_is_named():
+    named = "--arch sigma_transformer_18l --task language_modeling --optimizer adam --criterion cross_entropy".split()
+    output = fairseq("train", "--help", "--user-dir", USER_DIR, *named)
+    arch, task, optimizer = "--reparam", "--sample-break-mode", "--adam-betas"
+    assert all(f"\n  {flag}" in output for flag in (arch, "--encoder-layers", task, optimizer)), output
+    assert "--kernel-size" not in fairseq("train", "--user-dir", USER_DIR, *named, "-h")  # a flag of other models
+
+
+def test_help_without_an_arch_is_what_fairseq_has():
+    ours, theirs = [
+        set(re.findall("^  (?:-., )?(--[a-z0-9-]+)", fairseq("train", *given, "--help"), re.MULTILINE))
+        for given in (["--user-dir", USER_DIR], [])
+    ]
+    assert "--max-tokens" in theirs and theirs < ours
+    assert "--source-lang" in fairseq(
+        "generate", "--user-dir", USER_DIR, "--help"
+    )  # the task's: a command without arch
 
 
 def test_resume_reads_the_checkpoint(resumed):

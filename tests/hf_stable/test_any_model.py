@@ -295,3 +295,14 @@ def test_models_that_cannot_be_reparametrised_are_refused():
     ):
         hf_stable.sigma_reparam(speech)
     assert not hasattr(speech.config, "quantization_config")
+
+
+def test_folded_it_is_quantized_as_the_plain_model():
+    def quantized(model):
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+    plain = build("llama")
+    folded = hf_stable.fold(reparametrise(build("llama"), gamma_init="spectral"))
+    expected = outputs(quantized(plain), "llama")
+    assert close(outputs(quantized(folded), "llama"), expected, rel=1e-3)
+    assert not close(outputs(plain, "llama"), expected, rel=1e-3)

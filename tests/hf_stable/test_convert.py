@@ -1,6 +1,7 @@
 """Converted models against the models they come from, and the command."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -107,6 +109,35 @@ def test_nanogpt(tmp_path):
     )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded(ids).logits, ours(ids).logits)
+
+
+CHARACTERS = "".join(map(chr, [10, *range(32, 126), 0xE9, 0x3C3, 0x1F600, 0xA0]))  # 99, as the model has
+
+
+def test_nanogpts_characters(tmp_path, capsys):
+    """Encoded and decoded as data/shakespeare_char/prepare.py does."""
+    stoi = {c: i for i, c in enumerate(CHARACTERS)}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 99, "stoi": stoi}))
+    torch.save(nanogpt_checkpoint(gpt2(activation_function="gelu")), tmp_path / "ckpt.pt")
+    command = ["nanogpt", str(tmp_path / "ckpt.pt"), str(tmp_path / "out"), "--tokenizer", str(tmp_path / "meta.pkl")]
+    assert main(command) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "KING:\n  What's  this , sir ?\n\n\xe9\u03c3\U0001f600\xa0! "
+    assert tokenizer(text)["input_ids"] == [stoi[c] for c in text]
+    assert tokenizer.decode([stoi[c] for c in text]) == text
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("\u20ac")
+
+    for held, error in (
+        ({"stoi": {"a": 0}}, "1 characters, and the model has 99"),
+        ({"stoi": Path("x")}, "it holds a pathlib"),
+        ([], "no meta.pkl of characters"),
+    ):
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(held))
+        assert main([*command[:2], str(tmp_path / "other"), *command[3:]]) == 1
+        assert error in capsys.readouterr().err
+    assert main([*command[:2], str(tmp_path / "bare")]) == 0
+    assert "no tokenizer is saved along: --tokenizer gpt2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", combined(), ids=label)

@@ -112,7 +112,8 @@ while True:
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    print(f"iter {iter_num}: loss {loss.item():.4f}, mfu {model.estimate_mfu(batch_size, 1.0)}")
+    if iter_num % log_interval == 0:
+        print(f"iter {iter_num}: loss {loss.item():.4f}, mfu {model.estimate_mfu(batch_size, 1.0)}")
     iter_num += 1
     if iter_num > max_iters:
         break
@@ -208,10 +209,28 @@ def test_trains_resumes_and_samples(checkout):
     printed = [float(losses(first)[step]) for step in (2, 4, 6)]
     assert [record["loss"] for record in records] == pytest.approx(printed, abs=6e-5)  # the script prints four digits
 
-    again = launch(
-        checkout, "train.py", *TINY, "--out_dir=a", "--init_from=resume", "--max_iters=8", "--monitor_every=2"
+    shown = re.findall(
+        r"iter (\d+): attention entropy (\S+) nats, least layer (\S+), largest logit (\S+)", first.stdout
     )
-    assert re.findall(r"iter (\d+): loss", again.stdout) == ["6", "7", "8"], again.stderr[-2000:]
+    for record, (step, *numbers) in zip(records, shown, strict=True):
+        layers = record["layers"].values()
+        means = [sum(layer["entropy"]) / len(layer["entropy"]) for layer in layers]
+        largest = max(max(layer["max_logit"]) for layer in layers)
+        assert int(step) == record["step"]
+        assert [float(x) for x in numbers] == pytest.approx([sum(means) / 2, min(means), largest], rel=1e-3)
+
+    again = launch(
+        checkout,
+        "train.py",
+        *TINY,
+        "--out_dir=a",
+        "--init_from=resume",
+        "--max_iters=8",
+        "--monitor_every=2",
+        "--log_interval=3",
+    )
+    assert "attention entropy" not in again.stdout  # the script says nothing of update 8
+    assert re.findall(r"iter (\d+): loss", again.stdout) == ["6"], again.stderr[-2000:]
     assert "From the checkpoint: alpha = 0.25" in again.stdout
     assert "From the checkpoint: tau_scale" not in again.stdout
     steps = [record["step"] for record in read(checkout / "a" / "monitor.jsonl")]
