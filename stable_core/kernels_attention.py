@@ -31,9 +31,10 @@ def _statistics(
     heads, shared, n_queries, n_keys, scale, MASK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
     D_UP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(n_queries, QUERIES)  # one axis of programs, as CUDA's others end at 65,535
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // heads, head % heads
-    rows, d = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES), tl.arange(0, D_UP)
+    rows, d = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, D_UP)
     q += b * q_b + h * q_h
     k += b * k_b + h // shared * k_h
     mask += b * mask_b + h * mask_h
@@ -49,7 +50,7 @@ def _statistics(
     squares = tl.zeros((QUERIES,), tl.float32)
     end = n_keys
     if CAUSAL:
-        end = tl.minimum(n_keys, (tl.program_id(0) + 1) * QUERIES)
+        end = tl.minimum(n_keys, (block + 1) * QUERIES)
     for start in range(0, end, KEYS):
         columns = start + tl.arange(0, KEYS)
         inside = (d[:, None] < D) & (columns[None, :] < n_keys)
@@ -134,8 +135,10 @@ def row_statistics(
         mask = found  # any tensor, which is not read
     else:
         mask = (mask.view(torch.uint8) if kind == "hides" else mask.float()).expand(batch, heads, n_queries, k.shape[2])
+    if not found.numel():  # CUDA has no launch of no programs
+        return found
     with on_device(q.device):
-        _statistics[(triton.cdiv(n_queries, QUERIES), batch * heads)](
+        _statistics[(triton.cdiv(n_queries, QUERIES) * batch * heads,)](
             q, k, mask, *found, *q.stride(), *k.stride(), *mask.stride(), heads, heads // k.shape[1], n_queries, k.shape[2],
             scale, MASK=kind, MASKED=masked, CAUSAL=is_causal, D=size, D_UP=_up(q), QUERIES=QUERIES, KEYS=KEYS,
             UP=INTERPRETED and q.dtype == torch.bfloat16, num_stages=2,

@@ -107,6 +107,15 @@ def test_what_is_not_a_number_shows_in_its_own_row_alone():
 
 
 @here
+def test_nothing_to_see():
+    """No queries at all, and no keys."""
+    q, k = some(70, 70)
+    assert kernel(q[:, :, :0], k, scale=1.0).entropy.shape == (2, 4, 0)
+    blind = kernel(q, k[:, :, :0], scale=1.0)
+    assert not blind.entropy.any() and not blind.keys.any() and (blind.max_logit == -math.inf).all()
+
+
+@here
 def test_bitwise_the_same_twice():
     q, k = some(70, 130)
     assert all(map(torch.equal, kernel(q, k, scale=0.3), kernel(q, k, scale=0.3)))
