@@ -197,11 +197,7 @@ class Monitor:
             self._prepare()
             self.last = record
             alarms = self._publish(record)
-        for alarm in alarms:
-            if self._is_main:
-                log.warning("%s", alarm)
-            if self._on_alarm is not None:
-                self._mark(self._on_alarm(alarm))
+        self._raise(alarms)  # outside: what is done about an alarm is not the monitor's work
         return record
 
     def read_gradients(self, scale: float = 1.0) -> None:
@@ -383,6 +379,13 @@ class Monitor:
         if self._is_main:
             self._say(record["step"], verdict)
         return alarms
+
+    def _raise(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            if self._is_main:
+                log.warning("%s", alarm)
+            if self._on_alarm is not None:
+                self._mark(self._on_alarm(alarm))
 
     def _say(self, step: int, verdict: Verdict) -> None:
         """Logs each kind of verdict once, where it is that of two records; the alarm says a collapse itself."""

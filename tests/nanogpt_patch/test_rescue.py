@@ -92,7 +92,7 @@ def test_a_stopped_run_is_rescued_from_its_checkpoint(one_block, capsys):
     assert ": transformer.h.0.attn has collapsed" in line and f"rescue_checkpoint {path} NEW/ckpt.pt" in line
     assert not (one_block / "a" / "ckpt.pt").exists()
     before, new = saved(one_block, "a", path.name), one_block / "b" / "ckpt.pt"
-    assert before["iter_num"] == len(re.findall(r"iter \d", stopped.stdout)) + 1
+    assert before["iter_num"] == len(re.findall(r"iter \d: loss", stopped.stdout)) + 1
     assert rescue_checkpoint.main([str(path), str(new), "--layers", *(x.removesuffix(".c_attn") for x in RESCUED)]) == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("transformer.h.0.attn: |W_q| ")
     now = before["iter_num"]

@@ -2,13 +2,13 @@
 
 import copy
 import functools
-import importlib
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from scipy.sparse import linalg
 from torch import nn
 
 from stable_core import sigma_reparam
@@ -303,9 +303,8 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_gives_up_when_lanczos_does_not_converge(monkeypatch):
-    module = importlib.import_module("stable_monitor.sharpness")  # the package has a function of this name
-    eigsh = module.eigsh
-    monkeypatch.setattr(module, "eigsh", lambda *args, **kwargs: eigsh(*args, **{**kwargs, "maxiter": 1}))
+    eigsh = linalg.eigsh
+    monkeypatch.setattr(linalg, "eigsh", lambda *args, **kwargs: eigsh(*args, **{**kwargs, "maxiter": 1}))
     with pytest.raises(RuntimeError, match=r"of k = 5 eigenvalues converged"):
         sharpness(Quadratic(torch.linspace(1, 2, 500).tolist()), Quadratic.loss, [0])
 

@@ -147,7 +147,7 @@ def test_a_blow_up_is_not_rescued(tmp_path, caplog):
     before = {name: p.clone() for name, p in model.named_parameters()}
     monitor = Monitor(model, 1, optimizer=optimizer, on_alarm=Rescue(model, optimizer, lambda: None))
     for step, numbers in enumerate([(2.0, 0.9), (5.0, 0.9), (9.0, 0.9), (30.0, 0.01)]):
-        monitor._publish(record(step, *numbers, 500.0))
+        monitor._raise(monitor._publish(record(step, *numbers, 500.0)))
     assert monitor.last is None and "entropy falls after the loss blew up in a" in caplog.text
     assert "not rescued: lower the learning rate" in caplog.text
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

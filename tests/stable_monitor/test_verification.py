@@ -17,6 +17,7 @@ import hf_stable
 from stable_core import SigmaReparamConfig, sigma_reparam
 from stable_core.sigma_layers import sigma_layers
 from stable_monitor import Monitor, QKClip, verify
+from stable_monitor.records import PACE
 from tests.engines import models as engines
 from tests.stable_monitor.models import batch, gpt, train
 
@@ -439,13 +440,14 @@ def test_the_model_is_what_it_was_and_trains_on_bitwise(training):
 
 
 class Steps:
-    """A monitor whose records are kept, without the time of day."""
+    """A monitor whose records are kept, without the time of day and how long things took."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.monitor, self.records = monitor, []
 
     def step(self, loss):
-        self.records.append({key: value for key, value in self.monitor.step(loss).items() if key != "time"})
+        record = self.monitor.step(loss)
+        self.records.append({key: record[key] for key in record if key not in ("time", *PACE)})
 
 
 def _hooks(model: nn.Module) -> list[int]:
