@@ -172,6 +172,9 @@ class Examination:
         why = f"least entropy {least:.2g} of log(keys), in {name} at update {step}"
         if were := [layer.first_gone for layer in self._layers.values() if layer.first_gone is not None]:
             why += f"; {len(were)} layers had collapsed, the first at update {min(were)}, and came back"
+        if self._rose is not None:
+            step, loss = self._rose
+            why += f"; the loss blew up from {self._first:.4g} to {loss:.4g} at update {step}, and came back"
         if self._rescued:
             why += f"; {self._rescued} rescues"
         return Verdict("healthy", None, "", why)

@@ -211,3 +211,9 @@ def test_a_healthy_run_says_what_had_collapsed():
     lines = [(2.0, 0.9, 5.0), (2.0, 0.01, 500.0), (1.0, 0.9, 5.0)]
     found = examine(record(step, *numbers) for step, numbers in enumerate(lines))
     assert found.verdict == "healthy" and "1 layers had collapsed, the first at update 1, and came back" in found.why
+
+
+def test_a_healthy_run_says_that_it_had_blown_up():
+    losses = (4.5, 33.0, 21.0, 8.0, 3.5, 3.4, 3.3, 3.3, 3.2)
+    found = examine(record(step, loss, 0.9, 5.0) for step, loss in enumerate(losses))
+    assert found.verdict == "healthy" and "the loss blew up from 4.5 to 33 at update 1, and came back" in found.why
