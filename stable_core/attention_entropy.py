@@ -95,7 +95,7 @@ def attention_entropy(
     """
     _check(q, k, attn_mask)
     if _takes_kernel(q, k, kernels):
-        return _in_kernel(q, k, scale, attn_mask, is_causal).entropy
+        return _in_kernel(q, k, scale, attn_mask, is_causal)[0]
     mask = _added(attn_mask, q.device)
     q, k = q.float(), k.float()
     largest = abs(scale) * q.norm(dim=-1).max() * k.norm(dim=-1).max()
@@ -126,7 +126,9 @@ def attention_statistics(
     """
     _check(q, k, attn_mask)
     if _takes_kernel(q, k, kernels, rule):
-        return _in_kernel(q, k, scale, attn_mask, is_causal)
+        entropy, largest, spread, keys = _in_kernel(q, k, scale, attn_mask, is_causal)
+        bound = entropy_lower_bound(spread.sqrt(), keys).masked_fill(keys == 0, 0.0)
+        return AttentionStatistics(entropy, largest, bound, keys)
     mask = _added(attn_mask, q.device)
     return _in_chunks(_logits(q.float(), k.float(), scale, mask, is_causal, rule), q.shape[:3], q.device)
 
@@ -261,13 +263,11 @@ def _kernel() -> ModuleType:
     return import_module(".kernels_attention", __package__)
 
 
-def _in_kernel(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> AttentionStatistics:
+def _in_kernel(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Entropy, largest logit, spread of the logits and number of keys of each row."""
     if mask is not None:
         mask = _in_four_dimensions(mask)
-    found = _kernel().row_statistics(q, k, scale=scale, masked=MASKED, mask=mask, is_causal=is_causal)
-    entropy, largest, spread, keys = found
-    bound = entropy_lower_bound(spread.sqrt(), keys).masked_fill(keys == 0, 0.0)
-    return AttentionStatistics(entropy, largest, bound, keys)
+    return _kernel().row_statistics(q, k, scale=scale, masked=MASKED, mask=mask, is_causal=is_causal)
 
 
 def _only_hides(mask: Tensor) -> bool:

@@ -8,19 +8,16 @@ the arch and the learning rate; a monitor looks on. An interrupted command goes 
 import argparse
 import json
 import math
-import os
 import random
 import re
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 from num2words import num2words
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from stable_monitor.report import report
@@ -29,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from recipes.command import command
+from recipes.side_by_side import Job, Progressed, side_by_side, start
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_INTERVAL = 5
@@ -59,16 +57,9 @@ RUNS = (
 )
 
 
-running: list[subprocess.Popen] = []
-
-
 def fairseq(tool: str, *args) -> subprocess.Popen:
-    """One fairseq command on one thread: two threads of two runs on two cores would wait for each other."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", f"fairseq_cli.{tool}", *map(str, args)]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    running.append(process)
-    return process
+    """One fairseq command."""
+    return start("-m", f"fairseq_cli.{tool}", *args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen, what: str) -> str:
@@ -107,7 +98,7 @@ def losses(log: Path) -> dict[int, float]:
     return curve
 
 
-def train(run: Run, data: Path, out: Path, steps: int, seed: int, progressed) -> dict[int, float]:
+def train(run: Run, data: Path, out: Path, steps: int, seed: int, progressed: Progressed) -> dict[int, float]:
     folder = out / f"{run.arch}-{seed}"
     log = folder / "train.log"
     if max(losses(log), default=0) > steps:
@@ -124,8 +115,8 @@ def train(run: Run, data: Path, out: Path, steps: int, seed: int, progressed) ->
     tail = ""
     for line in process.stdout:
         tail = line.strip() or tail
-        if "| train_inner | {" in line:
-            progressed(losses(log))
+        if "| train_inner | {" in line and (curve := losses(log)):
+            progressed(max(curve), f"loss {curve[max(curve)]:.2f}")
     if process.wait():
         raise RuntimeError(f"{run.label}: training failed: {tail}")
     return losses(log)
@@ -201,35 +192,22 @@ def show_translations(run: Run, translations: Translations, console: Console) ->
 
 
 def run_all(args: argparse.Namespace, data: Path, console: Console) -> dict[tuple[Run, int], Result]:
-    """Trains and translates, as many runs at a time as there are cores, with a progress bar each."""
-    columns = ("{task.description:28}", BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[note]}")
-    workers = max(1, min(len(RUNS), os.cpu_count() or 1))
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
+    """Trains and translates."""
 
-        def one(run: Run, seed: int, task) -> Result:
-            def progressed(curve: dict[int, float]) -> None:
-                if curve:
-                    progress.update(task, completed=max(curve), note=f"loss {curve[max(curve)]:.2f}")
+    def one(run: Run, seed: int, progressed: Progressed) -> Result:
+        curve = train(run, data, args.out, args.steps, seed, progressed)
+        loss = f"loss {curve[max(curve)]:.2f}"
+        progressed(max(curve), f"{loss}, translating")
+        translations = translate(run, data, args.out, seed)
+        progressed(max(curve), f"{loss}, BLEU {translations.bleu:.1f}")
+        return curve, translations
 
-            progress.start_task(task)
-            curve = train(run, data, args.out, args.steps, seed, progressed)
-            progress.update(task, note=f"loss {curve[max(curve)]:.2f}, translating")
-            translations = translate(run, data, args.out, seed)
-            progress.update(task, note=f"loss {curve[max(curve)]:.2f}, BLEU {translations.bleu:.1f}")
-            return curve, translations
-
-        jobs = {}
-        for seed in args.seeds:
-            for run in RUNS:
-                task = progress.add_task(f"{run.label}, seed {seed}", total=args.steps, start=False, note="")
-                jobs[run, seed] = pool.submit(one, run, seed, task)
-        try:
-            return {key: job.result() for key, job in jobs.items()}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.terminate()
-            raise
+    jobs = {
+        (run, seed): Job(f"{run.label}, seed {seed}", args.steps, partial(one, run, seed))
+        for seed in args.seeds
+        for run in RUNS
+    }
+    return side_by_side(jobs, console)
 
 
 def main() -> int:

@@ -7,22 +7,21 @@ import argparse
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 import webbrowser
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from recipes.command import command
 from recipes.gpt.prepare import shakespeare, write
 from recipes.quickstart.train import EVERY, LR, RUNS
+from recipes.side_by_side import Job, Progressed, side_by_side, start
 from stable_monitor.diagnose import diagnose
 from stable_monitor.records import load
 from stable_monitor.report import report
@@ -38,10 +37,11 @@ LABELS = {
     "sigma": ("σReparam from the start", "tab:green"),
 }
 Records = list[dict[str, Any]]
+Result = tuple[Records, float | None]  # and the validation loss, of a run that is whole
 
 
-def records_of(folder: Path) -> tuple[Records, float | None]:
-    """The records of a run so far, and its validation loss if it is whole."""
+def records_of(folder: Path) -> Result:
+    """Of a run so far."""
     try:
         records, validations = load(folder)
     except (FileNotFoundError, ValueError):  # not begun
@@ -49,58 +49,30 @@ def records_of(folder: Path) -> tuple[Records, float | None]:
     return records, validations[-1]["validation"]["loss"] if validations else None
 
 
-def train(name: str, data: Path, out: Path, updates: int, seed: int, progressed) -> tuple[Records, float]:
-    """Trains in a process of its own on one thread, as two threads of two runs on two cores would wait for each other."""
+def train(name: str, data: Path, out: Path, updates: int, seed: int, progressed: Progressed) -> Result:
+    """Trains what is not whole yet, from the start."""
     folder = out / f"{name}-{seed}"
     records, loss = records_of(folder)
     if loss is None or records[-1]["step"] != updates - EVERY:
         shutil.rmtree(folder, ignore_errors=True)
-        words: list[Any] = [sys.executable, "-m", "recipes.quickstart.train", name, "--data", data, "--out", folder]
-        words += ["--updates", updates, "--seed", seed]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         folder.mkdir(parents=True)
+        words = ["-m", "recipes.quickstart.train", name, "--data", data, "--out", folder]
         with (folder / "output.txt").open("w") as output:
-            process = subprocess.Popen([*map(str, words)], cwd=ROOT, env=env, stdout=output, stderr=output)
-            try:
-                while process.poll() is None:
-                    time.sleep(0.5)
-                    progressed(records_of(folder)[0])
-            finally:
-                process.terminate()
+            process = start(*words, "--updates", updates, "--seed", seed, cwd=ROOT, stdout=output, stderr=output)
+            while process.poll() is None:
+                time.sleep(0.5)
+                show(records_of(folder)[0], progressed)
         if process.returncode:
             raise RuntimeError(f"{name}: {(folder / 'output.txt').read_text().strip().splitlines()[-1]}")
         records, loss = records_of(folder)
-    progressed(records)
+    show(records, progressed)
     return records, loss
 
 
-def train_all(data: Path, args: argparse.Namespace, console: Console) -> dict[tuple[str, int], tuple[Records, float]]:
-    """As many runs at a time as there are cores, with a progress bar each."""
-    columns = ("{task.description:31}", BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[note]}")
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-
-        def one(name: str, seed: int, task) -> tuple[Records, float]:
-            def progressed(records: Records) -> None:
-                if records:
-                    last = records[-1]
-                    note = f"loss {last['loss']:.2f}, entropy {least_entropy(last):.2f}"
-                    progress.update(task, completed=last["step"] + EVERY, note=note)
-
-            progress.start_task(task)
-            return train(name, data, args.out, args.updates, seed, progressed)
-
-        jobs = {}
-        for seed in args.seeds:
-            for name in RUNS:
-                label = f"{LABELS[name][0]}, seed {seed}"
-                jobs[name, seed] = pool.submit(
-                    one, name, seed, progress.add_task(label, total=args.updates, start=False, note="")
-                )
-        try:
-            return {key: job.result() for key, job in jobs.items()}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def show(records: Records, progressed: Progressed) -> None:
+    if records:
+        last = records[-1]
+        progressed(last["step"] + EVERY, f"loss {last['loss']:.2f}, entropy {least_entropy(last):.2f}")
 
 
 def least_entropy(record: dict[str, Any]) -> float:
@@ -108,7 +80,7 @@ def least_entropy(record: dict[str, Any]) -> float:
     return min(median_head(layer["entropy"]) / math.log(layer["keys"]) for layer in record["layers"].values())
 
 
-def table(found: dict[tuple[str, int], tuple[Records, float]], out: Path, seeds: list[int]) -> Table:
+def table(found: dict[tuple[str, int], Result], out: Path, seeds: list[int]) -> Table:
     table = Table("", "validation loss", "least entropy", "alarms", "diagnosis")
     table.title = f"learning rate {LR:g}, loss in nats, entropy / log(keys)"
     if len(seeds) > 1:
@@ -126,7 +98,7 @@ def table(found: dict[tuple[str, int], tuple[Records, float]], out: Path, seeds:
     return table
 
 
-def plot(found: dict[tuple[str, int], tuple[Records, float]], path: Path) -> None:
+def plot(found: dict[tuple[str, int], Result], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     first = min(seed for _, seed in found)
     for (name, seed), (records, _) in found.items():
@@ -158,7 +130,14 @@ def main() -> int:
     data = args.out / "text"
     if not (data / "meta.pkl").exists():
         write(shakespeare(), data)
-    found = train_all(data, args, console)
+    jobs = {
+        (name, seed): Job(
+            f"{LABELS[name][0]}, seed {seed}", args.updates, partial(train, name, data, args.out, args.updates, seed)
+        )
+        for seed in args.seeds
+        for name in RUNS
+    }
+    found = side_by_side(jobs, console)
     console.print(table(found, args.out, args.seeds))
     picture, page = args.out / "quickstart.png", args.out / "report.html"
     plot(found, picture)

@@ -1,24 +1,28 @@
 """The quickstart: the whole command with a few updates, again after it, and after a run that did not end."""
 
+import itertools
 import sys
 
 import pytest
 
 from recipes.gpt.prepare import write
 from recipes.quickstart import run, train
+from recipes.trainings import Characters
 from stable_monitor.records import FILE_NAME, read
 from tests.warm import PYTHON
+
+TEXT = "To be, or not to be, that is the question. " * 50
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    write("To be, or not to be, that is the question. " * 50, folder)
+    write(TEXT, folder)
     return folder
 
 
 def test_the_command_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "shakespeare", lambda: "To be, or not to be, that is the question. " * 50)
+    monkeypatch.setattr(run, "shakespeare", lambda: TEXT)
     monkeypatch.setattr(sys, "argv", ["quickstart", "--updates", "20", "--out", str(tmp_path)])
     monkeypatch.setattr(sys, "executable", PYTHON)
     assert run.main() == 0
@@ -40,7 +44,7 @@ def test_the_command_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
 def test_a_run_that_fails_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", PYTHON)
     with pytest.raises(RuntimeError, match=r"alone: .*no-such-folder"):
-        run.train("alone", tmp_path / "no-such-folder", tmp_path, 10, 1, lambda records: None)
+        run.train("alone", tmp_path / "no-such-folder", tmp_path, 10, 1, lambda done, note: None)
 
 
 def test_wrong_updates_are_told(monkeypatch, capsys):
@@ -53,8 +57,8 @@ def test_wrong_updates_are_told(monkeypatch, capsys):
 def test_the_monitor_changes_nothing_until_it_rescues(text, tmp_path):
     """The run that is left alone is the plain loop's, to the bit."""
     found = train.train("alone", text, tmp_path / "a", 10, 1)
-    training = train.Characters(text, train.LR, 1, {})
-    for batch in train.itertools.islice(training.batches(1), 10):
+    training = Characters(text, train.LR, 1, {})
+    for batch in itertools.islice(training.batches(1), 10):
         training.step(batch)
         training.optimizer.zero_grad()
     assert training.validate() == found

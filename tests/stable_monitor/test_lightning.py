@@ -5,17 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import Logger
 
 from stable_monitor import AlarmConfig, Monitor
-from stable_monitor.lightning import LightningWatching
+from stable_monitor.lightning import LightningWatching, MonitorCallback
 from stable_monitor.records import load
 from tests.stable_monitor.models import batch, gpt
-
-pl = pytest.importorskip("pytorch_lightning")
-from pytorch_lightning.loggers.logger import Logger  # noqa: E402
-
-from stable_monitor.lightning import MonitorCallback  # noqa: E402
 
 
 class Logged(Logger):
