@@ -27,7 +27,7 @@ from .calls import FusedCall, Handler, Site, SoftmaxCall
 from .interfaces import INTERFACE
 from .kernel_calls import Arguments, Kernel, KernelCall
 from .kernels import NESTED
-from .references import Reference, StandIn, hold, release
+from .references import Reference, StandIn, hold, release, renew
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 UNSEEN = (
@@ -358,6 +358,7 @@ def _run_registered(stand_in: StandIn, args: tuple[Any, ...], kwargs: dict[str, 
     """Runs a function registered with transformers. What it ends in says more than its arguments, if that is seen."""
     before = {interception: interception.count for interception in _thread.running}
     output = stand_in.function(*args, **kwargs)
+    renew(stand_in)
     given = stand_in.arguments(args, kwargs)
     for interception, stack in _asked():
         if interception.count == before.get(interception):

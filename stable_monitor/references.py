@@ -5,12 +5,13 @@ A kernel is called by a name in a Python module, or by an attribute of a model's
 """
 
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -30,6 +31,10 @@ class StandIn:
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
             setattr(self, name, getattr(function, name, None))
         self._signature = None if kernel is INTERFACE else inspect.signature(function)
+
+    def of(self, function: Callable[..., Any]) -> "StandIn":
+        """One like it, for another function."""
+        return StandIn(function, self.kernel, self._run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self, args, kwargs)
@@ -57,6 +62,10 @@ class Reference:
         found = (self.namespace.__dict__ if isinstance(self.namespace, type) else self.namespace).get(self.name)
         return found.__func__ if isinstance(found, staticmethod) else found
 
+    def is_registered(self) -> bool:
+        """Whether it is of transformers' attention interface."""
+        return any(self.namespace is registry for registry in registries())
+
     def set(self, value: Any) -> None:
         if not isinstance(self.namespace, type):
             self.namespace[self.name] = value
@@ -73,9 +82,9 @@ LATE = (
 FUNCTIONS = (FunctionType, StandIn)
 _held: dict[tuple[int, str], tuple[int, Reference, Any]] = {}  # times held, and the function
 _stand_ins: dict[int, StandIn] = {}  # by the id of the function; one for all references to it, as pickle compares them
-_in_modules: tuple[set[int], list[Reference]] = (set(), [])  # ids of the imported modules, and what was found in them
-
-_in_models: WeakKeyDictionary[nn.Module, tuple[set[int], list[Reference]]] = WeakKeyDictionary()  # likewise, by model
+# What was searched, and what was found in it. Not by id, which a new module may have of one that is gone.
+_in_modules: tuple[list[Any], list[Reference]] = ([], [])
+_in_models: WeakKeyDictionary[nn.Module, tuple[list["ref[nn.Module]"], list[Reference]]] = WeakKeyDictionary()
 
 
 def hold(model: nn.Module, run: Run) -> list[Reference]:
@@ -89,14 +98,22 @@ def hold(model: nn.Module, run: Run) -> list[Reference]:
         if not times:
             if isinstance(function, StandIn) or not callable(function):
                 continue  # code that ran while there was a stand-in has kept it
-            is_registered = any(reference.namespace is registry for registry in registries())
-            kernel = INTERFACE if is_registered else find_kernel(function)
+            kernel = INTERFACE if reference.is_registered() else find_kernel(function)
             if kernel is None:
                 continue
             reference.set(_stand_ins.setdefault(id(function), StandIn(function, kernel, run)))
         _held[reference.key] = times + 1, reference, original
         held[reference.key] = reference
     return list(held.values())
+
+
+def renew(stand_in: StandIn) -> None:
+    """Puts stand-ins before functions that were registered while `stand_in` ran: transformers does so as it loads a kernel."""
+    for key, (times, reference, _) in _held.items():
+        function = reference.get()
+        if callable(function) and not isinstance(function, StandIn) and reference.is_registered():
+            reference.set(_stand_ins.setdefault(id(function), stand_in.of(function)))
+            _held[key] = times, reference, function
 
 
 def release(held: list[Reference]) -> None:
@@ -114,18 +131,23 @@ def release(held: list[Reference]) -> None:
 def _references(model: nn.Module) -> Iterator[Reference]:
     global _in_modules
     imported = list(sys.modules.values())
-    if _in_modules[0] != (ids := set(map(id, imported))):
+    if not _are_same(_in_modules[0], imported):
         namespaces = [getattr(module, "__dict__", None) for module in imported]
-        _in_modules = ids, list(_named(x for x in namespaces if type(x) is dict))
+        _in_modules = imported, list(_named(x for x in namespaces if type(x) is dict))
     yield from _in_modules[1]
     yield from _named(vars(sys.modules[name]) for name in LATE if name in sys.modules)
     for registry in registries():
         yield from (Reference(registry, name) for name in list(registry))
     modules = list(model.modules())
-    ids, found = _in_models.get(model, (set(), []))
-    if ids != (ids := set(map(id, modules))):
-        _in_models[model] = ids, (found := [*_named(module.__dict__ for module in modules), *_of_classes(modules)])
+    searched, found = _in_models.get(model, ([], []))
+    if not _are_same([link() for link in searched], modules):
+        found = [*_named(module.__dict__ for module in modules), *_of_classes(modules)]
+        _in_models[model] = list(map(ref, modules)), found
     yield from found
+
+
+def _are_same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def _of_classes(modules: list[nn.Module]) -> Iterator[Reference]:

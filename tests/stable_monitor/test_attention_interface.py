@@ -15,7 +15,7 @@ from transformers.integrations import hub_kernels
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from stable_monitor import Monitor, attention_temperature
+from stable_monitor import Monitor, attention_temperature, references
 from tests.stable_monitor import stand_ins
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -167,3 +167,33 @@ def test_a_function_of_the_user_that_ends_in_what_is_seen_is_seen_there(kernels)
     with attention_temperature(sdpa, 0.5):
         alike(got, record(sdpa, **given))
     assert AttentionInterface._global_mapping["colder"] is colder
+
+
+def test_a_function_that_is_registered_anew_in_the_pass(kernels):
+    """As transformers does when it loads a kernel at its first call; the new function stays registered afterwards."""
+
+    def first(*args, **kwargs):
+        AttentionInterface.register("mine", second)
+        return unknown(*args, **kwargs)
+
+    def second(*args, **kwargs):
+        return unknown(*args, **kwargs)
+
+    AttentionInterface.register("mine", first)
+    AttentionMaskInterface.register("mine", sdpa_mask)
+    assert len(record(build("mine"), **inputs())) == 2
+    assert AttentionInterface._global_mapping["mine"] is second
+
+
+def test_a_module_in_the_place_of_another_is_searched_anew(monkeypatch):
+    """Python often gives a new module the id of the one that is gone."""
+    name = "flash_attn2_0123abc"
+    monkeypatch.setitem(sys.modules, name, None)  # which is undone at the end
+    for _ in range(20):
+        sys.modules[name] = hub = None
+        sys.modules[name] = hub = types.ModuleType(name)
+        hub.flash_attn_func = stand_ins.flash_attn_func
+        held = references.hold(torch.nn.Identity(), lambda *_: None)
+        assert isinstance(hub.flash_attn_func, references.StandIn)
+        references.release(held)
+        assert hub.flash_attn_func is stand_ins.flash_attn_func
