@@ -21,7 +21,7 @@ help:
 	@echo "make lock         renew requirements.lock: the newest versions within pyproject.toml's bounds"
 	@echo "make lint         ruff and formatting, as pre-commit runs them, and the types of core and monitor"
 	@echo "make bench        step times, memory, scaling, attention, the monitor and build times, side by side (an hour)"
-	@echo "make docs         the API reference, from the docstrings, into docs/api"
+	@echo "make docs         the docs site: guides, methods, recipes and the API, with search"
 	@echo "make dist         the sdist and the wheel, made of it and checked by twine, into dist"
 
 venv: $(STABLE_VENV)/ready
@@ -96,12 +96,10 @@ lint: $(STABLE_VENV)/ready
 bench: $(STABLE_VENV)/ready
 	for which in step_time memory scaling attention monitor build calls; do $(BIN)/python -m benchmarks.$$which || exit 1; done
 
-PACKAGES := stable_core stable_monitor fairseq_sigma timm_stable hf_stable nanogpt_patch
-
 docs: $(STABLE_VENV)/ready
-	@rm -rf docs/api
-	@$(BIN)/python -W ignore -m pdoc --docformat google --output-directory docs/api $(PACKAGES)
-	@echo "== the API reference is docs/api/index.html"
+	@$(BIN)/python docs/site/stage.py
+	@$(BIN)/zensical build --strict --config-file build/mkdocs.yml
+	@echo "== the site, with search, is build/site/index.html"
 
 # Where the repository is, is said in setup.py; without it the metadata have no addresses.
 dist: $(UV)

@@ -1,0 +1,60 @@
+"""The docs site: it builds without a warning, has every page and every public name, and no link goes nowhere."""
+
+import importlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "build" / "site"
+
+
+@pytest.fixture(scope="module")
+def staging():
+    spec = importlib.util.spec_from_file_location("stage", ROOT / "docs" / "site" / "stage.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def site(staging):
+    shutil.rmtree(SITE, ignore_errors=True)
+    staging.main()
+    zensical = Path(sys.executable).with_name("zensical")
+    run = [zensical, "build", "--strict", "--config-file", staging.BUILD / "mkdocs.yml"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return SITE
+
+
+def test_every_page_is_there_and_in_the_menu(site, staging):
+    menu = (ROOT / "docs" / "site" / "mkdocs.yml").read_text()
+    for page in staging.pages():
+        place = page.with_name("index.html") if page.name == "README.md" else page.with_suffix(".html")
+        assert (site / place).is_file()
+        assert f" {page}\n" in menu
+
+
+@pytest.mark.parametrize("package", ["stable_core", "stable_monitor", "hf_stable"])
+def test_the_reference_has_every_public_name(site, package):
+    page = (site / "api" / f"{package}.html").read_text()
+    for name in importlib.import_module(package).__all__:
+        if not name.startswith("_"):
+            assert f'.{name}" class="doc doc-heading"' in page, name
+
+
+def test_pictures_and_logs_that_are_linked_are_copied(site):
+    assert (site / "recipes/lr_sensitivity/results/gpt.png").is_file()
+    assert (site / "recipes/rescue/results/gpt.jsonl").is_file()
+
+
+def test_a_link_that_goes_nowhere_is_named(staging, tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "ROOT", tmp_path)
+    (tmp_path / "page.md").write_text("See [this](gone.md#there).")
+    with pytest.raises(FileNotFoundError, match=r"page\.md: gone\.md"):
+        staging.stage(Path("page.md"))
