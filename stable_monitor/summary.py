@@ -42,7 +42,7 @@ def by_head(call: Call) -> tuple[str, Tensor]:
 
 @torch.no_grad()
 def gradient_norms(modules: dict[str, nn.Module], scale: float = 1.0) -> dict[str, Tensor]:
-    """By name, (l2, l-inf) norms of the gradients of all parameters of each module, divided by `scale`; NaN without gradients.
+    """By name, (l2, l-inf) norms of the gradients of all parameters of each module that has any, divided by `scale`.
 
     Norms are computed in fp32, as squares overflow in half precision, and one parameter at a time, to save memory.
     """
@@ -55,9 +55,9 @@ def gradient_norms(modules: dict[str, nn.Module], scale: float = 1.0) -> dict[st
                 grad = grad.full_tensor() if _has_empty_shard(grad) else grad
                 kinds = [torch.linalg.vector_norm(grad, kind, dtype=torch.float32) for kind in (2, math.inf)]
                 norms[p] = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in kinds]) / scale
-        own = [norms[p] for p in gradients]
-        l2, linf = torch.stack(own).unbind(1) if own else (torch.full((1,), math.nan),) * 2
-        totals[name] = torch.stack([torch.linalg.vector_norm(l2), linf.max()])
+        if gradients:
+            l2, linf = torch.stack([norms[p] for p in gradients]).unbind(1)
+            totals[name] = torch.stack([torch.linalg.vector_norm(l2), linf.max()])
     return totals
 
 

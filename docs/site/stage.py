@@ -20,9 +20,19 @@ LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^]]*)\]\((?!\w+:|#)(?P<path>[^)#]+)
 
 
 def pages() -> Iterator[Path]:
-    """The site's Markdown files, from the root."""
-    for pattern in ("*.md", "docs/*.md", "recipes/*/README.md"):
+    """What becomes a page, from the root: Markdown, and notebooks."""
+    for pattern in ("*.md", "docs/*.md", "docs/notebooks/*.py", "recipes/*/README.md"):
         yield from (path.relative_to(ROOT) for path in sorted(ROOT.glob(pattern)))
+
+
+def markdown_of(notebook: str) -> str:
+    """A notebook in jupytext's percent format, as Markdown."""
+    parts = []
+    for cell in re.split(r"^# %%", notebook, flags=re.MULTILINE)[1:]:
+        kind, _, text = cell.partition("\n")
+        is_text = "[markdown]" in kind
+        parts.append(re.sub(r"^# ?", "", text, flags=re.MULTILINE) if is_text else f"```python\n{text.strip()}\n```\n")
+    return "\n".join(parts)
 
 
 def stage(page: Path) -> None:
@@ -42,9 +52,10 @@ def stage(page: Path) -> None:
             shutil.copyfile(target, copy)
         return link[0]
 
-    text = LINK.sub(placed, (ROOT / page).read_text(encoding="utf-8"))
-    (STAGED / page).parent.mkdir(parents=True, exist_ok=True)
-    (STAGED / page).write_text(text, encoding="utf-8")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    staged = (STAGED / page).with_suffix(".md")
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    staged.write_text(LINK.sub(placed, markdown_of(text) if page.suffix == ".py" else text), encoding="utf-8")
 
 
 def api(package: Path) -> str:

@@ -1,0 +1,50 @@
+"""The notebooks of docs/notebooks run from a folder of their own, and show what they say."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.warm import PYTHON
+
+NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+    def run(name: str) -> str:
+        command = [PYTHON, NOTEBOOKS / f"{name}.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_rescue_gpt(run):
+    alone, rescued = re.findall(r"(?:alone|rescued): last loss ([\d.]+)\. (.*)", run("rescue_gpt"))
+    assert "entropy collapse" in alone[1] and "came back" in rescued[1]
+    assert float(rescued[0]) < float(alone[0])
+
+
+def test_fine_tune_vit(run):
+    output = run("fine_tune_vit")
+    assert all(float(x) < 1e-4 for x in re.findall(r"largest difference of the outputs: (\S+)", output))
+    assert "all 22 act" in output
+    assert min(map(int, re.findall(r"digits . to .: (\d+)%", output))) > 60
+
+
+def test_any_hf_model(run):
+    output = run("any_hf_model")
+    assert "22 layers have" in output and "bit for bit: True" in output
+    assert float(re.search(r"folded, largest difference: (\S+)", output)[1]) < 1e-4
+
+
+def test_read_a_report(run, tmp_path):
+    output = run("read_a_report")
+    assert "lr-0.001: healthy" in output and "lr-0.1: blow-up" in output
+    page = (tmp_path / "runs/notebook/report.html").read_text()
+    assert "lr-0.001" in page and "lr-0.1" in page
