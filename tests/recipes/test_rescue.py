@@ -1,15 +1,18 @@
 """recipes/rescue: its command, small, and its README's tables against the logs."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from recipes.gpt import prepare
-from recipes.rescue import blow_up, run
+from recipes.rescue import blow_up, run, switch
+from tests.warm import PYTHON
 
 RECIPE = Path(run.__file__).parent
 BLOW_UP = RECIPE / "results" / "blow_up.jsonl"
+SWITCHES = sorted(RECIPE.glob("results/switch_*.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_wrong_settings_are_named(data, tmp_path, settings, error):
 
 
 @pytest.mark.parametrize(
-    "path", sorted({*(RECIPE / "results").glob("*.jsonl")} - {BLOW_UP}), ids=lambda path: path.stem
+    "path", sorted({*RECIPE.glob("results/*.jsonl")} - {BLOW_UP, *SWITCHES}), ids=lambda path: path.stem
 )
 def test_the_tables_of_the_readme_are_those_of_the_logs(path):
     log = [json.loads(line) for line in path.read_text().splitlines()]
@@ -71,6 +74,42 @@ def test_the_tables_of_the_readme_are_those_of_the_logs(path):
     assert {line["seed"] for line in log} == {1, 2, 3} and path.with_suffix(".png").exists()
     for row in run.rows(log):
         assert f"| {' | '.join(row)} |" in text
+
+
+@pytest.mark.parametrize("path", SWITCHES, ids=lambda path: path.stem)
+def test_the_switch_is_never_behind_leaving_alone_in_its_log_and_the_readme_has_it(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert switch.row(path.stem.removeprefix("switch_"), lines) in (RECIPE / "README.md").read_text()
+    final = {(line["variant"], line["lr"], line["seed"]): line["final"] for line in lines}
+    assert len(final) == 12
+    for (variant, lr, seed), loss in final.items():
+        if variant == "switch":
+            assert loss <= final["alone", lr, seed]
+
+
+@pytest.mark.parametrize("stack", ["trainer", "vision"])
+def test_the_switches_commands_have_flags_that_are_there(stack):
+    one = switch.STACKS[stack]
+    module, *words = map(str, one.command(Path("data"), None))
+    usage = subprocess.run([PYTHON, "-m", module, "--help"], capture_output=True, text=True, check=True).stdout
+    for flag in (word for word in [*words, *one.switch.split()] if word.startswith("--")):
+        assert f"{flag} " in usage, flag
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"stack": "trainer"}, "data = None: allowed are folders with a val.bin, see --help"),
+        (
+            {"stack": "nanogpt", "checkout": Path("gone")},
+            "checkout = gone: allowed is a checkout of nanoGPT, with its train.py",
+        ),
+    ],
+)
+def test_what_a_switchs_run_needs_is_named(data, tmp_path, settings, error):
+    given = {"output": tmp_path, **({"data": data} if settings["stack"] == "nanogpt" else {}), **settings}
+    with pytest.raises(ValueError, match=error):
+        switch.Settings(**given)
 
 
 def test_the_loss_of_a_blow_up_is_far_above_its_first_where_entropy_is_whole(data, capsys):
