@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from recipes.command import keyword_arguments
 from recipes.vision.data import Data, load, test_transform
-from recipes.vision.engine import FitSettings, fit, run_command, start
+from recipes.vision.engine import fit, run_command, start
+from recipes.vision.settings import FitSettings
 from recipes.vision.train import evaluator
 
 from .encoder import encoder

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from recipes.vision.data import Data, load, test_transform, train_transform
-from recipes.vision.engine import FitSettings, fit, load_export, read_settings, run_command, start
+from recipes.vision.engine import fit, load_export, run_command, start
+from recipes.vision.settings import FitSettings, read_settings
 from recipes.vision.train import evaluator
 
 from . import pretrain

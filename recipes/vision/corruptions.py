@@ -25,7 +25,8 @@ from recipes.command import command
 
 from . import train
 from .data import CLASSES, Arrays, Data, load, test_transform
-from .engine import load_export, read_settings
+from .engine import load_export
+from .settings import read_settings
 from .train import build, evaluator, image_settings
 
 NAMES = tuple(imagecorruptions.get_corruption_names())  # the fifteen of CIFAR-C; its four others are for validation

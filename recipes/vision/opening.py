@@ -19,7 +19,8 @@ from stable_monitor.rescue_checkpoint import Opened
 from stable_monitor.resume import reparametrise_named
 
 from .data import CLASSES, SIZES, Data
-from .engine import FitSettings, last_checkpoint, optimizer_for, settings_in
+from .engine import last_checkpoint, optimizer_for
+from .settings import FitSettings, settings_in
 
 RECIPES = ("recipes.vision.train", "recipes.simclr.pretrain")
 

@@ -23,7 +23,8 @@ import timm_stable  # noqa: F401  which registers the models
 from recipes.command import keyword_arguments
 
 from .data import Data, load, test_transform, train_transform
-from .engine import FitSettings, fit, run_command, start
+from .engine import fit, run_command, start
+from .settings import FitSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,8 @@ from recipes.simclr.loss import contrastive
 from recipes.simclr.online import OnlineProbe
 from recipes.simclr.views import image_settings, random_view
 from recipes.vision import data as vision_data
-from recipes.vision import engine
 from recipes.vision.engine import load_export
+from recipes.vision.settings import read_settings
 from stable_monitor.records import load as monitored
 from tests.recipes.two_processes import FEATURES, LABELS, nt_xent_of_half, projected
 
@@ -72,7 +72,7 @@ def rows(run: Path) -> list[dict]:
 
 def start_of(run: Path) -> nn.Module:
     """The model that pretraining began with."""
-    settings = engine.read_settings(pretrain.Settings, run)
+    settings = read_settings(pretrain.Settings, run)
     set_seed(settings.seed)
     return pretrain.build(settings, few_digits())
 

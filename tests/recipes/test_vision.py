@@ -20,6 +20,7 @@ from torch import nn
 
 from recipes.command import keyword_arguments
 from recipes.vision import corruptions, data, diverged, engine, grid, train
+from recipes.vision.settings import read_settings
 from stable_monitor.records import load
 from tests.warm import WARM
 
@@ -50,7 +51,7 @@ def test_the_command_learns_the_digits(tmp_path, capsys):
     )
 
     # The accuracy of the exported weights, counted by hand.
-    given = engine.read_settings(train.Settings, tmp_path)
+    given = read_settings(train.Settings, tmp_path)
     digits = data.load("digits")
     model = engine.load_export(train.build(given, digits), tmp_path).eval()
     transform = data.test_transform(digits, train.image_settings(model))
