@@ -157,7 +157,7 @@ class Monitor:
         self._ranks = Ranks() if self._processes > 1 and (on_alarm is not None or self._is_cut_up()) else None
         self._armed = ExitStack()
         self._warned: set[str] = set()
-        self._gradients: dict[str, Tensor] = {}  # the norms by module; "" is the whole model
+        self._gradients: dict[str, Tensor] | None = None  # norms by module, "" is the model; None until they are read
         self._rates: list[float | None] | None = None  # of all groups of the optimizers
         self._steps = after_steps(self._optimizers, self._step) if follow else []  # hooks of the optimizers
         self._file = self._open(path, step) if path is not None and self._is_main else None
@@ -260,7 +260,7 @@ class Monitor:
     def _prepare(self) -> None:
         """Prepares for the next update: resets what was measured, and installs hooks if it will have a record."""
         self.is_recording = not self._closed and self.updates % self.every == 0
-        self._gradients, self._rates = {}, None
+        self._gradients, self._rates = None, None
         self._forget()
         if self.is_recording:
             self._armed.enter_context(self._interception.of_training())
@@ -327,14 +327,14 @@ class Monitor:
             self._warn(f"{UNSEEN}. The monitor must be given what the loop calls, in training mode")
         if self._unseen:
             self._warn(unseen_warning(self._unseen))
-        if not self._gradients:
+        if self._gradients is None:
             if not self._shards and all(p.grad is None for p in self._model.parameters()):
                 self._warn("no gradient was seen: call step after backward, before the gradients are cleared")
             self.read_gradients()
         rates = self._rates or []
         lr = self._number("lr", lr) if lr is not None else next(iter(rates), None)
         loss = self._number("loss", loss)
-        gradient = self._gradients.get("")
+        gradient = (self._gradients or {}).get("")
         numbers = {"loss": loss, "grad_l2": None if gradient is None else float(gradient[0])}
         record = {
             "step": self.updates,
@@ -357,7 +357,7 @@ class Monitor:
         return record | plain(self._clock.lap(self.updates))
 
     def _gradient(self, name: str) -> dict[str, float | None]:
-        norms = self._gradients.get(name)
+        norms = (self._gradients or {}).get(name)
         return dict(zip(("grad_l2", "grad_linf"), (None, None) if norms is None else plain(norms), strict=True))
 
     def _publish(self, record: dict[str, Any]) -> list[Alarm]:

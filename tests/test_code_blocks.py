@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]
 OURS = ("stable_core", "stable_monitor", "fairseq_sigma", "timm_stable", "hf_stable", "nanogpt_patch", "recipes")
 WITH_SUBCOMMANDS = ("hf_stable.convert",)
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 OTHERS_FLAGS = ("nanogpt_patch",)  # a command whose --help is its README's, and which passes flags on
 
 
@@ -83,9 +84,6 @@ def commands(script: str) -> Iterator[tuple[list[str], list[str]]]:
             given = re.split(r"\s--\s|\s#|\s[|>]", line[called.end() :])[0]
             first = given.split()[0] if module in WITH_SUBCOMMANDS else ""
             yield [module, *filter(None, [first])], re.findall(r"(?<=\s)--[a-z][\w-]*", f" {re.sub(QUOTED, '', given)}")
-
-
-QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 @pytest.mark.parametrize("script", blocks("bash"))

@@ -17,7 +17,7 @@ def run(tmp_path, monkeypatch):
 
     def run(name: str) -> str:
         command = [PYTHON, NOTEBOOKS / f"{name}.py"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -32,7 +32,8 @@ def test_rescue_gpt(run):
 
 def test_fine_tune_vit(run):
     output = run("fine_tune_vit")
-    assert all(float(x) < 1e-4 for x in re.findall(r"largest difference of the outputs: (\S+)", output))
+    differences = re.findall(r"largest difference of the outputs: (\S+)", output)
+    assert len(differences) == 2 and max(map(float, differences)) < 1e-4
     assert "all 22 act" in output
     assert min(map(int, re.findall(r"digits . to .: (\d+)%", output))) > 60
 

@@ -48,6 +48,10 @@ def test_the_reference_has_every_public_name(site, package):
             assert f'.{name}" class="doc doc-heading"' in page, name
 
 
+def test_a_link_to_a_notebook_is_to_its_page(site):
+    assert 'href="notebooks/rescue_gpt.html"' in (site / "docs/index.html").read_text()
+
+
 def test_pictures_and_logs_that_are_linked_are_copied(site):
     assert (site / "recipes/lr_sensitivity/results/gpt.png").is_file()
     assert (site / "recipes/rescue/results/gpt.jsonl").is_file()

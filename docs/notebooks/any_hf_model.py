@@ -16,6 +16,7 @@ import hf_stable
 from stable_core import SigmaReparamConfig, sigma_layers
 
 torch.set_num_threads(1)
+torch.manual_seed(1)
 logging.getLogger("stable_monitor").setLevel(logging.ERROR)
 text = torch.tensor([min(ord(letter), 127) for letter in "".join(topics.values())])
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Rescue a collapsing GPT
-# A small GPT-2 at five times its best learning rate: its attention entropy collapses. The same run again, with one line more,
-# is rescued when the alarm rings. `pip install 'stable-transformer[hf]'`; a minute on a laptop.
+# A small GPT-2 at a learning rate that is too high: its attention entropy collapses. The same run again, with a remedy given to
+# its monitor, is rescued when the alarm rings. `pip install 'stable-transformer[hf]'`; a minute on a laptop.
 
 # %%
 import logging

@@ -38,6 +38,8 @@ def markdown_of(notebook: str) -> str:
 def stage(page: Path) -> None:
     """Copies a page and the files it links to; links that go nowhere are an error."""
 
+    notebooks = {other for other in pages() if other.suffix == ".py"}
+
     def placed(link: re.Match) -> str:
         target = (ROOT / page.parent / link["path"]).resolve()
         if not target.exists():
@@ -46,6 +48,8 @@ def stage(page: Path) -> None:
             if not (target / "README.md").is_file():
                 return link["text"]
             return f"[{link['text']}]({link['path'].rstrip('/')}/README.md{link['anchor'] or ''})"
+        if target.relative_to(ROOT) in notebooks:
+            return link[0].replace(".py", ".md")
         if target.suffix != ".md":
             copy = STAGED / target.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)

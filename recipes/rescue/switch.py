@@ -31,7 +31,7 @@ class Stack:
     Attributes:
         lr: a rate at which attention collapses.
         switch: the flags.
-        command: of the data and a checkout of nanoGPT, in a sweep's words.
+        command: a module and its arguments, from the folder of the data and a checkout of nanoGPT.
     """
 
     lr: float
@@ -96,20 +96,31 @@ class Settings:
             raise ValueError(f"data = {self.data}: allowed are folders with a val.bin, see --help")
         if self.stack == "nanogpt" and not (self.checkout is not None and (self.checkout / "train.py").is_file()):
             raise ValueError(f"checkout = {self.checkout}: allowed is a checkout of nanoGPT, with its train.py")
+        if self.stack != "nanogpt" and self.checkout is not None:
+            raise ValueError(f"checkout = {self.checkout}: allowed for nanogpt alone")
+        if self.stack == "fairseq" and self.data is not None:
+            raise ValueError(f"data = {self.data}: allowed for the other stacks alone; this one writes its own")
+        for name in ("output", "data", "checkout"):  # nanoGPT's script runs in its own folder
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, path.resolve())
 
 
 def line_of(outcome: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A run's line of the log: its losses, and the part of log(keys) in the layer that attends to least."""
     records, _ = load(folder)
     entropy = [round(least_entropy(record), 3) for record in records]
-    return {**outcome, "steps": [r["step"] for r in records], "loss": [r["loss"] for r in records], "entropy": entropy}
+    alarms = [[record["step"], alarm["layer"]] for record in records for alarm in record["alarms"]]
+    losses = [record["loss"] for record in records]
+    return {**outcome, "alarms": alarms, "steps": [r["step"] for r in records], "loss": losses, "entropy": entropy}
 
 
 def row(stack: str, lines: list[dict[str, Any]]) -> str:
     """Markdown: validation losses of all seeds, alone, alone at half the rate, with the switch, with it at half the rate."""
     cells: dict[tuple[str, float], list[str]] = {}
     for line in sorted(lines, key=lambda line: (line["variant"], -line["lr"], line["seed"])):
-        cells.setdefault((line["variant"], line["lr"]), []).append(f"{line['final']:.3f}")
+        cells.setdefault((line["variant"], line["lr"]), []).append(
+            "diverged" if line["final"] is None else f"{line['final']:.3f}"
+        )
     return f"| {' | '.join([stack, *(' / '.join(losses) for losses in cells.values())])} |"
 
 

@@ -359,6 +359,20 @@ def test_gradients_that_are_cleared_too_early_are_missed_aloud(caplog):
     assert caplog.text.count("no gradient was seen: call step after backward") == 1
 
 
+def test_a_frozen_layer_has_no_norm_and_an_explicit_read_that_finds_none_is_no_warning(caplog):
+    model = gpt()
+    model.h[0].attn.requires_grad_(False)
+    monitor = Monitor(model, 1)
+    _, loss = model(*batch(0))
+    loss.backward()
+    record = monitor.step(loss)
+    assert record["layers"]["h.0.attn"]["grad_l2"] is None and record["grad_l2"] > 0 and record["nonfinite"] == []
+    model(*batch(1))
+    model.zero_grad()
+    monitor.read_gradients()
+    assert monitor.step(loss)["grad_l2"] is None and "no gradient" not in caplog.text
+
+
 def test_attention_that_cannot_be_measured_does_not_end_the_run(caplog, monkeypatch):
     def fail(call):
         raise RuntimeError("odd shape")
