@@ -114,6 +114,18 @@ def test_what_a_switchs_run_needs_is_named(data, tmp_path, settings, error):
         switch.Settings(**given)
 
 
+def test_paths_are_whole_as_nanogpts_script_runs_in_its_own_folder(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").touch()
+    settings = switch.Settings(stack="nanogpt", output=Path("out"), data=data, checkout=Path())
+    assert (settings.output, settings.checkout) == (tmp_path / "out", tmp_path)
+
+
+def test_a_diverged_run_is_said_to_be():
+    lines = [{"variant": "alone", "lr": 0.1, "seed": seed, "final": loss} for seed, loss in ((1, None), (2, 1.5))]
+    assert switch.row("fairseq", lines) == "| fairseq | diverged / 1.500 |"
+
+
 def test_the_loss_of_a_blow_up_is_far_above_its_first_where_entropy_is_whole(data, capsys):
     assert blow_up.main(["--data", str(data), "--seeds", "1"]) == 0
     now = json.loads(capsys.readouterr().out.splitlines()[-1])  # nanoGPT's model says its size first
