@@ -1,5 +1,6 @@
 """What tests leave behind in their process, undone: any others may follow in it."""
 
+import gc
 import importlib
 
 import pytest
@@ -15,6 +16,13 @@ def classes_that_may_be_loaded():
     before = torch.serialization.get_safe_globals()
     yield
     torch.serialization.add_safe_globals(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_monitors():
+    """One that nobody closed goes when it is collected, and what it put in place of transformers' kernels with it: in the midst of
+    a later module's tracing that is an error of torch.compile."""
+    gc.collect()
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_training_under_autocast(kind):
     autocast(kind, torch.compile(model, fullgraph=True, backend="aot_eager"))
     autocast(kind, eager)
     # A last digit of fp32 can turn the rounding of a weight to bfloat16.
-    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-3, atol=5e-4)
+    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["gpt2"])
