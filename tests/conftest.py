@@ -20,8 +20,8 @@ def classes_that_may_be_loaded():
 
 @pytest.fixture(autouse=True, scope="module")
 def forgotten_monitors():
-    """One that nobody closed goes when it is collected, and with it what stood in for transformers' kernels: while a later module
-    is being compiled that is an error of torch's."""
+    """One that nobody closed goes when it is collected, and with it what stood in for transformers' kernels: while a later
+    module is being compiled that is an error of torch's."""
     gc.collect()
 
 
