@@ -37,7 +37,6 @@ def markdown_of(notebook: str) -> str:
 
 def stage(page: Path) -> None:
     """Copies a page and the files it links to; links that go nowhere are an error."""
-
     notebooks = {other for other in pages() if other.suffix == ".py"}
 
     def placed(link: re.Match) -> str:

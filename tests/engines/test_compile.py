@@ -53,8 +53,12 @@ def test_training_under_autocast(kind):
     model, eager = build(kind), build(kind)
     autocast(kind, torch.compile(model, fullgraph=True, backend="aot_eager"))
     autocast(kind, eager)
-    # A last digit of fp32 can turn the rounding of a weight to bfloat16.
-    torch.testing.assert_close(model.state_dict(), eager.state_dict(), rtol=1e-3, atol=2e-3)
+    ends = eager.state_dict()
+    for name, end in model.state_dict().items():
+        away = (end - ends[name]).abs()
+        # A last digit of fp32 can turn the rounding of a weight to bfloat16: of two in 1,056 on some CPUs.
+        assert (away > 5e-4 + 1e-3 * ends[name].abs()).double().mean() < 0.003, name
+        assert away.max() < 2e-3, name
 
 
 @pytest.mark.parametrize("kind", ["gpt2"])
