@@ -120,6 +120,9 @@ class TrainingInterception(Interception):
         self.start_with_training()
         try:
             yield
+        except GeneratorExit:
+            self.abandon()
+            raise
         finally:
             self.stop()
 

@@ -27,7 +27,7 @@ from .calls import FusedCall, Handler, Site, SoftmaxCall
 from .interfaces import INTERFACE
 from .kernel_calls import Arguments, Kernel, KernelCall
 from .kernels import NESTED
-from .references import Reference, StandIn, hold, release, renew
+from .references import Reference, StandIn, hold, leave, release, renew
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 UNSEEN = (
@@ -131,6 +131,12 @@ class Interception:
         self._names.clear()
         self._waits = False
         _thread.remove(self)
+
+    def abandon(self) -> None:
+        """Like `stop`, where nobody called it and this is being collected as garbage."""
+        leave(self._references)
+        self._references = []
+        self.stop()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Nothing is recorded while code is compiled, in which attention could not be seen anyway.

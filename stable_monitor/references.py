@@ -84,11 +84,14 @@ _held: dict[tuple[int, str], tuple[int, Reference, Any]] = {}  # times held, and
 _stand_ins: dict[int, StandIn] = {}  # by the id of the function; one for all references to it, as pickle compares them
 # What was searched, and what was found in it. Not by id, which a new module may have of one that is gone.
 _in_modules: tuple[list[Any], list[Reference]] = ([], [])
+_left: list[Reference] = []  # by those that were collected while they held them
 _in_models: WeakKeyDictionary[nn.Module, tuple[list["ref[nn.Module]"], list[Reference]]] = WeakKeyDictionary()
 
 
 def hold(model: nn.Module, run: Run) -> list[Reference]:
     """Puts stand-ins wherever kernels are referred to, for `model`, until `release` of the returned references."""
+    release(_left)
+    _left.clear()
     held: dict[tuple[int, str], Reference] = {}
     for reference in _references(model):
         if reference.key in held:
@@ -126,6 +129,11 @@ def release(held: list[Reference]) -> None:
             reference.set(original)
     if not _held:
         _stand_ins.clear()
+
+
+def leave(held: list[Reference]) -> None:
+    """Has them released by the next `hold`: garbage may be collected while a model that refers to a stand-in is compiled."""
+    _left.extend(held)
 
 
 def _references(model: nn.Module) -> Iterator[Reference]:

@@ -1,6 +1,5 @@
 """What tests leave behind in their process, undone: any others may follow in it."""
 
-import gc
 import importlib
 
 import pytest
@@ -16,13 +15,6 @@ def classes_that_may_be_loaded():
     before = torch.serialization.get_safe_globals()
     yield
     torch.serialization.add_safe_globals(before)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forgotten_monitors():
-    """One that nobody closed goes when it is collected, and with it what stood in for transformers' kernels: while a later
-    module is being compiled that is an error of torch's."""
-    gc.collect()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Attention in kernels that torch does not dispatch: against logits and softmax written out in float64."""
 
+import gc
 import pickle
 import sys
 import types
@@ -322,6 +323,30 @@ def test_every_reference_is_put_back_and_a_watched_model_can_be_pickled():
     for function in (model.core, here.flash_attn_func, there.flash_attn_func):
         assert isinstance(function, types.FunctionType)
     torch.testing.assert_close(model(x()), copied(x()))
+
+
+def test_a_monitor_that_nobody_closed_is_collected_while_another_model_is_compiled():
+    def watch_and_forget():
+        model = Attention(lambda q, k, v: v).train()  # no attention is seen, and so it goes on looking
+        model.monitor = Monitor(model, 1)
+        model(x())
+
+    def collect(graph, inputs):
+        gc.collect()
+        return graph
+
+    gc.collect()
+    gc.disable()
+    try:
+        watch_and_forget()
+        assert type(stand_ins.flash_attn_func).__name__ == "StandIn"
+        other = Attention(lambda q, k, v: stand_ins.flash_attn_func(q, k, v))
+        plain = other(x())
+        torch.testing.assert_close(torch.compile(other, backend=collect)(x()), plain)
+    finally:
+        gc.enable()
+    record(other, x())  # the next one puts the function back
+    assert isinstance(stand_ins.flash_attn_func, types.FunctionType)
 
 
 def test_losses_are_bitwise_those_without_it():
