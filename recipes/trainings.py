@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
-from recipes.gpt.muon import BETAS, CLIP, LENGTH, SHAPES, WEIGHT_DECAY, batches
+from recipes.gpt.muon import BETAS, CLIP, LENGTH, SHAPES, WEIGHT_DECAY, batches, build_optimizers
 from stable_core import WithZLoss, param_groups
 
 Options = Mapping[str, Any]  # of `stable_core.options.Options`, and z_loss
@@ -37,7 +37,7 @@ class Training:
     clip = CLIP
     device = torch.device("cpu")
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, seed: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any, lr: float, seed: int) -> None:
         self.model, self.optimizer, self.lr, self.seed = model, optimizer, lr, seed
         self.update, self.records = 0, []
 
@@ -134,6 +134,30 @@ class Characters85M(Characters):
     """The shape of GPT-2 small."""
 
     shape = SHAPES["gpt2"]
+
+
+class Together:
+    """Several optimizers, each for its own parameters, as one."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+class MuonCharacters(Characters):
+    """Muon for the blocks' matrices, AdamW for the rest, at one rate."""
+
+    def __init__(self, data: Path, lr: float, seed: int, options: Options = STOCK) -> None:
+        super().__init__(data, lr, seed, options)
+        self.optimizer = Together(build_optimizers(self.model, "muon", lr))
 
 
 class GPT2(Characters):

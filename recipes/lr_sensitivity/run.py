@@ -30,17 +30,31 @@ VARIANTS = {
     "stable": STABLE,
     "stable-sigma": f"{STABLE} reparam=sigma gamma_init=spectral",
 }
+MORE = {
+    "stable-norm": "--options norm=stable",
+    "stable-attention": "--options attention=stable",
+    "stable-init": "--options init=stable",
+    "spectral": "--options reparam=spectral",
+    "weight": "--options reparam=weight",
+    "no-norm-sigma-1": f"{SIGMA}one norm=none",
+    "no-norm-sigma": f"{SIGMA}spectral norm=none",
+    "post-ln": "--options residual=post-ln",
+    "post-ln-sigma": f"{SIGMA}spectral residual=post-ln",
+    "deepnorm": "--options residual=deepnorm",
+    "deepnorm-sigma": f"{SIGMA}spectral residual=deepnorm",
+}
+ALL = {**VARIANTS, **MORE}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     stack: tyro.conf.Positional[Literal[*STACKS]]
-    """gpt (nanoGPT's, also with 25 or 85 million parameters), vit (timm's) or translation (fairseq's)"""
+    """gpt (nanoGPT's, also with 25 or 85 million parameters or with Muon), vit (timm's) or translation (fairseq's)"""
     output: Path
     """folder of the sweep"""
     data: Path | None = None
     """of gpt: a folder of recipes.gpt.prepare"""
-    variants: tuple[Literal[*VARIANTS], ...] = tuple(VARIANTS)
+    variants: tuple[Literal[*ALL], ...] = tuple(VARIANTS)
     rates: tuple[float, ...] = RATES
     seeds: tuple[int, ...] = (1, 2, 3)
     updates: int = 200
@@ -72,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     training += ["--device", settings.device, "{variant}"]
     options = ["--out", str(settings.output), "--jobs", str(settings.jobs), "--seed", *map(str, settings.seeds)]
     options += ["--lr", *map(str, settings.rates)]
-    options += [word for name in settings.variants for word in ("--variant", f"{name}={VARIANTS[name]}")]
+    options += [word for name in settings.variants for word in ("--variant", f"{name}={ALL[name]}")]
     return sweep.main([*options, "--", *training])
 
 

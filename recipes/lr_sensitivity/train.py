@@ -10,13 +10,14 @@ import torch
 import tyro
 
 from recipes.command import command, keyword_arguments
-from recipes.trainings import Characters, Characters25M, Characters85M, Training, Translation, Vision
+from recipes.trainings import Characters, Characters25M, Characters85M, MuonCharacters, Training, Translation, Vision
 from stable_monitor import Monitor, QKClip
 
 STACKS = {
     "gpt": Characters,
     "gpt-25m": Characters25M,
     "gpt-85m": Characters85M,
+    "gpt-muon": MuonCharacters,
     "vit": Vision,
     "translation": Translation,
 }
@@ -25,7 +26,7 @@ STACKS = {
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     stack: tyro.conf.Positional[Literal[*STACKS]]
-    """gpt (nanoGPT's, also with 25 or 85 million parameters), vit (timm's) or translation (fairseq's)"""
+    """gpt (nanoGPT's, also with 25 or 85 million parameters or with Muon), vit (timm's) or translation (fairseq's)"""
     out: Path
     """folder for monitor.jsonl"""
     data: Path

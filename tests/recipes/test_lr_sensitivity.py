@@ -24,9 +24,9 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("variant", run.VARIANTS)
+@pytest.mark.parametrize("variant", run.ALL)
 def test_each_variant_trains(variant, data, tmp_path):
-    flags = run.VARIANTS[variant].split()
+    flags = run.ALL[variant].split()
     settings = ["--out", str(tmp_path), "--data", str(data), "--lr", "1e-3", "--seed", "1", "--updates", "1"]
     for stack in ("gpt", "vit") if variant == "stable-sigma" else ("gpt",):
         assert train.main([stack, *settings, *flags]) == 0
