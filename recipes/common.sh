@@ -9,7 +9,35 @@ die() {
     echo "$(basename "$0"): $*" >&2
     exit 1
 }
-case "$SMALL" in 0 | 1) ;; *) die "SMALL=$SMALL: allowed are 0 and 1" ;; esac
+
+# one_of NAME WORD...: ends where the variable NAME is none of the words.
+one_of() {
+    local name=$1 words=${*:2} word
+    for word in "${@:2}"; do if [ "$word" = "${!name}" ]; then return; fi; done
+    die "$name = ${!name}: allowed are ${words// /, }"
+}
+
+# row <<TABLE: the table's first line names variables, columns are apart by bars. Sets them all from the line that begins with the
+# first one's value; ends where there is none. Some columns are for the reader alone: what the paper found, what it costs.
+row() {
+    local IFS='|' names cells known=() i
+    read -r -a names
+    local key=${names[0]// /}
+    while read -r -a cells; do
+        known+=("${cells[0]// /}")
+        if [ "${known[-1]}" = "${!key}" ]; then
+            for i in "${!names[@]}"; do IFS=' ' read -r "${names[i]// /}" <<<"${cells[i]:-}"; done
+            return
+        fi
+    done
+    IFS=' ' one_of "$key" "${known[@]}"
+}
+
+# whole NAME: ends where the variable NAME is no whole number.
+whole() {
+    [[ ${!1} =~ ^[0-9]+$ ]] || die "$1 = ${!1}: allowed are whole numbers"
+}
+one_of SMALL 0 1
 
 # needs COMMAND EXTRAS: ends where COMMAND is not installed.
 needs() {

@@ -8,4 +8,4 @@ MANIFEST=$RUNS/manifest.tsv
 PLUGIN=$ROOT/plugins/fairseq_sigma
 
 needs fairseq-train fairseq,recipes
-case "$HOURS" in 100 | 960) ;; *) die "HOURS=$HOURS: allowed are 100 and 960" ;; esac
+one_of HOURS 100 960

@@ -18,17 +18,14 @@ COMMON=(--model sigma_vit_base_patch16_224 --seed "$SEED" --opt lamb --betas 0.9
     "${AUGMENTED[@]}" --ema-decay 0.9999)
 SMALL_KWARGS=()
 if [ "$SMALL" = 1 ]; then DATA=${DATA:-digits} SMALL_KWARGS=(--model-kwargs patch_size=4 embed_dim=64 depth=4 num_heads=4); fi
-case $STAGE in
-pretrain)
+one_of STAGE pretrain finetune
+if [ "$STAGE" = pretrain ]; then
     SMALL_OPTIONS=(--img-size 16 --batch-size 32 --epochs 20 --decay-epochs 17 --lr 3e-3 --ema-decay 0.99)
     train "imagenet21k-pretrain-$SEED" 2048 "${COMMON[@]}" "${SMALL_KWARGS[@]}" --num-classes 10450 --epochs 90 --lr 3e-3 --decay-epochs 75
-    ;;
-finetune)
+else
     WEIGHTS=$RUNS/imagenet21k-pretrain-$SEED/model.safetensors
     [ -s "$WEIGHTS" ] || [ "${DRY_RUN:-0}" = 1 ] || die "$WEIGHTS is missing: run $0 pretrain $SEED first"
     SMALL_OPTIONS=(--img-size 24 --batch-size 32 --epochs 5 --decay-epochs 4 --lr 1e-3 --ema-decay 0.99)
     train "imagenet21k-finetune-$SEED" 512 "${COMMON[@]}" "${SMALL_KWARGS[@]}" --weights "$WEIGHTS" --img-size 384 \
         --epochs 20 --lr 3e-4 --decay-epochs 17 --drop-path 0.1
-    ;;
-*) die "give pretrain or finetune" ;;
-esac
+fi

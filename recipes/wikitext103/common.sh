@@ -22,17 +22,20 @@ run_of() {
     MODEL=${1:-} SEED=${2:-1} DEPTH=${DEPTH:-16}
     # Gradients are clipped to one norm whatever the size of the model: the small one's learning rate is smaller too.
     if [ "$SMALL" = 1 ]; then LR=${LR:-0.1}; else LR=${LR:-1}; fi
-    case $MODEL in
-    sigma) DECAY=${DECAY:-1e-4} ;;
-    preln | postln) DECAY=${DECAY:-0} ;; # fairseq's recipe has none
-    *) die "MODEL = $MODEL: allowed are sigma, preln and postln" ;;
-    esac
-    [[ $SEED =~ ^[0-9]+$ ]] || die "SEED = $SEED: allowed are whole numbers"
+    row <<'TABLE' # fairseq's recipe has no decay
+MODEL  | USUAL_DECAY
+sigma  | 1e-4
+preln  | 0
+postln | 0
+TABLE
+    DECAY=${DECAY:-$USUAL_DECAY}
+    whole SEED
     local number='^([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?$' zero='^[0.]+(e-?[0-9]+)?$'
     [[ $LR =~ $number && ! $LR =~ $zero ]] || die "LR = $LR: allowed are positive numbers; the paper's are 1, 1.5, 2 and 2.5"
     [[ $DECAY =~ $number ]] || die "DECAY = $DECAY: allowed are numbers from 0; the paper's are 1e-3, 1e-4 and 0"
+    one_of DEPTH 16 32
     ARCH=${MODEL}_transformer_lm_wiki103
-    case $DEPTH in 16) ;; 32) ARCH+=_32l ;; *) die "DEPTH = $DEPTH: allowed are 16 and 32 layers" ;; esac
+    if [ "$DEPTH" = 32 ]; then ARCH+=_32l; fi
     local options=${*:3}
     OUT=$RUNS/$(folder_name "$MODEL-$DEPTH-lr$LR-decay$DECAY-$SEED$options")
 }

@@ -13,7 +13,7 @@ needs fairseq-train fairseq,recipes
 # one that it finds.
 run_of() {
     ARCH=$1 SEED=${2:-1}
-    [[ $SEED =~ ^[0-9]+$ ]] || die "SEED = $SEED: allowed are whole numbers"
+    whole SEED
     local options=${*:3}
     OUT=$RUNS/$(folder_name "$ARCH-$SEED$options")
 }

@@ -42,3 +42,19 @@ def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, script, small):
     done = subprocess.run(command, cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
     assert not any((tmp_path / "cwd").iterdir())
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("plain", "[][1e-3]"),
+        ("sigma", "[--reparam sigma][4]"),
+        ("", "KIND = : allowed are plain, sigma"),
+        ("s*", "KIND = s*:"),
+    ],
+)
+def test_a_table_of_settings_is_read_by_row(kind, expected):
+    table = "KIND  | FLAGS           | LR\nplain |                 | 1e-3\nsigma | --reparam sigma | 4"
+    script = f"source {RECIPES}/common.sh; KIND='{kind}'; row <<'TABLE'\n{table}\nTABLE\necho \"[$FLAGS][$LR]\""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert expected in (done.stdout or done.stderr) and (done.returncode == 0) == bool(done.stdout)

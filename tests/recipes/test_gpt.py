@@ -157,9 +157,9 @@ def test_what_a_resumed_run_did_again_is_what_counts():
 @pytest.mark.parametrize(
     ("script", "environment", "error"),
     [
-        (["table2.sh", "tiny"], {}, "SIZE = tiny: allowed are small, medium, large and 200"),
-        (["table2.sh", "small", "llama"], {}, "KIND = llama: allowed are stable and gpt2"),
-        (["warmup.sh"], {"SMALL": "yes"}, "SMALL=yes: allowed are 0 and 1"),
+        (["table2.sh", "tiny"], {}, "SIZE = tiny: allowed are small, medium, large, 200"),
+        (["table2.sh", "small", "llama"], {}, "KIND = llama: allowed are stable, gpt2"),
+        (["warmup.sh"], {"SMALL": "yes"}, "SMALL = yes: allowed are 0, 1"),
         (["warmup.sh"], {"NANOGPT_DIR": "/nowhere"}, "NANOGPT_DIR=/nowhere: a checkout of github.com/karpathy/nanoGPT"),
         (["warmup.sh"], {}, "data/openwebtext/train.bin is missing: run data/openwebtext/prepare.py"),
     ],

@@ -371,10 +371,10 @@ def test_the_small_run_for_two_updates(tmp_path):
 @pytest.mark.parametrize(
     "args, env, message",
     [
-        ([], {}, "SIZE = : allowed are S, M and L"),
-        (["S", "bert"], {}, "KIND = bert: allowed are stable and gpt"),
-        (["S"], {"SMALL": "yes"}, "SMALL=yes: allowed are 0 and 1"),
-        (["S"], {"ENGINE": "deepspeed"}, "ENGINE=deepspeed: allowed are ddp and fsdp2"),
+        ([], {}, "SIZE = : allowed are S, M, L"),
+        (["S", "bert"], {}, "KIND = bert: allowed are stable, gpt"),
+        (["S"], {"SMALL": "yes"}, "SMALL = yes: allowed are 0, 1"),
+        (["S"], {"ENGINE": "deepspeed"}, "ENGINE = deepspeed: allowed are ddp, fsdp2"),
         (
             ["S"],
             {"SMALL": "1", "STABLE_DATA": "nowhere", "DRY_RUN": "0"},

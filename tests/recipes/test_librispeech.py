@@ -168,18 +168,18 @@ def test_the_command_of_the_evaluation(tmp_path, capsys):
 @pytest.mark.parametrize(
     "args, env, message",
     [
-        ((), {}, "give a MODEL"),
+        ((), {}, "MODEL = : allowed are postln"),
         (("ln",), {}, "MODEL = ln: allowed are postln"),
         (("sigma", "x"), {}, "SEED = x: allowed are whole numbers"),
-        (("sigma",), {"OPTIMIZER": "adam"}, "OPTIMIZER=adam: allowed are adagrad and lars"),
-        (("sigma",), {"DEPTH": "18"}, "DEPTH=18: allowed are 36 and 72"),
+        (("sigma",), {"OPTIMIZER": "adam"}, "OPTIMIZER = adam: allowed are adagrad, lars"),
+        (("sigma",), {"DEPTH": "18"}, "DEPTH = 18: allowed are 36, 72"),
         (
             ("sigma", "1", "--warmup-updates", "soon"),
             {},
             "--warmup-updates soon: allowed are whole numbers up to 160000",
         ),
         (("sigma", "1", "--warmup-updates", "200000"), {}, "200000: allowed are whole numbers up to 160000"),
-        (("sigma",), {"HOURS": "10"}, "HOURS=10: allowed are 100 and 960"),
+        (("sigma",), {"HOURS": "10"}, "HOURS = 10: allowed are 100, 960"),
         (("sigma",), {"RUNS": "nowhere"}, "prepare.sh first"),
     ],
 )

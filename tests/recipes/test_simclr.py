@@ -445,7 +445,7 @@ def test_the_small_run_with_few_digits(tmp_path, capsys):
             {"DATA_DIR": "nowhere", "DRY_RUN": "0"},
             "DATA_DIR=nowhere: it has to hold train/ and val/, a folder for each class",
         ),
-        (["sigma"], {"SMALL": "yes"}, "SMALL=yes: allowed are 0 and 1"),
+        (["sigma"], {"SMALL": "yes"}, "SMALL = yes: allowed are 0, 1"),
     ],
 )
 def test_mistakes_in_the_script_get_one_line(args, env, message, tmp_path):

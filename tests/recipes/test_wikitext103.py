@@ -90,15 +90,15 @@ def test_full_preparation(full, tmp_path):
 @pytest.mark.parametrize(
     "name, args, env, message",
     [
-        ("train.sh", [], {}, "MODEL = : allowed are sigma, preln and postln"),
-        ("train.sh", ["gpt"], {}, "MODEL = gpt: allowed are sigma, preln and postln"),
+        ("train.sh", [], {}, "MODEL = : allowed are sigma, preln, postln"),
+        ("train.sh", ["gpt"], {}, "MODEL = gpt: allowed are sigma, preln, postln"),
         ("train.sh", ["sigma", "one"], {}, "SEED = one: allowed are whole numbers"),
         ("train.sh", ["sigma"], {"LR": "0"}, "LR = 0: allowed are positive numbers"),
         ("train.sh", ["sigma"], {"LR": "fast"}, "LR = fast: allowed are positive numbers"),
         ("train.sh", ["sigma"], {"DECAY": "-1e-4"}, "DECAY = -1e-4: allowed are numbers from 0"),
-        ("evaluate.sh", ["sigma"], {"DEPTH": "24"}, "DEPTH = 24: allowed are 16 and 32 layers"),
+        ("evaluate.sh", ["sigma"], {"DEPTH": "24"}, "DEPTH = 24: allowed are 16, 32"),
         ("prepare.sh", [], {"STABLE_DATA": "nowhere"}, "train.txt is missing: STABLE_DATA names your folder with lm/"),
-        ("prepare.sh", [], {"SMALL": "yes"}, "SMALL=yes: allowed are 0 and 1"),
+        ("prepare.sh", [], {"SMALL": "yes"}, "SMALL = yes: allowed are 0, 1"),
         ("evaluate.sh", ["preln"], {}, "checkpoint_best.pt is missing: run"),
     ],
 )

@@ -165,7 +165,7 @@ def test_other_options_are_another_run(tmp_path):
         ("train.sh", [], {}, "give an ARCH"),
         ("train.sh", ["sigma_transformer_6l", "one"], {}, "SEED = one: allowed are whole numbers"),
         ("prepare.sh", [], {"STABLE_DATA": "nowhere"}, "train.en is missing: STABLE_DATA names your folder with mt/"),
-        ("prepare.sh", [], {"SMALL": "yes"}, "SMALL=yes: allowed are 0 and 1"),
+        ("prepare.sh", [], {"SMALL": "yes"}, "SMALL = yes: allowed are 0, 1"),
         ("evaluate.sh", ["sigma_transformer_6l"], {}, "checkpoint_best.pt is missing"),
     ],
 )
