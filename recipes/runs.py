@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from stable_monitor.ending import as_by_ctrl_c
+
 _running: list[subprocess.Popen] = []
 
 
@@ -47,13 +49,14 @@ def run_all(
         task = bar.add_task("runs", total=len(jobs), completed=sum(name in log for name in jobs))
         futures = {pool.submit(job): name for name, job in jobs.items() if name not in log}
         try:
-            for future in as_completed(futures):
-                line = {"name": futures[future], **future.result()}
-                log[line["name"]] = line
-                with path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                console.print(describe(line), highlight=False)
-                bar.advance(task)
+            with as_by_ctrl_c():
+                for future in as_completed(futures):
+                    line = {"name": futures[future], **future.result()}
+                    log[line["name"]] = line
+                    with path.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    console.print(describe(line), highlight=False)
+                    bar.advance(task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in _running:

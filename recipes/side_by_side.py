@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from stable_monitor.ending import as_by_ctrl_c
+
 Key = TypeVar("Key", bound=Hashable)
 Progressed = Callable[[int, str], None]  # how many updates are done, and a note
 running: list[subprocess.Popen] = []
@@ -46,7 +48,8 @@ def side_by_side(jobs: dict[Key, Job], console: Console) -> dict[Key, Any]:
             task = progress.add_task(job.label, total=job.updates, start=False, note="")
             waiting[key] = pool.submit(run, job, task)
         try:
-            return {key: future.result() for key, future in waiting.items()}
+            with as_by_ctrl_c():
+                return {key: future.result() for key, future in waiting.items()}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:

@@ -30,6 +30,7 @@ from typing import Any
 
 from stable_core.extras import extra
 
+from .ending import Claim, as_by_ctrl_c
 from .records import FILE_NAME, load
 
 with extra("monitor"):
@@ -193,9 +194,10 @@ class Pool:
 
     def _train(self, run: Run) -> None:
         folder = run.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = Claim(folder)
         for path in (folder / FILE_NAME, folder / "status"):  # of a run that was interrupted
             path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
         threads = {"OMP_NUM_THREADS": "1"} if self.jobs > 1 else {}
         with (folder / "output.txt").open("w") as output:
             with self._lock:
@@ -207,7 +209,9 @@ class Pool:
                     stderr=subprocess.STDOUT,
                     env={**threads, **os.environ},
                     start_new_session=True,  # Ctrl-C is for the sweep, which ends its runs
+                    pass_fds=[claim.descriptor],
                 )
+                claim.give_to(process.pid)
                 self._running.add(process)
             status = process.wait()
             with self._lock:
@@ -333,7 +337,8 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
             print_commands(missing)
             return 0
         if not args.collect:
-            train(missing, len(sweep.runs()), Pool(args.jobs), console)
+            with as_by_ctrl_c():
+                train(missing, len(sweep.runs()), Pool(args.jobs), console)
         collect(sweep, console)
     except KeyboardInterrupt:
         print("\nsweep: stopped; the same command goes on with the runs that are missing", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -78,7 +79,8 @@ def test_runs_that_are_there_stay_and_a_diverged_one_counts_as_the_first_loss(tm
     assert [line["final"] for line in died if line["lr"] == 10] == [None, None]
 
 
-def test_a_sweep_that_is_killed_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_a_sweep_that_is_killed_goes_on(how, tmp_path, monkeypatch, capsys):
     end = command(tmp_path, monkeypatch)
     options = [
         "--out",
@@ -101,12 +103,20 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path, monkeypatch):
     while not (tmp_path / "started.txt").exists() or len(started(tmp_path)) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
+    if how == signal.SIGKILL:  # what it ran is left, and must not write where its successor does
+        assert sweep.main([*options, *end]) == 1
+        said = capsys.readouterr().err
+        assert "swept/slow-0.01-1: a process that was started before is still training it" in said
+        os.killpg(int(re.search(r"kill -TERM -- -(\d+)", said)[1]), signal.SIGTERM)
+        time.sleep(0.5)
+    else:
+        assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
     assert not (tmp_path / "swept/slow-0.01-1/status").exists()
     assert sweep.main([*options, *end]) == 0
     assert len(started(tmp_path)) == 5  # the one that was interrupted twice
+    assert (tmp_path / "swept/slow-0.01-1/status").read_text() == "0\n"
 
 
 def test_commands_for_a_scheduler_and_what_they_left(tmp_path, monkeypatch, capsys):
