@@ -46,7 +46,7 @@ class Options:
     init: str = _option("stock", "first weights")
     residual: str = _option("pre-ln", "residual connection and place of the norm")
     reparam: str = _option("none", "reparametrisation of the linear layers")
-    gamma_init: str = _option("one", "first gamma: one, or spectral for the norm of the weight")
+    gamma_init: str = _option("spectral", "first gamma: spectral for the norm of the weight, or one")
     qkv: str = _option("separate", "which of q, k, v share a sigma: separate, joint or qk_joint")
     n_power_iterations: int = _option(1, "power iterations per update")
     stop_gradient: bool = _option(False, "no gradient through sigma")

@@ -51,9 +51,9 @@ class SigmaReparamConfig:
     """Settings of `sigma_reparam`.
 
     Attributes:
-        gamma_init: "one" is the paper's choice for translation, speech and language. "spectral" sets gamma = sigma(W), so
-            that the model computes the same function as before: the paper's choice for vision, and right for a pretrained
-            model.
+        gamma_init: "spectral" sets gamma = sigma(W), so that the model computes the same function as before: the paper's
+            choice for vision, and right for a pretrained model. "one" is its choice for translation, speech and language.
+            With kind = "spectral" gamma is 1 in any case.
         qkv: "separate" has one sigma and gamma per projection, "joint" one over [Wq; Wk; Wv], "qk_joint" one over
             [Wq; Wk] and one for Wv.
         n_power_iterations: power iterations after each optimizer step, from 1.
@@ -67,7 +67,7 @@ class SigmaReparamConfig:
         ValueError: a value that is not allowed, or a setting that `kind` does not have.
     """
 
-    gamma_init: str = "one"
+    gamma_init: str = "spectral"
     qkv: str = "separate"
     n_power_iterations: int = 1
     stop_gradient: bool = False
@@ -86,11 +86,14 @@ class SigmaReparamConfig:
                 raise ValueError(f"{field} = {getattr(self, field)!r}: allowed are {', '.join(map(repr, allowed))}")
         if not isinstance(self.n_power_iterations, int) or self.n_power_iterations < 1:
             raise ValueError(f"n_power_iterations = {self.n_power_iterations!r}: allowed are whole numbers from 1")
-        if self.kind == "spectral" and self.gamma_init == "spectral":
-            raise ValueError("gamma_init = 'spectral': with kind = 'spectral' gamma is fixed at 1, allowed is 'one'")
         for other in fields(self) if self.kind == "weight" else ():
             if other.name != "kind" and getattr(self, other.name) != other.default:
                 raise ValueError(f"{other.name} = {getattr(self, other.name)!r}: kind = 'weight' has no such setting")
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether gamma starts at sigma(W), so that a model computes what it did before."""
+        return self.kind == "sigma" and self.gamma_init == "spectral"
 
 
 class SigmaReparam(HasLayout):
@@ -133,7 +136,7 @@ class SigmaReparam(HasLayout):
             with full_precision(weight):
                 sigma = measure(stacked, self.u, gamma, self.rows, is_unit(self.u, self.rows)).s.view(-1)
             self.watch.expect([], sigma)
-            if config.gamma_init == "spectral":
+            if config.keeps_function:
                 gamma = sigma.clone()  # a copy: gamma is trained, the sigma that `watch` expects is not
         gamma = gamma.to(weight.dtype)
         if config.kind == "spectral":
@@ -329,7 +332,7 @@ class SigmaReparam(HasLayout):
     def reset(self) -> None:
         """Sets u and gamma as `sigma_reparam` does, for weights that were drawn or loaded after it."""
         self.converge()
-        self.gamma.copy_(self.sigma() if self.config.gamma_init == "spectral" else torch.ones_like(self.gamma))
+        self.gamma.copy_(self.sigma() if self.config.keeps_function else torch.ones_like(self.gamma))
 
     @torch.no_grad()
     def right_inverse(self, W_hat: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def unfold_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str
         stacked = join([matrix(W, sigma.transposed) for W in weights])
         u = top_u(stacked, sigma.u.to(stacked.device), sigma.rows)
         gamma = torch.ones(len(sigma.rows), device=stacked.device)
-        if sigma.config.gamma_init == "spectral":
+        if sigma.config.keeps_function:
             with full_precision(stacked):
                 gamma = measure(stacked, u, gamma, sigma.rows, is_unit(u, sigma.rows)).s.view(-1).clone()
         else:

@@ -13,22 +13,21 @@ ROWS = {
 }
 STACKS = {
     "fairseq": {
-        "collapse": "--monitor-every 10 --monitor-alarm rescue, resumed from checkpoint_last.pt; "
-        "anew: --reparam sigma --gamma-init spectral",
+        "collapse": "--monitor-every 10 --monitor-alarm rescue, resumed from checkpoint_last.pt; anew: --reparam sigma",
         "vanishing": "--residual pre-ln, or --residual deepnorm",
         "blowup": "half of --lr, a longer --warmup-updates, --clip-norm 1.0",
         "nan": "--bf16 in place of --fp16, --clip-norm 1.0, half of --lr",
     },
     "transformers": {
         "collapse": 'MonitorCallback(every=10, on_alarm="rescue") and resume_from_checkpoint=True; '
-        'anew: sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))',
+        "anew: sigma_reparam(model)",
         "vanishing": 'residual="pre-ln", or residual="deepnorm", in the model\'s config',
         "blowup": "half of learning_rate, warmup_ratio=0.1, max_grad_norm=1.0",
         "nan": "bf16=True in place of fp16=True, max_grad_norm=1.0, half of learning_rate",
     },
     "nanogpt": {
         "collapse": "--init_from=resume --monitor_every=10 --monitor_alarm=rescue; "
-        "anew: --norm=layernorm --attention=dot --init=stock --reparam=sigma --gamma_init=spectral",
+        "anew: --norm=layernorm --attention=dot --init=stock --reparam=sigma",
         "vanishing": "--residual=pre-ln, or --residual=deepnorm",
         "blowup": "half of --learning_rate, a longer --warmup_iters, --grad_clip=1.0",
         "nan": "--dtype=bfloat16 in place of float16, --grad_clip=1.0, half of --learning_rate",
@@ -41,7 +40,7 @@ STACKS = {
     },
     "": {
         "collapse": "Monitor(model, ..., on_alarm=Rescue(model, optimizer, lambda: model(batch))); "
-        'anew: sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))',
+        "anew: sigma_reparam(model)",
         "vanishing": "pre-LN, or DeepNorm's scales (stable_core.deepnorm_scales)",
         "blowup": "half the learning rate, a longer warm-up, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)",
         "nan": "bfloat16 or float32 in place of float16, gradients clipped to 1, half the learning rate",

@@ -1,7 +1,7 @@
 """`python -m stable_monitor.sweep`: a training command at several learning rates, seeds and variants, and its sensitivity.
 
     python -m stable_monitor.sweep --out runs/sweep --lr 1e-3 1e-2 1e-1 --seed 1 2 3 \\
-        --variant plain= --variant sigma='--reparam=sigma --gamma_init=spectral' \\
+        --variant plain= --variant sigma='--reparam=sigma' \\
         -- python train.py --learning_rate={lr} --seed={seed} {variant} --out_dir={out}
 
 In the command {lr}, {seed}, {variant} (the variant's flags) and {out} (the run's folder) are filled in. The loss is the

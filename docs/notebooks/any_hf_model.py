@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import hf_stable
-from stable_core import SigmaReparamConfig, sigma_layers
+from stable_core import sigma_layers
 
 torch.set_num_threads(1)
 torch.manual_seed(1)
@@ -33,7 +33,7 @@ class Blocks(Dataset):
 sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 config = LlamaConfig(vocab_size=128, num_key_value_heads=2, bos_token_id=None, eos_token_id=None, **sizes)
 model = AutoModelForCausalLM.from_config(config)
-hf_stable.sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))  # the same function as before
+hf_stable.sigma_reparam(model)  # the same function as before
 print(len(list(sigma_layers(model))), "layers have σReparam")
 
 # %% [markdown]

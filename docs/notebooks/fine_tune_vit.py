@@ -12,7 +12,7 @@ import timm
 import torch
 from sklearn.datasets import load_digits
 
-from stable_core import SigmaReparamConfig, fold, param_groups, sigma_reparam
+from stable_core import fold, param_groups, sigma_reparam
 from stable_monitor import verify
 
 torch.set_num_threads(1)
@@ -43,12 +43,12 @@ accuracy = train(model, torch.optim.AdamW(model.parameters(), lr=1e-3), labels <
 print(f"digits 0 to 4: {accuracy:.0%}")
 
 # %% [markdown]
-# `gamma_init="spectral"` starts gamma at each weight's own spectral norm: the outputs are the same to the last digits.
+# gamma starts at each weight's own spectral norm: the outputs are the same to the last digits.
 # `param_groups` leaves gamma and other vectors without weight decay.
 
 # %%
 plain = copy.deepcopy(model)
-sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))
+sigma_reparam(model)
 with torch.no_grad():
     print("largest difference of the outputs:", (model(images[:100]) - plain(images[:100])).abs().max().item())
 accuracy = train(model, torch.optim.AdamW(param_groups(model, lr=1e-3, weight_decay=0.05)), labels >= 5, 200)

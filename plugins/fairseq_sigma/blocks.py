@@ -79,16 +79,23 @@ def options_of(args) -> Options:
 
 
 def set_defaults(args, init_std: float | None, **defaults: str) -> None:
-    """Fills in the flags that were not given; init_std is for sigma and spectral, whose weights have no size of their own."""
+    """Fills in the flags that were not given. An arch whose `reparam` is "sigma" has the paper's gamma, 1.
+
+    init_std is for weights that have no size of their own, where gamma starts at 1.
+    """
     if not hasattr(args, "norm") and getattr(args, "residual", None) is not None:
         # Of a checkpoint from before there was --norm: its residual said whether there is one.
         said = options.renamed({"norm": "layernorm", "residual": args.residual})
         args.norm, args.residual = said["norm"], said["residual"]
     settings = {option.name: option.default for option in OPTIONS} | {"methods": "", "init_std": None} | defaults
     for name, value in settings.items():
-        if getattr(args, name, None) is None:
+        if getattr(args, name, None) is None and name != "gamma_init":
             setattr(args, name, value)
-    if args.init_std is None and args.init == "stock" and args.reparam in ("sigma", "spectral"):
+    if getattr(args, "gamma_init", None) is None:
+        papers = args.reparam == defaults.get("reparam") == "sigma"
+        args.gamma_init = "one" if papers or args.reparam == "spectral" else settings["gamma_init"]
+    starts_at_one = args.reparam in ("sigma", "spectral") and args.gamma_init == "one"
+    if args.init_std is None and args.init == "stock" and starts_at_one:
         args.init_std = init_std
 
 

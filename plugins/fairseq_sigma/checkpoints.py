@@ -27,7 +27,7 @@ def fitted(model: nn.Module, loaded: dict, layers: bool = True) -> dict:
         ValueError: as `check_fits`; plain weights are of another shape than the model's, or not finite.
     """
     configs = [sigma.config for _, sigma in sigma_layers(model)]
-    if configs and all(config.kind == "sigma" and config.gamma_init == "spectral" for config in configs):
+    if configs and all(config.keeps_function for config in configs):
         loaded = unfold_state_dict(model, loaded)
     check_fits(model.state_dict(), loaded, layers)
     return loaded

@@ -93,7 +93,7 @@ class SpeechEncoder(FairseqEncoder):
 class SigmaTransformerCtc(FairseqEncoderModel):
     @staticmethod
     def add_args(parser):
-        add_flags(parser, init_std="0.1 with sigma and spectral, otherwise uniform within 1 / sqrt(width)")
+        add_flags(parser, init_std="0.1 where gamma starts at 1, otherwise uniform within 1 / sqrt(width)")
         parser.add_argument("--encoder-layers", type=int, metavar="N", help="transformer blocks")
         parser.add_argument("--encoder-embed-dim", type=int, metavar="N", help="width of the blocks")
         parser.add_argument("--encoder-ffn-embed-dim", type=int, metavar="N", help="width of their feed-forward layers")

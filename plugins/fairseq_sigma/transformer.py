@@ -29,7 +29,7 @@ class SigmaTransformerModel(TransformerModel):
     @staticmethod
     def add_args(parser):
         TransformerModel.add_args(parser)
-        add_flags(parser, init_std="0.1 with sigma and spectral, fairseq's own otherwise")
+        add_flags(parser, init_std="0.1 where gamma starts at 1, fairseq's own otherwise")
 
     @classmethod
     def build_model(cls, args, task):

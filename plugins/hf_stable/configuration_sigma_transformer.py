@@ -19,7 +19,7 @@ class SigmaTransformerConfig(StableConfig):
         encoder_attention_heads, decoder_attention_heads: divisors of d_model.
         encoder_ffn_dim, decoder_ffn_dim: widths of the feed-forward layers.
         residual, reparam: and all else of `stable_core.options.Options`; N of StableAtten's tau is max_position_embeddings, and
-            init = "stock" fairseq's.
+            init = "stock" fairseq's. gamma_init left out is the paper's, "one", with reparam = "sigma".
         activation_function: fairseq's "relu".
         dropout, attention_dropout, activation_dropout: of embeddings and residual branches, of the attention matrix, and
             between the feed-forward layers.
@@ -27,8 +27,8 @@ class SigmaTransformerConfig(StableConfig):
         tie_word_embeddings: one matrix for the decoder's input and output; fairseq's `share_decoder_input_output_embed`, a
             name that works here too.
         share_all_embeddings: the encoder's input as well.
-        init_std: of init = "stock", a truncated normal for the blocks' weights; left out, 0.1 with σReparam and spectral norm,
-            and fairseq's own initialisation otherwise.
+        init_std: of init = "stock", a truncated normal for the blocks' weights; left out, 0.1 where gamma starts at 1, and
+            fairseq's own initialisation otherwise.
         initializer_range: of embeddings and output, d_model^(-1/2) if left out.
     """
 
@@ -57,6 +57,7 @@ class SigmaTransformerConfig(StableConfig):
     decoder_ffn_dim: int = 2048
     residual: str = "deepnorm"
     reparam: str = "sigma"
+    gamma_init: str | None = None
     activation_function: str = "relu"
     dropout: float | int = 0.1
     attention_dropout: float | int = 0.0
@@ -73,7 +74,10 @@ class SigmaTransformerConfig(StableConfig):
     decoder_start_token_id: int | None = 2
 
     def __post_init__(self, **kwargs):
-        if self.init_std is None and self.init == "stock" and self.reparam in ("sigma", "spectral"):
+        if self.gamma_init is None:
+            self.gamma_init = "one" if self.reparam in ("sigma", "spectral") else "spectral"
+        starts_at_one = self.reparam in ("sigma", "spectral") and self.gamma_init == "one"
+        if self.init_std is None and self.init == "stock" and starts_at_one:
             self.init_std = 0.1
         if self.initializer_range is None:
             self.initializer_range = max(self.d_model, 1) ** -0.5

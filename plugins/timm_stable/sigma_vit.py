@@ -26,8 +26,6 @@ def _register(size: str, variant: str) -> None:
 
     def entrypoint(pretrained: bool = False, **kwargs) -> StableVisionTransformer:
         args = {**SIZES[size], "norm": "layernorm" if variant else "none", "reparam": "sigma", **kwargs}
-        if args["reparam"] == "sigma":
-            args.setdefault("gamma_init", "spectral")  # the paper's choice for vision
         return create(pretrained_filter_fn, name, pretrained, **args)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name

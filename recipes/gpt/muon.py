@@ -38,7 +38,7 @@ class Settings:
     optimizers: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
     """muon: with AdamW for what Muon does not take"""
     reparams: tuple[Literal["none", "sigma"], ...] = ("none", "sigma")
-    """sigma: σReparam beside the LayerNorm of both"""
+    """sigma: σReparam, gamma = 1, beside the LayerNorm of both"""
     lrs: tuple[float, ...] = (1e-3,)
     """of AdamW and Muon, which has adjust_lr_fn = "match_rms_adamw"; a tenth of the updates is warm-up"""
     seeds: tuple[int, ...] = (1,)
@@ -82,7 +82,7 @@ def train(run: dict, parts: dict[str, np.ndarray], vocab_size: int, batch_size: 
     torch.manual_seed(run["seed"])
     n_layer, n_head, n_embd = SHAPES[run["shape"]]
     sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": LENGTH, "vocab_size": vocab_size}
-    model = GPT(GPTConfig(**sizes, **{**STOCK, "reparam": run["reparam"]}))
+    model = GPT(GPTConfig(**sizes, **{**STOCK, "reparam": run["reparam"], "gamma_init": "one"}))
     optimizers = build_optimizers(model, run["optimizer"], run["lr"])
     warmup = max(1, run["updates"] // 10)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1, (i + 1) / warmup)) for o in optimizers]

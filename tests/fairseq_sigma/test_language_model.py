@@ -76,7 +76,12 @@ def log_probs(model, batch: dict) -> torch.Tensor:
 def test_every_arch_has_the_sizes_of_the_paper(arch, norm, before, reparam, suffix, layers):
     args = Namespace()
     ARCH_CONFIG_REGISTRY[arch + suffix](args)
-    assert (args.norm, args.reparam, args.init_std, args.gamma_init) == (norm, reparam, None, "one")
+    assert (args.norm, args.reparam, args.init_std, args.gamma_init) == (
+        norm,
+        reparam,
+        None,
+        "one" if reparam == "sigma" else "spectral",
+    )
     sizes = (args.decoder_layers, args.decoder_embed_dim, args.decoder_ffn_embed_dim, args.decoder_attention_heads)
     assert sizes == (layers, 1024, 4096, 8)
     assert args.decoder_normalize_before == before

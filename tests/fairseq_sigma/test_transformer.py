@@ -55,6 +55,13 @@ def sentence():
     }
 
 
+@pytest.mark.parametrize("arch", ["deepnorm_transformer_6l", "postln_transformer_6l", "preln_transformer_6l"])
+def test_with_sigma_reparam_a_plain_arch_starts_as_it_is(arch):
+    plain, sigma = build(arch).eval(), build(arch, reparam="sigma").eval()
+    assert len([m for m in sigma.modules() if isinstance(m, SigmaReparam)]) == 6 * 6 + 6 * 10
+    torch.testing.assert_close(sigma(**sentence())[0], plain(**sentence())[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("depth", [6, 18, 50, 100])
 @pytest.mark.parametrize(
     "family, residual, reparam",
@@ -72,6 +79,7 @@ def test_every_arch_has_the_sizes_of_the_paper(depth, family, residual, reparam)
     args = Namespace()
     ARCH_CONFIG_REGISTRY[f"{family}_{depth}l"](args)
     assert (args.residual, args.reparam) == (residual, reparam)
+    assert (args.gamma_init, args.init_std) == (("one", 0.1) if reparam == "sigma" else ("spectral", None))
     for side in ("encoder", "decoder"):
         sizes = [
             getattr(args, f"{side}_{what}") for what in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")

@@ -190,7 +190,7 @@ def test_the_config_is_the_models_own_and_says_how(tmp_path):
     assert not hasattr(plain.config, "quantization_config")
     written = json.loads(copy.deepcopy(model.config).to_json_string())["quantization_config"]
     assert written == {
-        "quant_method": "sigma_reparam", "gamma_init": "one", "qkv": "separate", "n_power_iterations": 2,
+        "quant_method": "sigma_reparam", "gamma_init": "spectral", "qkv": "separate", "n_power_iterations": 2,
         "stop_gradient": False, "kind": "sigma",
         "layers": [f"transformer.h.{i}.mlp.{layer}" for i in (0, 1) for layer in ("c_fc", "c_proj")],
     }  # fmt: skip

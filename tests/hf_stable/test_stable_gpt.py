@@ -381,7 +381,7 @@ def test_wrong_inputs(tmp_path):
     for saved, loaded in (("none", "sigma"), ("sigma", "none")):
         stable_gpt(reparam=saved).save_pretrained(tmp_path / saved)
         with pytest.raises(ValueError, match=f"reparam = '{loaded}': load it with the configuration it was saved with"):
-            StableGPTForCausalLM.from_pretrained(tmp_path / saved, reparam=loaded)
+            StableGPTForCausalLM.from_pretrained(tmp_path / saved, reparam=loaded, gamma_init="one")
 
 
 @pytest.mark.parametrize("qkv", ["separate", "joint"])

@@ -120,7 +120,7 @@ def test_a_plain_checkpoint_is_given_sigma_reparam(one_block):
     assert losses(launch(one_block, "train.py", *settings, "--out_dir=a"))
     before = saved(one_block, "a")
     resume = [*settings, "--init_from=resume", "--out_dir=a", "--reparam=sigma"]
-    done = launch(one_block, "train.py", *resume, "--gamma_init=spectral")
+    done = launch(one_block, "train.py", *resume)
     assert "From the command line: reparam = sigma, gamma_init = spectral" in done.stdout
     assert len(losses(done)) == 1  # it saves what it has loaded, and makes an update
     after = saved(one_block, "a")

@@ -52,7 +52,7 @@ def test_rows_that_are_no_three_equal_parts_have_one_sigma(build):
     assert layer.weight.shape[0] == 3 * layer.weight.shape[1]  # as it is where they are
     with pytest.raises(ValueError, match="qk_joint' cannot tell v from q and k"):
         sigma_reparam(attention, SigmaReparamConfig(qkv="qk_joint"), lambda module, _: module is layer)
-    sigma_reparam(attention, None, lambda module, _: module is layer)
+    sigma_reparam(attention, SigmaReparamConfig(gamma_init="one"), lambda module, _: module is layer)
     assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, rel=1e-3)
 
 
@@ -80,7 +80,7 @@ def torchs_own():
 def test_three_equal_parts_have_a_sigma_each(build):
     torch.manual_seed(0)
     attention, name = build()
-    sigma_reparam(attention)
+    sigma_reparam(attention, SigmaReparamConfig(gamma_init="one"))
     W = attention.in_proj_weight if name == "in_proj" else attention.get_submodule(name).weight
     W = W.T if build is gpt2 else W
     norms = torch.linalg.matrix_norm(W.unflatten(0, (3, 64)), 2)

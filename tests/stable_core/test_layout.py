@@ -115,7 +115,7 @@ def test_orientation_of_a_square_weight_whose_u_lags_behind():
     assert (W @ u).norm() < (W.T @ u).norm()
     conv = Conv1D(2, 2)
     conv.weight.data.copy_(W)
-    sigma_reparam(conv)
+    sigma_reparam(conv, SigmaReparamConfig(gamma_init="one"))
     conv.parametrizations.weight[0].u.copy_(u)
     torch.testing.assert_close(fold_state_dict(conv.state_dict())["weight"], W / 0.1)
 

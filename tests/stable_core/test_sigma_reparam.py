@@ -80,7 +80,8 @@ def test_gradients_match_autograd_and_finite_differences(stop_gradient):
 def test_second_derivatives_see_sigma_move(blocks):
     """Hessian-vector products, which sharpness needs, are those of plain autograd on W / |W^T u|."""
     torch.manual_seed(0)
-    layer = sigma_reparam(nn.ModuleDict({"qkv" if blocks == 3 else "fc": nn.Linear(6, blocks * 6, bias=False)}))
+    layer = nn.ModuleDict({"qkv" if blocks == 3 else "fc": nn.Linear(6, blocks * 6, bias=False)})
+    sigma_reparam(layer, SigmaReparamConfig(gamma_init="one"))
     (layer,) = layer.values()
     kept = layer.parametrizations.weight
     W_slow = kept.original.detach().clone().requires_grad_()
@@ -112,7 +113,7 @@ def test_a_low_rank_weight_starts_converged():
     assert abs(sigma_reparam(layer).parametrizations.weight[0].sigma()[0] / truth - 1) < 1e-3
 
 
-@pytest.mark.parametrize("config, norm", [({}, 1.0), ({"kind": "spectral"}, 1.0)])
+@pytest.mark.parametrize("config, norm", [({"gamma_init": "one"}, 1.0), ({"kind": "spectral"}, 1.0)])
 def test_the_weight_has_spectral_norm_gamma(config, norm):
     model = mlp(**config)
     for layer in (model[0], model[2]):
@@ -147,19 +148,19 @@ def test_weight_norm_baseline_is_one_norm_per_row():
             torch.testing.assert_close(layer.weight, weight_norm(W, g.flatten()))
 
 
-def test_gamma_spectral_keeps_the_function():
+def test_the_function_is_kept():
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0)
     x = torch.randn(2, 5, 64)
     before = model(x)
-    after = sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"))(x)
+    after = sigma_reparam(model)(x)
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
 
 
 @pytest.mark.parametrize("layer, shape", [(nn.Conv1d(8, 70, 9), (2, 8, 20)), (nn.Conv2d(3, 70, 5), (2, 3, 9, 9))])
 def test_convolutions_are_seen_as_out_by_in_times_kernel(layer, shape):
     before, x = copy.deepcopy(layer), torch.randn(shape)
-    sigma_reparam(layer)
+    sigma_reparam(layer, SigmaReparamConfig(gamma_init="one"))
     truth = torch.linalg.svdvals(before.weight.detach().flatten(1))[0]
     bias = before.bias.view(-1, *[1] * (len(shape) - 2))
     torch.testing.assert_close(layer(x) - bias, (before(x) - bias) / truth, rtol=1e-3, atol=1e-5)
@@ -172,7 +173,7 @@ def test_hugging_face_conv1d_is_transposed_and_cut_along_its_outputs():
             self.nf, self.weight, self.bias = nf, nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
 
     model = nn.ModuleDict({"c_attn": Conv1D(3 * 70, 70), "c_proj": Conv1D(70, 70)})
-    sigma_reparam(model)
+    sigma_reparam(model, SigmaReparamConfig(gamma_init="one"))
     for block in model["c_attn"].weight.detach().split(70, dim=1):
         assert torch.linalg.svdvals(block)[0] == pytest.approx(1, rel=1e-3)
     assert torch.linalg.svdvals(model["c_proj"].weight.detach())[0] == pytest.approx(1, rel=1e-3)
@@ -183,11 +184,11 @@ def test_hugging_face_conv1d_is_transposed_and_cut_along_its_outputs():
 def test_q_k_v_share_a_sigma_as_asked(qkv, cuts, packed):
     torch.manual_seed(0)
     if packed:
-        model = sigma_reparam(nn.MultiheadAttention(64, 4), SigmaReparamConfig(qkv=qkv))
+        model = sigma_reparam(nn.MultiheadAttention(64, 4), SigmaReparamConfig(gamma_init="one", qkv=qkv))
         stacked = model.in_proj_weight
     else:  # in fairseq's order, where q is not the first
         model = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("k_proj", "v_proj", "q_proj", "out_proj")})
-        sigma_reparam(model, SigmaReparamConfig(qkv=qkv))
+        sigma_reparam(model, SigmaReparamConfig(gamma_init="one", qkv=qkv))
         stacked = torch.cat([model[name].weight for name in ("q_proj", "k_proj", "v_proj")])
     for block in stacked.detach().split(cuts):
         assert torch.linalg.svdvals(block)[0] == pytest.approx(1, rel=1e-3)
@@ -228,7 +229,7 @@ def test_autocast_rounds_the_exact_weight_once(dtype):
 
 
 def test_a_half_precision_model_keeps_its_state_in_fp32():
-    model = mlp()
+    model = mlp(gamma_init="one")
     before = state(model)
     model.bfloat16()
     assert equal(state(model), before)

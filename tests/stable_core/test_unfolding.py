@@ -52,7 +52,7 @@ def test_projections_that_share_a_sigma():
 
 
 def test_with_gamma_one_the_norm_is_one_and_the_log_says_that_the_function_changed(caplog):
-    plain, model = encoder(), sigma_reparam(encoder(1))
+    plain, model = encoder(), sigma_reparam(encoder(1), SigmaReparamConfig(gamma_init="one"))
     model.load_state_dict(unfold_state_dict(model, plain.state_dict()))
     assert torch.linalg.matrix_norm(model.linear1.weight, 2).item() == pytest.approx(1, rel=2e-3)
     assert "another function" in caplog.text

@@ -119,7 +119,7 @@ def test_sigma_and_its_lag_where_the_running_estimate_is_behind(packed, qkv, blo
     """As it is at high rates: u is half way to other weights, and nobody knows what sigma should be."""
     torch.manual_seed(0)
     model = nn.MultiheadAttention(64, 4, batch_first=True) if packed else Separate()
-    sigma_reparam(model, SigmaReparamConfig(qkv=qkv))
+    sigma_reparam(model, SigmaReparamConfig(gamma_init="one", qkv=qkv))
     with torch.no_grad():
         for _, sigma in sigma_layers(model):
             for u in sigma.u.split(sigma.rows):

@@ -144,7 +144,7 @@ def test_torchs_attention(qkv, kdim):
     assert faults(look(model, x, y)) == {"attention": "nothing bounds it"}
     if kdim and qkv != "separate":
         return  # refused, as their inputs differ in size
-    sigma_reparam(model, SigmaReparamConfig(qkv=qkv))
+    sigma_reparam(model, SigmaReparamConfig(gamma_init="one", qkv=qkv))
     report = look(model, x, y)
     bound = x.norm(dim=-1).max() * y.norm(dim=-1).max() / math.sqrt(8)
     assert report.ok and promised(report) == {"attention": ("σReparam", f"<= {bound:.4g}")}
