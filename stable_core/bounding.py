@@ -55,24 +55,35 @@ def bound_queries_and_keys(
         raise ValueError(f"limit = {limit!r}: allowed are positive numbers")
     plain: set[int] = set()
     for name, attention in attentions.items():
-        check_attention(name, attention)
-        places = query_and_key_places(attention).values()
-        if len(weights_to_clip(attention)) < len(places):
-            raise ValueError(f"{name}: its queries or keys are frozen, which training has not made what they are")
-        for layer, tensor in places:
-            chain = chain_of(layer, tensor)
-            if chain is None:
-                plain.add(id(layer))
-            elif not hasattr(chain[0], "leader"):
-                raise ValueError(
-                    f"{name}: its weight has weight norm, which bounds nothing; stable_core.fold(model) first"
-                )
-        if any(map(is_sharded, weights_to_clip(attention))):
-            raise ValueError(f"{name}: its weights are sharded already; bound them before fully_shard")
+        plain |= check_bounding(name, attention)
     if plain:
         with in_place(model):
             sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"), lambda module, name: id(module) in plain)
     return {name: _bound(attention, limit) for name, attention in attentions.items()}
+
+
+def check_bounding(name: str, attention: nn.Module) -> set[int]:
+    """Checks that `bound_queries_and_keys` takes an attention, without a change; `name` is for the error.
+
+    Returns:
+        The ids of its layers of queries and keys that have no σReparam yet.
+
+    Raises:
+        ValueError: as `bound_queries_and_keys`.
+    """
+    check_attention(name, attention)
+    plain, places = set[int](), query_and_key_places(attention).values()
+    if len(weights_to_clip(attention)) < len(places):
+        raise ValueError(f"{name}: its queries or keys are frozen, which training has not made what they are")
+    for layer, tensor in places:
+        chain = chain_of(layer, tensor)
+        if chain is None:
+            plain.add(id(layer))
+        elif not hasattr(chain[0], "leader"):
+            raise ValueError(f"{name}: its weight has weight norm, which bounds nothing; stable_core.fold(model) first")
+    if any(map(is_sharded, weights_to_clip(attention))):
+        raise ValueError(f"{name}: its weights are sharded already; bound them before fully_shard")
+    return plain
 
 
 @contextmanager

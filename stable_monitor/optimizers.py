@@ -1,13 +1,15 @@
 """One optimizer, or several in a list, tuple or dict."""
 
 import functools
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+log = logging.getLogger("stable_monitor")
 Optimizers = torch.optim.Optimizer | list[Any] | tuple[Any, ...] | dict[Any, Any]
 
 
@@ -56,19 +58,23 @@ def after_steps(optimizers: list[Any], call: Callable[[], Any]) -> list[Removabl
     return handles
 
 
+BESIDE = "beside"  # in a group that was made for new vectors: the number of the group whose learning rate it has
+
+
 def place_without_decay(
     optimizers: list[Any], beside: list[nn.Parameter], scheduler: Any
-) -> Callable[[list[nn.Parameter]], None]:
+) -> Callable[[dict[str, nn.Parameter]], None]:
     """Finds where new vectors belong that are trained with `beside`, at the same learning rate but without weight decay.
 
     That is a group which is so already; or else a new one, of which a scheduler must be told, as it keeps a number for each.
-    Beside Muon, which takes matrices alone, it is one of the other optimizer, at that one's learning rate.
+    Where one is at work and is not given, they join the group of `beside`, and decay as that does, with a warning. Beside Muon,
+    which takes matrices alone, it is one of the other optimizer, at that one's learning rate.
 
     Returns:
-        What adds parameters there. Nothing is changed before it is called.
+        What adds parameters, by name, there. Nothing is changed before it is called.
 
     Raises:
-        ValueError: no optimizer has `beside`, or Muon alone; a new group is needed, a scheduler is at work, and was not given.
+        ValueError: no optimizer has `beside`, or Muon alone.
     """
     wanted = {id(p) for p in beside}
     found = [(o, g) for o in optimizers for g in o.param_groups if any(id(p) in wanted for p in g["params"])]
@@ -85,30 +91,50 @@ def place_without_decay(
         optimizer, own = others[0], others[0].param_groups[0]
     for group in (own, *optimizer.param_groups):
         if not group.get("weight_decay") and group.get("lr") == own.get("lr"):
-            return group["params"].extend
-    if "initial_lr" in own and scheduler is None:
-        raise ValueError(
-            "scheduler = None: every group of the optimizer has weight decay, which gammas must not have, and its scheduler "
-            "must learn of a new group"
-        )
+            return functools.partial(extend_group, group)
     index = next(i for i, group in enumerate(optimizer.param_groups) if group is own)
 
-    def add(parameters: list[nn.Parameter]) -> None:
-        if parameters:
-            optimizer.add_param_group({**own, "params": parameters, "weight_decay": 0.0})
+    def add(parameters: dict[str, nn.Parameter]) -> None:
+        if parameters and "initial_lr" in own and scheduler is None:
+            log.warning(
+                "scheduler = None: a new group of the optimizer would be unknown to its scheduler, so that gammas are in one "
+                "with a weight decay of %g; give rescue, or Rescue, the scheduler and they have none",
+                own["weight_decay"],
+            )
+            extend_group(own, parameters)
+        elif parameters:
+            add_group(optimizer, {**own, "weight_decay": 0.0, BESIDE: index}, parameters)
             tell_scheduler(scheduler, index)
 
     return add
+
+
+def extend_group(group: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Adds parameters, by name, to a group of an optimizer."""
+    group["params"].extend(parameters.values())
+    if "param_names" in group:  # the optimizer was given model.named_parameters()
+        group["param_names"].extend(parameters)
+
+
+def add_group(optimizer: Any, settings: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Adds a group of parameters, by name, to an optimizer. In `settings` "params" and "param_names" count for nothing."""
+    named = any("param_names" in group for group in optimizer.param_groups)
+    own = {key: value for key, value in settings.items() if key not in ("params", "param_names")}
+    optimizer.add_param_group({**own, "params": list(parameters.items() if named else parameters.values())})
 
 
 def _takes_matrices_only(optimizer: Any) -> bool:
     return "muon" in type(optimizer).__name__.lower()
 
 
+# What torch's schedulers keep for each group.
+PER_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
+
+
 def tell_scheduler(scheduler: Any, index: int) -> None:
     """Has a scheduler treat the optimizer's last group, which is new, as it treats group `index`."""
     for part in with_parts(scheduler):
-        for name in ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs"):
+        for name in PER_GROUP:
             if isinstance(numbers := getattr(part, name, None), list):
                 numbers.append(numbers[index])
 

@@ -16,7 +16,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from stable_core.bounding import LIMIT, Bounded, bound_queries_and_keys, parameters_of_queries_and_keys
+from stable_core.bounding import (
+    LIMIT,
+    Bounded,
+    bound_queries_and_keys,
+    check_bounding,
+    parameters_of_queries_and_keys,
+)
 from stable_core.qk_clip import weights_to_clip
 from stable_core.sharding import is_sharded
 from stable_core.sigma_layers import sigma_layers
@@ -25,8 +31,9 @@ from .alarm import Alarm
 from .calls import Call
 from .compiled import unnoticed, unwrap
 from .interception import UNSEEN, Interception, without_wrappers
-from .optimizers import Optimizers, listed, place_without_decay
-from .resume import average_gradients, note_gammas
+from .optimizers import Optimizers, listed, place_without_decay, short
+from .resume import average_gradients, gamma_name, note_gammas
+from .row_order import RowOrder
 from .summary import by_head
 from .verdicts import LARGE, LOW, median_head
 
@@ -85,13 +92,15 @@ def rescue(
         logit: where one has collapsed, those with a larger attention logit than this are taken to be on the way there. The
             default is the threshold of MuonClip's QK-clip.
         limit: the largest spectral norm that W_q and W_k are left with.
-        scheduler: of the optimizer's learning rates; needed where no group of the optimizer is without weight decay.
+        scheduler: of the optimizer's learning rates. Where every group of the optimizer has weight decay, gammas need a new
+            one, of which it must be told; without it they decay.
 
     Raises:
         ValueError: no attention was seen; a layer that is not there; entropy that is not a number; weights that are cut up
-            over processes, or that `bound_queries_and_keys` does not take; the scheduler is missing.
+            over processes; no collapsed layer is one that can be bounded, and that the optimizer trains. Where some can, the
+            others are a warning.
     """
-    inner, optimizers, named = unwrap(model), listed(optimizer), list(layers)
+    inner, optimizers, named = unwrap(model), listed(optimizer), [layers] if isinstance(layers, str) else list(layers)
     before = _look(inner, forward)
     _raise_together(_what_is_wrong(before, named))
     low = {
@@ -104,6 +113,7 @@ def rescue(
     if not picked:
         log.warning("nothing to rescue: no layer's entropy is below %g of log(keys)", fraction)
         return []
+    picked = _possible(picked, before, optimizers)
     bounded = bound_and_train(model, optimizers, {name: before[name].module for name in picked}, limit, scheduler)
     last, after = before, _look(inner, forward)
     for halved in (limit / 2**n for n in range(1, HALVINGS + 1)):
@@ -126,6 +136,33 @@ def rescue(
     return done
 
 
+def _possible(picked: list[str], seen: "dict[str, _Seen]", optimizers: list[Any]) -> list[str]:
+    """Those that can be rescued, with a warning for each other one; raises ValueError where there is none."""
+    errors = {}
+    for name in picked:
+        try:
+            check_bounding(name, seen[name].module)
+            _check_trained(name, seen[name].module, optimizers)
+            if seen[name].order:
+                raise ValueError(f"{name}: {seen[name].order}")
+        except ValueError as error:
+            errors[name] = error
+    if len(errors) == len(picked):
+        raise errors[picked[0]]
+    for why in errors.values():
+        log.warning("not rescued: %s", why)
+    return [name for name in picked if name not in errors]
+
+
+def _check_trained(name: str, attention: nn.Module, optimizers: list[Any]) -> None:
+    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    if not all(id(W) in trained for W in weights_to_clip(attention)):
+        given = short(optimizers[0] if len(optimizers) == 1 else optimizers)
+        raise ValueError(
+            f"optimizer = {given}: it does not train the layers' queries and keys, those of {name}; give the one that does"
+        )
+
+
 def _both(first: Bounded, second: Bounded) -> Bounded:
     """Two changes, one after the other, as one."""
     return Bounded((first.queries[0], second.queries[1]), (first.keys[0], second.keys[1]))
@@ -142,18 +179,22 @@ def bound_and_train(
             "that (python -m stable_monitor.rescue_checkpoint), and resume from it"
         )
     known = {id(p) for p in inner.parameters()}
-    changed = [p for attention in attentions.values() for p in parameters_of_queries_and_keys(attention)]
-    add = place_without_decay(optimizers, changed, scheduler) if optimizers else None
+    changed = {name: parameters_of_queries_and_keys(attention) for name, attention in attentions.items()}
+    for parameters in changed.values() if optimizers else ():
+        place_without_decay(optimizers, parameters, scheduler)  # an error comes before any change
     bounded = bound_queries_and_keys(inner, attentions, limit)
-    new = {without_wrappers(name): sigma for name, sigma in sigma_layers(inner) if id(sigma.gamma) not in known}
-    gammas: list[Any] = [sigma.gamma for sigma in new.values()]
-    if add is not None:
-        add(gammas)
-        note_gammas(optimizers, dict(zip(new, gammas, strict=True)))
-    for p in changed:
-        for trained_by in optimizers:
-            trained_by.state.pop(p, None)
-    average_gradients(model, gammas)
+    new: dict[str, Any] = {
+        without_wrappers(name): sigma.gamma for name, sigma in sigma_layers(inner) if id(sigma.gamma) not in known
+    }
+    for name, parameters in changed.items() if optimizers else ():
+        own = {id(p) for p in parameters_of_queries_and_keys(attentions[name])}
+        gammas = {gamma_name(layer): gamma for layer, gamma in new.items() if id(gamma) in own}
+        place_without_decay(optimizers, parameters, scheduler)(gammas)
+        for p in parameters:
+            for trained_by in optimizers:
+                trained_by.state.pop(p, None)
+    note_gammas(optimizers, new)
+    average_gradients(model, list(new.values()))
     return bounded
 
 
@@ -167,7 +208,16 @@ class Rescue:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizers, forward: Callable[[], Any], **settings: Any) -> None:
-        inspect.signature(rescue).bind(model, optimizer, forward, **settings)  # a TypeError now, not at the alarm
+        inspect.signature(rescue).bind(
+            model, optimizer, forward, **settings
+        )  # what is wrong is told now, not at the alarm
+        if not callable(forward):
+            raise ValueError(f"forward = {short(forward)}: allowed are functions, such as lambda: model(batch)")
+        groups = [group for one in listed(optimizer) for group in one.param_groups]
+        if {id(p) for group in groups for p in group["params"]}.isdisjoint(map(id, model.parameters())):
+            raise ValueError(
+                f"optimizer = {short(optimizer)}: it trains no parameter of the model; give the one that does"
+            )
         self._rescue = functools.partial(rescue, model, optimizer, forward, **settings)
         self._done: tuple[int, set[str]] = (-1, set())  # an update with alarms, and the layers rescued in it
 
@@ -191,16 +241,19 @@ class _Seen:
     entropy: float  # of its median head
     uniform: float
     largest_logit: float
+    order: str  # what is wrong with the order that its packed rows are taken to have
 
 
 def _look(model: nn.Module, forward: Callable[[], Any]) -> dict[str, _Seen]:
     """Every attention of one forward pass, by name."""
     found: dict[str, _Seen] = {}
+    rows = RowOrder(model)
 
     def see(call: Call) -> Call:
         if call.site.name not in found:
             entropy, _, logits, _, log_keys = by_head(call)[1].tolist()
-            found[call.site.name] = _Seen(call.site.module, median_head(entropy), fmean(log_keys), max(logits))
+            seen = _Seen(call.site.module, median_head(entropy), fmean(log_keys), max(logits), rows.error(call))
+            found[call.site.name] = seen
         return call
 
     interception = Interception(model, see, alone=True)  # a QK-clip would take its logits for those of training
@@ -210,6 +263,7 @@ def _look(model: nn.Module, forward: Callable[[], Any]) -> dict[str, _Seen]:
             forward()
     finally:
         interception.stop()
+        rows.close()
     return found
 
 

@@ -28,7 +28,7 @@ from stable_core.unfolding import reparametrised_in
 from .optimizers import place_without_decay
 from .records import load
 from .rescue import bound_and_train
-from .resume import note_gammas, reparametrise_named
+from .resume import gamma_name, note_gammas, reparametrise_named
 from .saved_optimizer import optimizer_holding, usual_groupings
 
 PROG = "python -m stable_monitor.rescue_checkpoint"
@@ -75,7 +75,7 @@ def reparametrise_checkpoint(opened: Opened) -> list[str]:
         name: sigma.gamma for name, sigma in sigma_layers(opened.model) if sigma.gamma not in known
     }
     if opened.optimizer is not None:
-        place_without_decay([opened.optimizer], list(known), None)(list(gammas.values()))
+        place_without_decay([opened.optimizer], list(known), None)({gamma_name(name): g for name, g in gammas.items()})
         note_gammas([opened.optimizer], gammas)
     return list(gammas)
 

@@ -19,9 +19,14 @@ from stable_core.unfolding import plain_parameters
 
 from .compiled import unwrap
 from .interception import without_wrappers
-from .optimizers import Optimizers, listed, tell_scheduler
+from .optimizers import BESIDE, Optimizers, add_group, extend_group, listed, tell_scheduler
 
 NOTE = "rescued"
+
+
+def gamma_name(layer: str) -> str:
+    """The name of a layer's gamma among the parameters of the model, as optimizers may keep it."""
+    return f"{layer}.gamma"
 
 
 def note_gammas(optimizers: list[Any], gammas: dict[str, Any]) -> None:
@@ -66,12 +71,12 @@ def prepare_to_resume(model: nn.Module, optimizer: Optimizers, saved: Any, sched
         _forget_gammas(inner, trained_by, found)
     gammas: dict[str, Any] = {without_wrappers(name): gamma for name, gamma in found.items()}
     for trained_by, index, group in noted:
+        added = {gamma_name(name): gammas[name] for name in group[NOTE]}
         if index < len(trained_by.param_groups):
-            trained_by.param_groups[index]["params"].extend(gammas[name] for name in group[NOTE])
+            extend_group(trained_by.param_groups[index], added)
         else:
-            settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            trained_by.add_param_group({**settings, "params": [gammas[name] for name in group[NOTE]]})
-            tell_scheduler(scheduler, 0)
+            add_group(trained_by, group, added)
+            tell_scheduler(scheduler, group.get(BESIDE, 0))
     average_gradients(model, [gammas[name] for name in new])
     return names
 
@@ -85,10 +90,14 @@ def _forget_gammas(model: nn.Module, optimizer: Any, gammas: Mapping[str, Any]) 
     now = {id(p): place for place, p in enumerate(model.parameters())}
     before = {id(p): place for place, p in enumerate(plain_parameters(model, gammas))}
     for group in optimizer.param_groups:
-        group["params"][:] = [p for p in group["params"] if id(p) not in moved]
-        places = [now.get(id(p), -1) for p in group["params"]]
+        names = group.get("param_names", group["params"])
+        kept = [(p, name) for p, name in zip(group["params"], names, strict=True) if id(p) not in moved]
+        places = [now.get(id(p), -1) for p, _ in kept]
         if places == sorted(places):  # so it was built after
-            group["params"].sort(key=lambda p: before.get(id(p), -1))
+            kept.sort(key=lambda pair: before.get(id(pair[0]), -1))
+        if "param_names" in group:
+            group["param_names"][:] = [name for _, name in kept]
+        group["params"][:] = [p for p, _ in kept]
 
 
 def reparametrise_named(model: nn.Module, names: list[str]) -> list[str]:

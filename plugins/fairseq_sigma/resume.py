@@ -183,7 +183,7 @@ def _order(trainer: Trainer) -> None:
         gammas = {name: sigma.gamma for name, sigma in sigma_layers(model) if name in trainer.rescued}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p in place or p not in set(gammas.values())]
-        place_without_decay([optimizer], trainer.as_built, None)(list(gammas.values()))
+        place_without_decay([optimizer], trainer.as_built, None)(gammas)
         note_gammas([optimizer], gammas)
 
 

@@ -1,0 +1,73 @@
+"""In which order a packed projection has its rows: what its name stands for, [q; k; v], may not be what the model does.
+
+Two models with a layer `qkv` of the same shape may cut it into three and then into heads, or into heads and then into three.
+A forward pass tells them apart, as it has both the rows and the queries that attention gets: their sizes, head by head, are the
+same, also after a rotation of positions, and in proportion after a scale.
+"""
+
+from itertools import permutations
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from stable_core.layers import find_projections, matrix_shape, num_heads, rows_of
+
+from .calls import Call, FusedCall
+
+
+class RowOrder:
+    """Watches the packed projections of a model, from `__init__` to `close`.
+
+    Only attentions of as many key heads as query heads are looked at, whose rows are thirds of q, k and v.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._squares: dict[int, Tensor] = {}  # by the id of a packed layer: the sum of squares of each of its rows
+        self._handles: list[RemovableHandle] = []
+        for module in model.modules():
+            layer, tensor = find_projections(module).get("qkv", (None, ""))
+            if isinstance(layer, nn.Module) and layer is not module and tensor == "weight":
+                self._handles.append(layer.register_forward_hook(self._keep))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self._squares[id(layer)] = output.detach().double().square().flatten(0, -2).sum(0)
+
+    def error(self, call: Call) -> str:
+        """What is wrong with the order that is assumed for an attention; "" where it fits, or where nothing fits better."""
+        attention = call.site.module
+        layer, tensor = find_projections(attention).get("qkv", (None, ""))
+        squares = self._squares.pop(id(layer), None)
+        if not isinstance(layer, nn.Module) or squares is None or not isinstance(call, FusedCall) or call.q.ndim != 4:
+            return ""
+        sizes = [x.detach().double().square().sum((0, 2, 3)) for x in (call.q, call.k)]
+        heads, rows = len(sizes[0]), rows_of(attention, "qkv", matrix_shape(layer, tensor))
+        if rows is None or len(squares) % (3 * heads) or len(sizes[1]) != heads:
+            return ""
+        if all(
+            _in_proportion(squares[rows[role].flatten()].view(heads, -1).sum(1), x)
+            for role, x in zip("qk", sizes, strict=True)
+        ):
+            return ""
+        by_part = {
+            "three, heads": squares.view(3, heads, -1).sum(2),
+            "heads, three": squares.view(heads, 3, -1).sum(2).T,
+        }
+        for order, parts in by_part.items():
+            for q, k, _ in permutations(range(3)):
+                if _in_proportion(parts[q], sizes[0]) and _in_proportion(parts[k], sizes[1]):
+                    names = [name for _, name in sorted(zip((q, k, 3 - q - k), "qkv", strict=True))]
+                    if order == "heads, three" and names == ["q", "k", "v"] and num_heads(attention) == heads:
+                        return "its packed rows are (heads, q k v, head_dim); say so, module.head_first = True"
+                    return f"its packed rows are ({order}, head_dim) of {', '.join(names)}; give q, k and v layers of their own"
+        return ""
+
+
+def _in_proportion(some: Tensor, others: Tensor) -> bool:
+    ratios = some / others
+    return bool(ratios.isfinite().all() and ratios.max() - ratios.min() < 1e-2 * ratios.mean())
