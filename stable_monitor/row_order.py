@@ -15,6 +15,10 @@ from stable_core.layers import find_projections, matrix_shape, num_heads, rows_o
 
 from .calls import Call, FusedCall
 
+# Relative. The order that a name stands for is doubted only where it is clearly off, and another only taken where it fits to
+# rounding: normed queries have nearly the same size in all heads, and nearly fit any order.
+ALIKE, EQUAL = 1e-2, 1e-3
+
 
 class RowOrder:
     """Watches the packed projections of a model, from `__init__` to `close`.
@@ -50,7 +54,7 @@ class RowOrder:
         if rows is None or len(squares) % (3 * heads) or len(sizes[1]) != heads:
             return ""
         if all(
-            _in_proportion(squares[rows[role].flatten()].view(heads, -1).sum(1), x)
+            _in_proportion(squares[rows[role].flatten()].view(heads, -1).sum(1), x, ALIKE)
             for role, x in zip("qk", sizes, strict=True)
         ):
             return ""
@@ -60,7 +64,7 @@ class RowOrder:
         }
         for order, parts in by_part.items():
             for q, k, _ in permutations(range(3)):
-                if _in_proportion(parts[q], sizes[0]) and _in_proportion(parts[k], sizes[1]):
+                if _in_proportion(parts[q], sizes[0], EQUAL) and _in_proportion(parts[k], sizes[1], EQUAL):
                     names = [name for _, name in sorted(zip((q, k, 3 - q - k), "qkv", strict=True))]
                     if order == "heads, three" and names == ["q", "k", "v"] and num_heads(attention) == heads:
                         return "its packed rows are (heads, q k v, head_dim); say so, module.head_first = True"
@@ -68,6 +72,6 @@ class RowOrder:
         return ""
 
 
-def _in_proportion(some: Tensor, others: Tensor) -> bool:
+def _in_proportion(some: Tensor, others: Tensor, within: float) -> bool:
     ratios = some / others
-    return bool(ratios.isfinite().all() and ratios.max() - ratios.min() < 1e-2 * ratios.mean())
+    return bool(ratios.isfinite().all() and ratios.max() - ratios.min() < within * ratios.mean())

@@ -18,6 +18,7 @@ from .calls import Call
 from .compiled import unnoticed
 from .interception import Interception
 from .promises import Input, Promise, promise
+from .row_order import RowOrder
 
 Forward = Callable[[], Any]
 SAME = 1e-5  # of outputs, relative
@@ -29,11 +30,12 @@ UNSTEADY = (
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention in one forward pass: the largest logit of each head, and what its remedy promised."""
+    """One attention in one forward pass: the largest logit of each head, what its remedy promised, and `RowOrder.error`."""
 
     module: nn.Module
     logits: Tensor
     promise: Promise
+    order: str
 
     @property
     def largest(self) -> float:
@@ -56,7 +58,9 @@ class Trial:
         self._uniform = uniform
         found: list[Any] = []
         interception = Interception(model, self._see, finished=found.append, alone=True)
+        self._rows = RowOrder(model)
         with ExitStack() as stack:
+            stack.callback(self._rows.close)
             handles = [
                 module.register_forward_pre_hook(self._note, with_kwargs=True)
                 for module in model.modules()
@@ -91,7 +95,8 @@ class Trial:
     @torch.no_grad()
     def _see(self, call: Call) -> Call:
         name, logits = call.site.name, call.largest_logits(above=-math.inf).amax((0, 2))
-        new, old = Attention(call.site.module, logits, promise(call, self.inputs)), self.attentions.get(name)
+        new = Attention(call.site.module, logits, promise(call, self.inputs), self._rows.error(call))
+        old = self.attentions.get(name)
         if old is None or old.largest / old.promise.bound < new.largest / new.promise.bound:
             self.attentions[name] = new
         return call.at_temperature(UNIFORM) if self._uniform else call

@@ -93,7 +93,7 @@ class Attentions:
 
     def _of_promise(self, name: str) -> tuple[str, str, str]:
         seen = self._first.attentions[name]
-        remedy, bound, fault = seen.promise.remedy, seen.promise.bound, seen.promise.fault
+        remedy, bound, fault = seen.promise.remedy, seen.promise.bound, seen.promise.fault or seen.order
         if fault:
             return remedy, "", fault
         if bound < math.inf:

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stable_monitor import rescue
+from stable_core import sigma_reparam
+from stable_monitor import rescue, verify
 
 HEADS, DIM, TOKENS = 4, 16, 12
 WIDTH = HEADS * DIM
@@ -85,3 +86,12 @@ def test_what_fits_no_order_is_taken_for_what_its_name_says():
         lambda rows: [F.normalize(part, dim=-1) * torch.rand(HEADS, 1) for part in by_part("qkv")(rows)]
     )
     assert len(rescued(attention)) == 1
+
+
+def test_verify_names_another_order():
+    for cut, ok in ((by_part("qkv"), True), (by_head("qkv"), False)):
+        model, x = nn.Sequential(Attention(cut)), torch.randn(3, TOKENS, WIDTH)
+        sigma_reparam(model)
+        report = verify(model, lambda model=model, x=x: model(x))
+        assert report.ok == ok, report
+        assert ok or "its packed rows are (heads, q k v, head_dim)" in str(report)
