@@ -29,6 +29,8 @@ def sigma_settings(options: Any) -> SigmaReparamConfig | None:
         ValueError: one of its settings is not allowed, in either case.
     """
     settings = {name: getattr(options, name) for name in ("gamma_init", "qkv", "n_power_iterations", "stop_gradient")}
+    if options.reparam == "weight":
+        settings.pop("gamma_init")  # its norms are those of the rows
     if options.reparam in KINDS:
         return SigmaReparamConfig(kind=options.reparam, **settings)
     SigmaReparamConfig(**settings)

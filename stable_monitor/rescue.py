@@ -213,11 +213,6 @@ class Rescue:
         )  # what is wrong is told now, not at the alarm
         if not callable(forward):
             raise ValueError(f"forward = {short(forward)}: allowed are functions, such as lambda: model(batch)")
-        groups = [group for one in listed(optimizer) for group in one.param_groups]
-        if {id(p) for group in groups for p in group["params"]}.isdisjoint(map(id, model.parameters())):
-            raise ValueError(
-                f"optimizer = {short(optimizer)}: it trains no parameter of the model; give the one that does"
-            )
         self._rescue = functools.partial(rescue, model, optimizer, forward, **settings)
         self._done: tuple[int, set[str]] = (-1, set())  # an update with alarms, and the layers rescued in it
 

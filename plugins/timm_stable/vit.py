@@ -131,8 +131,7 @@ class StableVisionTransformer(VisionTransformer):
         if new is not old and parametrize.is_parametrized(old):
             # timm asks W_hat, made without gradient, whether it learns
             new.weight.requires_grad_(next(old.parametrizations.parameters()).requires_grad)
-            kept = "spectral" if self.options.reparam == "sigma" else "one"
-            self._reparametrise(lambda module, name: module is new, qkv="separate", gamma_init=kept)
+            self._reparametrise(lambda module, name: module is new, qkv="separate", gamma_init="spectral")
             new.train(old.training)
 
 

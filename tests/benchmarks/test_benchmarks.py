@@ -14,7 +14,7 @@ from benchmarks import attention, scaling
 from benchmarks.families import PlainAlgorithm1, Step, peers
 from benchmarks.models import translation
 from benchmarks.paired import Report, arguments, interleave, quartiles, ratios
-from stable_core import sigma_reparam
+from stable_core import SigmaReparamConfig, sigma_reparam
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_the_plain_algorithm_does_the_same_work():
     torch.manual_seed(0)
     ours, plain = nn.Linear(90, 80), nn.Linear(90, 80)
     plain.load_state_dict(ours.state_dict())
-    sigma_reparam(ours)
+    sigma_reparam(ours, SigmaReparamConfig(gamma_init="one"))
     parametrize.register_parametrization(plain, "weight", PlainAlgorithm1(plain.weight))
     kept, slow = ours.parametrizations.weight[0], plain.parametrizations.weight[0]
     slow.u = kept.u.clone()

@@ -49,7 +49,7 @@ def gpt2() -> nn.Module:
 
 
 def nanogpt() -> nn.Module:
-    return GPT(GPTConfig(**SIZE, block_size=32, reparam="sigma"))
+    return GPT(GPTConfig(**SIZE, block_size=32, reparam="sigma", gamma_init="one"))
 
 
 KINDS = {make.__name__: make for make in (sigma_vit, stablevit, stable_gpt, sigma_gpt, gpt2, nanogpt)}

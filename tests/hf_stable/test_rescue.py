@@ -83,7 +83,7 @@ def test_what_cannot_be_rescued_stops_with_a_checkpoint_and_a_line(tmp_path, cap
     def frozen(model):
         model.transformer.h[1].attn.c_attn.requires_grad_(False)
 
-    untrained, sharded = "does not train the layers' queries and keys", "FSDP and DeepSpeed have cut up the weights"
+    untrained, sharded = "its queries or keys are frozen", "FSDP and DeepSpeed have cut up the weights"
     for reason, prepare in ((untrained, frozen), (sharded, lambda model: None)):
         caplog.clear()
         folder = tmp_path / reason[:4]

@@ -151,7 +151,7 @@ def test_an_average_of_checkpoints_has_the_sigma_of_the_averaged_weight(qkv):
     def attention(seed):
         torch.manual_seed(seed)
         layers = nn.ModuleDict({name: nn.Linear(80, 80) for name in ("k_proj", "v_proj", "q_proj", "out_proj")})
-        return sigma_reparam(layers, SigmaReparamConfig(qkv=qkv))
+        return sigma_reparam(layers, SigmaReparamConfig(gamma_init="one", qkv=qkv))
 
     a, b = attention(1).state_dict(), attention(2).state_dict()
     average = attention(3)

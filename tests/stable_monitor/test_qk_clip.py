@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
-from stable_core import sigma_reparam
+from stable_core import SigmaReparamConfig, sigma_reparam
 from stable_core.layers import find_projections
 from stable_core.qk_clip import clip_heads
 from stable_core.reference import attention_logits
@@ -219,7 +219,7 @@ def diverging(clip: float | None, sigma: bool = False) -> tuple[list[float], lis
     torch.manual_seed(0)
     model, _ = nanogpt()
     if sigma:
-        sigma_reparam(model)
+        sigma_reparam(model, SigmaReparamConfig(gamma_init="one"))
     flat = [p for p in model.parameters() if p.ndim < 2 or p is model.transformer.wte.weight]
     square = [p for p in model.parameters() if not any(p is other for other in flat)]
     optimizers = [torch.optim.Muon(square, lr=0.3), torch.optim.AdamW(flat, lr=1e-2)]

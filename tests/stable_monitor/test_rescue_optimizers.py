@@ -119,9 +119,7 @@ def test_a_layer_that_cannot_be_rescued_does_not_hold_up_another(why, caplog):
         rescue(model, optimizer, forward_of(model), layers=["h.0.attn"], logit=1e9, fraction=0.0)
 
 
-def test_what_a_rescue_cannot_do_is_said_when_it_is_made():
-    model, other = gpt(), gpt()
+def test_a_forward_that_is_no_function_is_refused_when_the_rescue_is_made():
+    model = gpt()
     with pytest.raises(ValueError, match=r"forward = .*: allowed are functions, such as lambda: model"):
         Rescue(model, adamw(model), forward_of(model)())
-    with pytest.raises(ValueError, match="it trains no parameter of the model"):
-        Rescue(model, adamw(other), forward_of(model))
