@@ -1,5 +1,6 @@
 """Learning-rate sensitivity by hand and from the paper's definition; a sweep that is killed, continued and collected."""
 
+import fcntl
 import json
 import math
 import os
@@ -110,7 +111,8 @@ def test_a_sweep_that_is_killed_goes_on(how, tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().err
         assert "swept/slow-0.01-1: a process that was started before is still training it" in said
         os.killpg(int(re.search(r"kill -TERM -- -(\d+)", said)[1]), signal.SIGTERM)
-        time.sleep(0.5)
+        with open("swept/slow-0.01-1/running") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # waits for its end
     else:
         assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
     assert not (tmp_path / "swept/slow-0.01-1/status").exists()
