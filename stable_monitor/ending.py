@@ -31,7 +31,7 @@ def as_by_ctrl_c() -> Iterator[None]:
 
 
 class Claim:
-    """A folder's file `running`, locked for as long as a process lives that was given `descriptor`, also without its parent.
+    """A context in which a folder's file `running` is locked, and then for as long as a process lives that got `descriptor`.
 
     Raises:
         ValueError: such a process lives, as after `kill -9` of its parent.
@@ -50,8 +50,13 @@ class Claim:
         except OSError:
             pass  # some network file systems lock nothing
 
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self.descriptor)
+
     def give_to(self, group: int) -> None:
-        """It is now the process group's alone."""
+        """Writes down which process group has it."""
         os.ftruncate(self.descriptor, 0)
         os.write(self.descriptor, str(group).encode())
-        os.close(self.descriptor)

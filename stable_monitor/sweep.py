@@ -195,11 +195,10 @@ class Pool:
     def _train(self, run: Run) -> None:
         folder = run.folder
         folder.mkdir(parents=True, exist_ok=True)
-        claim = Claim(folder)
-        for path in (folder / FILE_NAME, folder / "status"):  # of a run that was interrupted
-            path.unlink(missing_ok=True)
-        threads = {"OMP_NUM_THREADS": "1"} if self.jobs > 1 else {}
-        with (folder / "output.txt").open("w") as output:
+        with Claim(folder) as claim, (folder / "output.txt").open("w") as output:
+            for path in (folder / FILE_NAME, folder / "status"):  # of a run that was interrupted
+                path.unlink(missing_ok=True)
+            threads = {"OMP_NUM_THREADS": "1"} if self.jobs > 1 else {}
             with self._lock:
                 if self._stopped:
                     return

@@ -116,7 +116,7 @@ def test_a_sweep_that_is_killed_goes_on(how, tmp_path, monkeypatch, capsys):
     else:
         assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
     assert not (tmp_path / "swept/slow-0.01-1/status").exists()
-    assert sweep.main([*options, *end]) == 0
+    assert sweep.main([*options, *end]) == 0, capsys.readouterr().err
     assert len(started(tmp_path)) == 5  # the one that was interrupted twice
     assert (tmp_path / "swept/slow-0.01-1/status").read_text() == "0\n"
 
