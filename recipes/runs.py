@@ -45,18 +45,21 @@ def run_all(
     """The log of `jobs`, a line each: what the job returns, with its name. Runs those that the file at `path` does not hold."""
     log = {line["name"]: line for line in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar, ThreadPoolExecutor(workers) as pool:
+    with (
+        Progress(*columns, TimeRemainingColumn(), console=console) as bar,
+        ThreadPoolExecutor(workers) as pool,
+        as_by_ctrl_c(),
+    ):
         task = bar.add_task("runs", total=len(jobs), completed=sum(name in log for name in jobs))
         futures = {pool.submit(job): name for name, job in jobs.items() if name not in log}
         try:
-            with as_by_ctrl_c():
-                for future in as_completed(futures):
-                    line = {"name": futures[future], **future.result()}
-                    log[line["name"]] = line
-                    with path.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    console.print(describe(line), highlight=False)
-                    bar.advance(task)
+            for future in as_completed(futures):
+                line = {"name": futures[future], **future.result()}
+                log[line["name"]] = line
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                console.print(describe(line), highlight=False)
+                bar.advance(task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in _running:

@@ -37,7 +37,7 @@ def side_by_side(jobs: dict[Key, Job], console: Console) -> dict[Key, Any]:
     """What each job's `run` returns. An error of one, or Ctrl-C, ends all."""
     columns = ("{task.description:31}", BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[note]}")
     workers = max(1, min(len(jobs), os.cpu_count() or 1))
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool, as_by_ctrl_c():
 
         def run(job: Job, task: Any) -> Any:
             progress.start_task(task)
@@ -48,8 +48,7 @@ def side_by_side(jobs: dict[Key, Job], console: Console) -> dict[Key, Any]:
             task = progress.add_task(job.label, total=job.updates, start=False, note="")
             waiting[key] = pool.submit(run, job, task)
         try:
-            with as_by_ctrl_c():
-                return {key: future.result() for key, future in waiting.items()}
+            return {key: future.result() for key, future in waiting.items()}
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:

@@ -25,7 +25,7 @@ NOTE = "rescued"
 
 
 def gamma_name(layer: str) -> str:
-    """The name of a layer's gamma among the parameters of the model, as optimizers may keep it."""
+    """What an optimizer that keeps names of parameters calls a layer's gamma."""
     return f"{layer}.gamma"
 
 

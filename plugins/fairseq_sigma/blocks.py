@@ -88,12 +88,12 @@ def set_defaults(args, init_std: float | None, **defaults: str) -> None:
         said = options.renamed({"norm": "layernorm", "residual": args.residual})
         args.norm, args.residual = said["norm"], said["residual"]
     settings = {option.name: option.default for option in OPTIONS} | {"methods": "", "init_std": None} | defaults
+    reparam = getattr(args, "reparam", None) or settings["reparam"]
+    if reparam == "spectral" or reparam == defaults.get("reparam") == "sigma":
+        settings["gamma_init"] = "one"
     for name, value in settings.items():
-        if getattr(args, name, None) is None and name != "gamma_init":
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if getattr(args, "gamma_init", None) is None:
-        papers = args.reparam == defaults.get("reparam") == "sigma"
-        args.gamma_init = "one" if papers or args.reparam == "spectral" else settings["gamma_init"]
     starts_at_one = args.reparam in ("sigma", "spectral") and args.gamma_init == "one"
     if args.init_std is None and args.init == "stock" and starts_at_one:
         args.init_std = init_std
