@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -39,6 +39,7 @@ from .verdicts import LARGE, LOW, median_head
 
 HALVINGS = 6  # at the most, of the limit
 log = logging.getLogger("stable_monitor")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def rescue(
 
 def _possible(picked: list[str], seen: "dict[str, _Seen]", optimizers: list[Any]) -> list[str]:
     """Those that can be rescued, with a warning for each other one; raises ValueError where there is none."""
-    errors = {}
+    errors: dict[str, str] = {}
     for name in picked:
         try:
             check_bounding(name, seen[name].module)
@@ -146,9 +147,10 @@ def _possible(picked: list[str], seen: "dict[str, _Seen]", optimizers: list[Any]
             if seen[name].order:
                 raise ValueError(f"{name}: {seen[name].order}")
         except ValueError as error:
-            errors[name] = error
+            errors[name] = str(error)
+    errors = _decided_by_rank_0(errors)  # a batch of its own may tell another process another order of rows
     if len(errors) == len(picked):
-        raise errors[picked[0]]
+        raise ValueError(errors[picked[0]])
     for why in errors.values():
         log.warning("not rescued: %s", why)
     return [name for name in picked if name not in errors]
@@ -208,9 +210,8 @@ class Rescue:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizers, forward: Callable[[], Any], **settings: Any) -> None:
-        inspect.signature(rescue).bind(
-            model, optimizer, forward, **settings
-        )  # what is wrong is told now, not at the alarm
+        # What is wrong is told now, not at the alarm.
+        inspect.signature(rescue).bind(model, optimizer, forward, **settings)
         if not callable(forward):
             raise ValueError(f"forward = {short(forward)}: allowed are functions, such as lambda: model(batch)")
         self._rescue = functools.partial(rescue, model, optimizer, forward, **settings)
@@ -285,10 +286,10 @@ def _raise_together(error: str) -> None:
             raise ValueError(found)
 
 
-def _decided_by_rank_0(names: list[str]) -> list[str]:
+def _decided_by_rank_0(found: Found) -> Found:
     """Processes see different batches."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return names
-    told = [names]
+        return found
+    told = [found]
     dist.broadcast_object_list(told)
     return told[0]
