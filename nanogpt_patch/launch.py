@@ -19,6 +19,7 @@ from typing import Self
 import torch
 from torch.optim import Optimizer
 
+from stable_core.advancing import after_advance
 from stable_core.options import renamed
 from stable_core.registry import import_methods
 from stable_core.sigma_layers import sigma_layers
@@ -215,7 +216,7 @@ class _MonitoredGPT(GPT):
                     watching[0].step(loss, optimizer.param_groups[0]["lr"])
 
             optimizer.register_step_pre_hook(before)
-            optimizer.register_step_post_hook(after)
+            after_advance(optimizer, after)
         return optimizer
 
 

@@ -8,8 +8,8 @@ outermost step only, so that all ranks do the same. A weight that changes withou
 
 import functools
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from .kernels import advance as advance_in_kernels
 from .kernels import plan as plan_of
@@ -33,6 +34,28 @@ def hook_optimizers() -> None:
     """Registers the two hooks, once per process, on the steps of all torch optimizers."""
     register_optimizer_step_pre_hook(_before_optimizer_step)
     register_optimizer_step_post_hook(_after_optimizer_step)
+    register_optimizer_step_post_hook(_after_advance)
+
+
+def after_advance(optimizer: torch.optim.Optimizer, hook: Callable[..., None]) -> RemovableHandle:
+    """Registers hook(optimizer, args, kwargs) to be called after each step of an optimizer, when u has advanced.
+
+    torch calls a hook that is registered with the optimizer itself before that: what it runs the model for would see a u that
+    is one step behind the weights.
+    """
+    hook_optimizers()
+    hooks = vars(optimizer).setdefault(AFTER, OrderedDict())  # with the optimizer, so that they end with it
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle
+
+
+AFTER = "_after_advance_of_sigma_reparam"
+
+
+def _after_advance(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for hook in list(vars(optimizer).get(AFTER, {}).values()):
+        hook(optimizer, args, kwargs)
 
 
 def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

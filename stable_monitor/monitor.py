@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from stable_core.advancing import after_advance
+
 from .alarm import Alarm, AlarmConfig, Watch
 from .calls import Call
 from .chosen import Chosen, choose
@@ -159,7 +161,9 @@ class Monitor:
         self._warned: set[str] = set()
         self._gradients: dict[str, Tensor] | None = None  # norms by module, "" is the model; None until they are read
         self._rates: list[float | None] | None = None  # of all groups of the optimizers
-        self._steps = after_steps(self._optimizers, self._step) if follow else []  # hooks of the optimizers
+        self._steps = (
+            after_steps(self._optimizers, self._step, after_advance) if follow else []
+        )  # hooks of the optimizers
         self._file = self._open(path, step) if path is not None and self._is_main else None
         self._prepare()
 

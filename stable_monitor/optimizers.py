@@ -28,14 +28,19 @@ def listed(optimizers: Optimizers) -> list[Any]:
     return found
 
 
-def after_steps(optimizers: list[Any], call: Callable[[], Any]) -> list[RemovableHandle]:
+def after_steps(
+    optimizers: list[Any], call: Callable[[], Any], register: Callable[[Any, Callable[..., None]], RemovableHandle]
+) -> list[RemovableHandle]:
     """Has `call` called when each of the optimizers has made a step, those in wrappers such as Accelerate's too.
+
+    `register(optimizer, hook)` has a hook called after a step: `Optimizer.register_step_post_hook` before u of σReparam
+    advances, `after_advance` when it has.
 
     Raises:
         ValueError: one of them takes no hook.
     """
+    inside = [_with_hooks(optimizer) for optimizer in optimizers]
     waiting = set(range(len(optimizers)))
-    handles: list[RemovableHandle] = []
 
     def after(number: int, *_: Any) -> None:
         waiting.discard(number)
@@ -43,19 +48,19 @@ def after_steps(optimizers: list[Any], call: Callable[[], Any]) -> list[Removabl
             waiting.update(range(len(optimizers)))
             call()
 
-    for number, optimizer in enumerate(optimizers):
-        inner = optimizer
-        while "_optimizer_step_post_hooks" not in vars(inner) and hasattr(inner, "optimizer"):
-            inner = inner.optimizer
-        try:
-            handles.append(inner.register_step_post_hook(functools.partial(after, number)))
-        except AttributeError as error:
-            for handle in handles:
-                handle.remove()
+    return [register(inner, functools.partial(after, number)) for number, inner in enumerate(inside)]
+
+
+def _with_hooks(optimizer: Any) -> Any:
+    """The optimizer, or the one in its wrappers, that torch calls hooks of."""
+    inner = optimizer
+    while "_optimizer_step_post_hooks" not in vars(inner):
+        if not hasattr(inner, "optimizer"):
             raise ValueError(
-                f"optimizer = {short(optimizer)}: it takes no hook ({error}); give the one inside it, or call step yourself"
-            ) from None
-    return handles
+                f"optimizer = {short(optimizer)}: it takes no hook; give the one inside it, or call step yourself"
+            )
+        inner = inner.optimizer
+    return inner
 
 
 BESIDE = "beside"  # in a group that was made for new vectors: the number of the group whose learning rate it has

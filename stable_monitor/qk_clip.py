@@ -223,7 +223,7 @@ class QKClip:
                     f"optimizer = {short(optimizers)}: it does not step {name}'s queries and keys themselves; give all "
                     "optimizers in a list, and build them after sigma_reparam and fully_shard"
                 )
-        self._handles = after_steps(optimizers, self.step)
+        self._handles = after_steps(optimizers, self.step, torch.optim.Optimizer.register_step_post_hook)
 
     def _look_for_vain(self, clipped: dict[str, list[float]]) -> None:
         """Warns where a logit above 1.5 times the threshold does not fall by a tenth in VAIN clips in a row."""

@@ -6,7 +6,8 @@ import timm.task
 import torch
 from torch import nn
 
-from stable_monitor import Monitor, QKClip
+from stable_core import SigmaReparamConfig, sigma_layers, sigma_reparam
+from stable_monitor import Monitor, QKClip, Rescue
 from stable_monitor.clock import Clock
 from tests.stable_monitor.models import batch, gpt, train
 
@@ -128,3 +129,30 @@ def test_what_cannot_be_followed_is_refused():
     monitor = Monitor(model, optimizer=optimizer, follow=True)
     with pytest.raises(ValueError, match="the monitor calls step itself"):
         monitor.step()
+
+
+def test_a_rescue_in_the_optimizers_step_is_the_one_after_it(caplog):
+    """u of the other reparametrised layers has advanced by then, so that nothing is taken for a change from outside."""
+
+    def run(follow):
+        model = WithLoss()
+        sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"), lambda _, name: "mlp" in name)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        acts = Rescue(model, optimizer, lambda: model(*batch(9)))
+        monitor, losses = Monitor(model, 1, optimizer=optimizer, on_alarm=acts, follow=follow), []
+        for step in range(5):
+            if step == 2:
+                with torch.no_grad():
+                    model.gpt.h[0].attn.c_attn.weight[:64] *= 60
+            loss = model(*batch(step))["loss"]
+            loss.backward()
+            optimizer.step()
+            if not follow:
+                monitor.step(loss)
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert "gpt.h.0.attn.c_attn" in [name for name, _ in sigma_layers(model)]
+        return losses
+
+    assert run(follow=True) == run(follow=False)
+    assert not [record for record in caplog.records if record.name.startswith("stable_core")]
