@@ -32,6 +32,7 @@ from .calls import Call
 from .compiled import unnoticed, unwrap
 from .interception import UNSEEN, Interception, without_wrappers
 from .optimizers import Optimizers, listed, place_without_decay, short
+from .others import hold_others
 from .resume import average_gradients, gamma_name, note_gammas
 from .row_order import RowOrder
 from .summary import by_head
@@ -73,6 +74,7 @@ def rescue(
     fraction: float = LOW,
     logit: float = 100.0,
     limit: float = LIMIT,
+    others: bool = False,
     scheduler: Any = None,
 ) -> list[Rescued]:
     """Bounds the queries and keys of the layers whose attention entropy has collapsed, in place, and returns what it did.
@@ -93,6 +95,8 @@ def rescue(
         logit: where one has collapsed, those with a larger attention logit than this are taken to be on the way there. The
             default is the threshold of MuonClip's QK-clip.
         limit: the largest spectral norm that W_q and W_k are left with.
+        others: whether all other layers that the optimizer trains get σReparam with gamma = sigma, which keeps what they
+            compute and, to rounding, the model's output; it costs time in every update. recipes/rescue has what it gains.
         scheduler: of the optimizer's learning rates. Where every group of the optimizer has weight decay, gammas need a new
             one, of which it must be told; without it they decay.
 
@@ -126,6 +130,8 @@ def rescue(
         again = bound_and_train(model, optimizers, {name: before[name].module for name in still}, halved)
         bounded |= {name: _both(bounded[name], again[name]) for name in still}
         last, after = after, _look(inner, forward)
+    if others:
+        hold_others(model, optimizers, scheduler)
     for name in picked:
         if after[name].entropy < LOW * after[name].uniform:
             log.warning("%s: its entropy stays low, and not for the size of its queries and keys", name)

@@ -21,7 +21,7 @@ LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^]]*)\]\((?!\w+:|#)(?P<path>[^)#]+)
 
 def pages() -> Iterator[Path]:
     """What becomes a page, from the root: Markdown, and notebooks."""
-    for pattern in ("*.md", "docs/*.md", "docs/notebooks/*.py", "recipes/*/README.md"):
+    for pattern in ("*.md", "docs/*.md", "docs/notebooks/*.py", "recipes/*/README.md", "recipes/*/results/*.md"):
         yield from (path.relative_to(ROOT) for path in sorted(ROOT.glob(pattern)))
 
 

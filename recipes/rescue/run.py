@@ -103,9 +103,9 @@ def apply(remedy: str, training: Training) -> list[str]:
     said = []
     if remedy.startswith("rescue"):
         batch = next(training.batches(training.seed + 1000))
-        fraction = 1.1 if remedy == "rescue_all" else 0.3
-        said = [str(one) for one in rescue(model, optimizer, lambda: training.loss(batch), fraction=fraction)]
-    if remedy in ("sigma", "rescue_sigma"):
+        settings = {"fraction": 1.1 if remedy == "rescue_all" else 0.3, "others": remedy == "rescue_sigma"}
+        said = [str(one) for one in rescue(model, optimizer, lambda: training.loss(batch), **settings)]
+    if remedy == "sigma":
         before = set(model.parameters())
         sigma_reparam(model, SigmaReparamConfig(gamma_init="spectral"), those_left(model))
         new = [p for p in model.parameters() if p not in before]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes.gpt import prepare
-from recipes.rescue import blow_up, run, switch
+from recipes.rescue import blow_up, run, switch, tables
 from tests.warm import PYTHON
 
 RECIPE = Path(run.__file__).parent
@@ -65,15 +65,13 @@ def test_wrong_settings_are_named(data, tmp_path, settings, error):
         run.Settings(**{"kind": "gpt", "data": data, "output": tmp_path, **settings})
 
 
-@pytest.mark.parametrize(
-    "path", sorted({*RECIPE.glob("results/*.jsonl")} - {BLOW_UP, *SWITCHES}), ids=lambda path: path.stem
-)
-def test_the_tables_of_the_readme_are_those_of_the_logs(path):
-    log = [json.loads(line) for line in path.read_text().splitlines()]
-    text = (RECIPE / "README.md").read_text()
-    assert {line["seed"] for line in log} == {1, 2, 3} and path.with_suffix(".png").exists()
-    for row in run.rows(log):
-        assert f"| {' | '.join(row)} |" in text
+def test_the_tables_are_those_of_the_logs():
+    assert tables.tables() == (tables.RESULTS / "tables.md").read_text()
+    assert tables.in_short() in (RECIPE / "README.md").read_text()
+    logs = {path.stem for path in {*RECIPE.glob("results/*.jsonl")} - {BLOW_UP, *SWITCHES}}
+    assert set(tables.names()) == logs and all(
+        {line["seed"] for line in tables.log(name)} == {1, 2, 3} for name in logs
+    )
 
 
 @pytest.mark.parametrize("path", SWITCHES, ids=lambda path: path.stem)
