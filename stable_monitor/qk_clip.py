@@ -22,6 +22,7 @@ from .calls import Call, SoftmaxCall, padding
 from .compiled import TrainingInterception, unwrap
 from .interception import UNSEEN, without_wrappers
 from .optimizers import Optimizers, after_steps, listed, short
+from .row_order import RowOrder
 
 log = logging.getLogger("stable_monitor")
 VAIN = 2  # clips in a row without effect on a logit far above the threshold before a warning
@@ -62,7 +63,7 @@ class QKClip:
     Raises:
         ValueError: a setting that is not allowed; an attention that cannot be clipped, by name (QK-norm, unknown projections);
             an optimizer that does not step a weight that would be clipped. In the first forward pass: an attention whose
-            logits are not q.k of its weights.
+            logits are not q.k of its weights, or that packs them in another order than [q; k; v].
     """
 
     def __init__(
@@ -95,9 +96,7 @@ class QKClip:
         }
         for name, module in self._sites.items():
             check_attention(name, module)
-        self._interception = TrainingInterception(
-            model, self._model, self._see, unmeasured=self._failed, every_call=True
-        )
+        self._interception = _WithRows(model, self._model, self._see, unmeasured=self._failed, every_call=True)
         self._armed = ExitStack()
         self._handles: list[RemovableHandle] = []
         self._warned: set[str] = set()
@@ -122,6 +121,7 @@ class QKClip:
             if not self._seen:
                 self._warn(f"{UNSEEN}. QKClip must be given what the loop calls, in training mode")
             self._look_for_vain(clipped)
+            self._interception.leave_rows()
         self.updates += 1
         self._prepare()
         return clipped
@@ -188,6 +188,8 @@ class QKClip:
         largest = rows.amax((0, 2))
         if name not in self._fit:
             check_heads(name, module, len(largest), call.head_dim)
+            if self._interception.rows is not None and (error := self._interception.rows.error(call)):
+                raise ValueError(f"{name}: {error}")
             added: list[str] = find_added_biases(module, call.site.arguments()) if isinstance(call, SoftmaxCall) else []
             if added:
                 raise ValueError(
@@ -245,3 +247,21 @@ class QKClip:
         if message not in self._warned:
             self._warned.add(message)
             log.warning("%s", message)
+
+
+class _WithRows(TrainingInterception):
+    """Looks at the order of packed rows too, until `leave_rows`."""
+
+    rows: RowOrder | None = None
+    rows_known = False
+
+    def _install(self) -> None:
+        super()._install()
+        if not self.rows_known:
+            self.rows = RowOrder(self._model)
+            self._handles += self.rows.handles
+
+    def leave_rows(self) -> None:
+        if self.rows is not None:
+            self.rows.close()
+        self.rows, self.rows_known = None, True

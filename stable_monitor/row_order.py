@@ -28,14 +28,14 @@ class RowOrder:
 
     def __init__(self, model: nn.Module) -> None:
         self._squares: dict[int, Tensor] = {}  # by the id of a packed layer: the sum of squares of each of its rows
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
         for module in model.modules():
             layer, tensor = find_projections(module).get("qkv", (None, ""))
             if isinstance(layer, nn.Module) and layer is not module and tensor == "weight":
-                self._handles.append(layer.register_forward_hook(self._keep))
+                self.handles.append(layer.register_forward_hook(self._keep))
 
     def close(self) -> None:
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
 
     def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stable_core import sigma_reparam
-from stable_monitor import rescue, verify
+from stable_monitor import QKClip, rescue, verify
 
 HEADS, DIM, TOKENS = 4, 16, 12
 WIDTH = HEADS * DIM
@@ -95,3 +95,32 @@ def test_verify_names_another_order():
         report = verify(model, lambda model=model, x=x: model(x))
         assert report.ok == ok, report
         assert ok or "its packed rows are (heads, q k v, head_dim)" in str(report)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_qk_clip_refuses_another_order_in_the_first_pass(compiled):
+    model, x = nn.Sequential(Attention(by_head("qkv"))), torch.randn(3, TOKENS, WIDTH)
+    called = torch.compile(model, backend="eager") if compiled else model
+    QKClip(called, 1e-3, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(
+        ValueError, match=r"0: its packed rows are \(heads, q k v, head_dim\); say so, module.head_first = True"
+    ):
+        called(x)
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_qk_clip_clips_the_rows_of_queries_and_keys_and_looks_at_their_order_once(head_first):
+    attention = Attention(by_head("qkv") if head_first else by_part("qkv"))
+    attention.head_first = head_first
+    model, x = nn.Sequential(attention), torch.randn(3, TOKENS, WIDTH)
+    clip = QKClip(model, 1e-3)
+    before = [part.clone() for part in attention.cut(attention.qkv.weight.detach().T)]
+    for _ in range(2):
+        model(x)
+        assert list(clip.step()) == ["0"]
+        assert clip._interception.rows is None
+    q, k, v = (
+        (new.norm(dim=(0, 2)) / old.norm(dim=(0, 2)))
+        for new, old in zip(attention.cut(attention.qkv.weight.detach().T), before, strict=True)
+    )
+    assert max(q.max(), k.max()) < 0.5 and torch.equal(v, torch.ones(HEADS))
