@@ -1,8 +1,9 @@
-"""Trains an 18L-18L translation model four ways, side by side, on the CPU: `python -m recipes.number_words.run`.
+"""Trains an 18L-18L translation model five ways, side by side, on the CPU: `python -m recipes.number_words.run`.
 
 English number words to German number words, letter by letter: "forty two" -> "z w e i u n d v i e r z i g". Post-LN at this
-depth never leaves the unigram level; with σReparam, DeepNorm or both it trains. The four runs share data, seed and all but
-the arch and the learning rate; a monitor looks on. An interrupted command goes on where it stopped.
+depth never leaves the unigram level; with σReparam, DeepNorm or both it trains. The runs share data, seed and all but the
+arch, the learning rate and, in the last one, gamma's first value; a monitor looks on. An interrupted command goes on where it
+stopped.
 """
 
 import argparse
@@ -47,6 +48,11 @@ class Run:
     arch: str
     lr: float  # the better of 2e-3 and 5e-3, see README.md
     color: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch}_sigma" if self.flags else self.arch
 
 
 RUNS = (
@@ -54,6 +60,7 @@ RUNS = (
     Run("post-LN + σReparam", "sigma_postln_transformer_18l", 5e-3, "tab:green"),
     Run("DeepNorm", "deepnorm_transformer_18l", 5e-3, "tab:orange"),
     Run("DeepNorm + σReparam", "sigma_transformer_18l", 5e-3, "tab:blue"),
+    Run("DeepNorm + σReparam, gamma = sigma", "deepnorm_transformer_18l", 5e-3, "tab:purple", ("--reparam", "sigma")),
 )
 
 
@@ -99,13 +106,13 @@ def losses(log: Path) -> dict[int, float]:
 
 
 def train(run: Run, data: Path, out: Path, steps: int, seed: int, progressed: Progressed) -> dict[int, float]:
-    folder = out / f"{run.arch}-{seed}"
+    folder = out / f"{run.name}-{seed}"
     log = folder / "train.log"
     if max(losses(log), default=0) > steps:
         raise RuntimeError(f"{folder} holds a longer run: give another --out for one of {steps} updates")
     folder.mkdir(parents=True, exist_ok=True)
     process = fairseq(  # which goes on from its last checkpoint, and finds at once that a finished run is finished
-        "train", data, "--user-dir", ROOT / "plugins/fairseq_sigma", "--arch", run.arch, "--seed", seed, "--cpu",
+        "train", data, "--user-dir", ROOT / "plugins/fairseq_sigma", "--arch", run.arch, *run.flags, "--seed", seed, "--cpu",
         *NARROW, "--lr", run.lr, "--warmup-updates", 60, "--batch-size", 48,
         "--max-update", steps, "--num-workers", 0, "--disable-validation",
         "--monitor-every", MONITOR_EVERY,
@@ -133,7 +140,7 @@ class Translations:
 
 
 def translate(run: Run, data: Path, out: Path, seed: int) -> Translations:
-    checkpoint = out / f"{run.arch}-{seed}" / "checkpoint_last.pt"
+    checkpoint = out / f"{run.name}-{seed}" / "checkpoint_last.pt"
     output = finish(
         fairseq("generate", data, "--user-dir", ROOT / "plugins/fairseq_sigma", "--path", checkpoint, "--cpu",
                 "--gen-subset", "test", "--beam", 5, "--batch-size", 50, "--max-len-b", 90, "--no-progress-bar"),
@@ -227,7 +234,7 @@ def main() -> int:
     picture = args.out / "number_words.png"
     plot(results, picture)
     page = args.out / "report.html"
-    report([args.out / f"{run.arch}-{args.seeds[0]}" for run in RUNS], page)
+    report([args.out / f"{run.name}-{args.seeds[0]}" for run in RUNS], page)
     console.print(
         f"\nThe curves: {picture}\nAttention entropy, spectral norms and gradients of every layer, seed {args.seeds[0]}: {page}"
         "\nNext: recipes/wmt17_en_de/README.md trains on sentences, README.md on your own model."

@@ -106,7 +106,8 @@ def test_which_comes_first_is_that_of_the_logs(tmp_path, capsys):
 
 
 def test_the_alarm_rang_where_entropy_was_gone():
-    """By the alarm of those logs, at a tenth of what it had been: of the share of log(keys) in the layer and at the update where it is least."""
+    """By the alarm of those logs, a tenth of what it had been: of the part of log(keys) in the layer and at the update where
+    it is least."""
     for path in (EVIDENCE / "results").glob("*.jsonl"):
         unit = 1 if path.stem in EXPERIMENTS else math.log(17)  # the grid's logs have nats
         for line in map(json.loads, path.read_text().splitlines()):

@@ -41,7 +41,7 @@ def test_a_log_is_read_in_nats(tmp_path):
 
 
 def test_the_command_trains_translates_and_draws(tmp_path, monkeypatch, capsys):
-    runs = (RUNS[0], RUNS[-1])  # each of the four differs by its arch and rate alone
+    runs = (RUNS[0], RUNS[-1])  # each differs by its arch and rate alone, and the last one by gamma's start
     monkeypatch.setattr(recipe, "RUNS", runs)
     monkeypatch.setattr(recipe, "SIZES", {"train": 5 * 48, "valid": 10, "test": 12})
     monkeypatch.setattr(sys, "argv", ["number_words", "--steps", "5", "--out", str(tmp_path)])
@@ -50,12 +50,12 @@ def test_the_command_trains_translates_and_draws(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     for run in runs:
         assert run.label in shown
-        assert max(losses(tmp_path / f"{run.arch}-1" / "train.log")) == 5
+        assert max(losses(tmp_path / f"{run.name}-1" / "train.log")) == 5
     assert shown.count("->") == 10
     assert (tmp_path / "number_words.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     for run in runs:
-        assert f"{run.arch}-1/entropy/decoder.layers.17.encoder_attn" in page
+        assert f"{run.name}-1/entropy/decoder.layers.17.encoder_attn" in page
 
 
 def test_wrong_steps_are_told(monkeypatch, capsys):
