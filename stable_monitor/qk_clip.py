@@ -5,6 +5,7 @@ The scaling is in stable_core/qk_clip.py; this file finds the logits.
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from numbers import Real
 from typing import Any
@@ -97,6 +98,7 @@ class QKClip:
         for name, module in self._sites.items():
             check_attention(name, module)
         self._interception = _WithRows(model, self._model, self._see, unmeasured=self._failed, every_call=True)
+        self._interception.unknown = self._unknown
         self._armed = ExitStack()
         self._handles: list[RemovableHandle] = []
         self._warned: set[str] = set()
@@ -121,7 +123,6 @@ class QKClip:
             if not self._seen:
                 self._warn(f"{UNSEEN}. QKClip must be given what the loop calls, in training mode")
             self._look_for_vain(clipped)
-            self._interception.leave_rows()
         self.updates += 1
         self._prepare()
         return clipped
@@ -188,8 +189,9 @@ class QKClip:
         largest = rows.amax((0, 2))
         if name not in self._fit:
             check_heads(name, module, len(largest), call.head_dim)
-            if self._interception.rows is not None and (error := self._interception.rows.error(call)):
+            if error := self._interception.rows.error(call):
                 raise ValueError(f"{name}: {error}")
+            self._interception.rows.leave(module)
             added: list[str] = find_added_biases(module, call.site.arguments()) if isinstance(call, SoftmaxCall) else []
             if added:
                 raise ValueError(
@@ -227,6 +229,10 @@ class QKClip:
                 )
         self._handles = after_steps(optimizers, self.step, torch.optim.Optimizer.register_step_post_hook)
 
+    def _unknown(self) -> list[nn.Module]:
+        """Those whose logits are not known to be q.k of their weights: no pass has used them yet."""
+        return [module for name, module in self._sites.items() if name not in self._fit and weights_to_clip(module)]
+
     def _look_for_vain(self, clipped: dict[str, list[float]]) -> None:
         """Warns where a logit above 1.5 times the threshold does not fall by a tenth in VAIN clips in a row."""
         now = {name: max(s for s in S if s < math.inf) for name, S in clipped.items()}
@@ -250,18 +256,15 @@ class QKClip:
 
 
 class _WithRows(TrainingInterception):
-    """Looks at the order of packed rows too, until `leave_rows`."""
+    """Looks at the order of packed rows too, in the attentions that are not known yet."""
 
-    rows: RowOrder | None = None
-    rows_known = False
+    unknown: Callable[[], list[nn.Module]]
+    rows = RowOrder(())  # until hooks are installed
 
     def _install(self) -> None:
         super()._install()
-        if not self.rows_known:
-            self.rows = RowOrder(self._model)
-            self._handles += self.rows.handles
+        self.rows = RowOrder(self.unknown())
 
-    def leave_rows(self) -> None:
-        if self.rows is not None:
-            self.rows.close()
-        self.rows, self.rows_known = None, True
+    def stop(self) -> None:
+        super().stop()
+        self.rows.close()

@@ -32,7 +32,7 @@ from .calls import Call
 from .compiled import unnoticed, unwrap
 from .interception import UNSEEN, Interception, without_wrappers
 from .optimizers import Optimizers, listed, place_without_decay, short
-from .others import hold_others
+from .others import reparametrise_others
 from .resume import average_gradients, gamma_name, note_gammas
 from .row_order import RowOrder
 from .summary import by_head
@@ -131,7 +131,7 @@ def rescue(
         bounded |= {name: _both(bounded[name], again[name]) for name in still}
         last, after = after, _look(inner, forward)
     if others:
-        hold_others(model, optimizers, scheduler)
+        reparametrise_others(model, optimizers, scheduler)
     for name in picked:
         if after[name].entropy < LOW * after[name].uniform:
             log.warning("%s: its entropy stays low, and not for the size of its queries and keys", name)
@@ -249,7 +249,7 @@ class _Seen:
 def _look(model: nn.Module, forward: Callable[[], Any]) -> dict[str, _Seen]:
     """Every attention of one forward pass, by name."""
     found: dict[str, _Seen] = {}
-    rows = RowOrder(model)
+    rows = RowOrder(model.modules())
 
     def see(call: Call) -> Call:
         if call.site.name not in found:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,15 +19,13 @@ from torch import nn
 from stable_core.bounding import LIMIT
 from stable_core.checkpoint_file import read_checkpoint
 from stable_core.extras import extra
-from stable_core.sigma_layers import sigma_layers
-from stable_core.sigma_reparam import SigmaReparamConfig, sigma_reparam
 from stable_core.targets import those_left
 from stable_core.unfolding import reparametrised_in
 
-from .optimizers import place_without_decay
+from .others import reparametrise
 from .records import load
 from .rescue import bound_and_train
-from .resume import gamma_name, note_gammas, reparametrise_named
+from .resume import reparametrise_named
 from .saved_optimizer import optimizer_holding, usual_groupings
 
 PROG = "python -m stable_monitor.rescue_checkpoint"
@@ -69,15 +66,8 @@ def rescue_checkpoint(opened: Opened, layers: Iterable[str], limit: float = LIMI
 
 def reparametrise_checkpoint(opened: Opened) -> list[str]:
     """Gives every plain layer σReparam with gamma = sigma, which keeps function and moments; returns their names."""
-    known = set(opened.model.parameters())
-    sigma_reparam(opened.model, SigmaReparamConfig(gamma_init="spectral"), those_left(opened.model))
-    gammas: dict[str, Any] = {
-        name: sigma.gamma for name, sigma in sigma_layers(opened.model) if sigma.gamma not in known
-    }
-    if opened.optimizer is not None:
-        place_without_decay([opened.optimizer], list(known), None)({gamma_name(name): g for name, g in gammas.items()})
-        note_gammas([opened.optimizer], gammas)
-    return list(gammas)
+    optimizers = [] if opened.optimizer is None else [opened.optimizer]
+    return reparametrise(opened.model, optimizers, those_left(opened.model))
 
 
 def collapsed_layers(run: Path, fraction: float = 0.3) -> list[str]:

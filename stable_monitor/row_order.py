@@ -5,6 +5,7 @@ A forward pass tells them apart, as it has both the rows and the queries that at
 same, also after a rotation of positions, and in proportion after a scale.
 """
 
+from collections.abc import Iterable
 from itertools import permutations
 from typing import Any
 
@@ -21,21 +22,27 @@ ALIKE, EQUAL = 1e-2, 1e-3
 
 
 class RowOrder:
-    """Watches the packed projections of a model, from `__init__` to `close`.
+    """Watches the packed projections of attentions, until `close`, or `leave` of one.
 
     Only attentions of as many key heads as query heads are looked at, whose rows are thirds of q, k and v.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._squares: dict[int, Tensor] = {}  # by the id of a packed layer: the sum of squares of each of its rows
-        self.handles: list[RemovableHandle] = []
-        for module in model.modules():
-            layer, tensor = find_projections(module).get("qkv", (None, ""))
-            if isinstance(layer, nn.Module) and layer is not module and tensor == "weight":
-                self.handles.append(layer.register_forward_hook(self._keep))
+    def __init__(self, attentions: Iterable[nn.Module]) -> None:
+        # By the id of a packed layer: the sum of squares of each of its rows.
+        self._squares: dict[int, Tensor] = {}
+        self._handles: dict[int, RemovableHandle] = {}
+        for attention in attentions:
+            layer, tensor = find_projections(attention).get("qkv", (None, ""))
+            if isinstance(layer, nn.Module) and layer is not attention and tensor == "weight":
+                self._handles[id(layer)] = layer.register_forward_hook(self._keep)
 
     def close(self) -> None:
-        for handle in self.handles:
+        for handle in self._handles.values():
+            handle.remove()
+
+    def leave(self, attention: nn.Module) -> None:
+        layer, _ = find_projections(attention).get("qkv", (None, ""))
+        if handle := self._handles.pop(id(layer), None):
             handle.remove()
 
     def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:

@@ -58,7 +58,7 @@ class Trial:
         self._uniform = uniform
         found: list[Any] = []
         interception = Interception(model, self._see, finished=found.append, alone=True)
-        self._rows = RowOrder(model)
+        self._rows = RowOrder(model.modules())
         with ExitStack() as stack:
             stack.callback(self._rows.close)
             handles = [

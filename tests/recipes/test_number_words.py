@@ -1,12 +1,15 @@
 """recipes/number_words: its data against numbers known by heart, and the whole command with a few updates and sentences."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from recipes.number_words import run as recipe
 from recipes.number_words.run import RUNS, SIZES, losses, prepare
 from tests.warm import PYTHON
+
+RECIPE = Path(recipe.__file__).parent
 
 
 def test_the_parallel_text_is_number_words(tmp_path, monkeypatch):
@@ -63,3 +66,10 @@ def test_wrong_steps_are_told(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         recipe.main()
     assert ended.value.code == 2 and "--steps 0: allowed are whole numbers from 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_losses_of_the_readme_are_those_of_the_logs(run):
+    logs = [losses(RECIPE / "results" / f"{run.name}-{seed}.log") for seed in (1, 2, 3)]
+    row = f"{run.label} | {run.lr * 1e3:g}e-3 | {' / '.join(f'{curve[240]:.2f}' for curve in logs)} |"
+    assert row in (RECIPE / "README.md").read_text()

@@ -6,6 +6,7 @@ import torch
 
 from stable_core import sigma_layers
 from stable_monitor import Alarm, Rescue, rescue
+from stable_monitor.rescue_checkpoint import Opened, reparametrise_checkpoint
 
 from .models import batch, gpt, train
 from .test_rescue import collapsed, forward_of
@@ -37,6 +38,15 @@ def test_each_gamma_has_the_rate_of_its_weight_and_no_decay():
     rescue(model, optimizer, forward_of(model), layers=["h.1.attn"], others=True)
     rates = {name: 1e-3 if name[2] == "0" else 1e-2 if name[2] == "1" else 1e-4 for name, _ in sigma_layers(model)}
     assert lrs_of_gammas(model, optimizer) == {name: (lr, 0.0) for name, lr in rates.items()}
+
+
+def test_so_it_has_in_a_checkpoint():
+    model = gpt()
+    optimizer = adamw(model, 1e-3, 1e-2)
+    names = reparametrise_checkpoint(Opened(model, optimizer, lambda path: None))
+    found = lrs_of_gammas(model, optimizer)
+    assert sorted(found) == sorted(names) and len(names) == OTHERS + 1
+    assert found["h.0.mlp.0"] == (1e-3, 0.0) and found["h.1.mlp.0"] == (1e-2, 0.0) and found["lm_head"] == (1e-4, 0.0)
 
 
 def test_frozen_layers_stay_plain_and_beside_muon_gammas_are_adamws():

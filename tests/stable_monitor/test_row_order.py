@@ -108,6 +108,25 @@ def test_qk_clip_refuses_another_order_in_the_first_pass(compiled):
         called(x)
 
 
+def test_qk_clip_refuses_a_layer_that_a_later_pass_is_the_first_to_use():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.both = Attention(by_part("qkv")), Attention(by_head("qkv")), False
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x) if self.both else x
+
+    model, x = Sometimes(), torch.randn(3, TOKENS, WIDTH)
+    clip = QKClip(model, 1e-3)
+    model(x)
+    assert list(clip.step()) == ["first"]
+    model.both = True
+    with pytest.raises(ValueError, match=r"second: its packed rows are \(heads, q k v, head_dim\)"):
+        model(x)
+
+
 @pytest.mark.parametrize("head_first", [False, True])
 def test_qk_clip_clips_the_rows_of_queries_and_keys_and_looks_at_their_order_once(head_first):
     attention = Attention(by_head("qkv") if head_first else by_part("qkv"))
@@ -118,7 +137,7 @@ def test_qk_clip_clips_the_rows_of_queries_and_keys_and_looks_at_their_order_onc
     for _ in range(2):
         model(x)
         assert list(clip.step()) == ["0"]
-        assert clip._interception.rows is None
+        assert not clip._interception.rows._squares  # nothing is looked at twice
     q, k, v = (
         (new.norm(dim=(0, 2)) / old.norm(dim=(0, 2)))
         for new, old in zip(attention.cut(attention.qkv.weight.detach().T), before, strict=True)
