@@ -5,15 +5,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from stable_monitor.ending import as_by_ctrl_c
+from stable_monitor.ending import Children
 
-_running: list[subprocess.Popen] = []
+_children = Children()
 
 
 def python(*arguments: object, **environment: str) -> tuple[int, str]:
@@ -23,14 +23,13 @@ def python(*arguments: object, **environment: str) -> tuple[int, str]:
 
 def call(*command: object, **environment: str) -> tuple[int, str]:
     """Runs any command likewise."""
-    process = subprocess.Popen(
+    process = _children.start(
         [str(part) for part in command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    _running.append(process)
     output, _ = process.communicate()
     return process.returncode, output
 
@@ -45,24 +44,14 @@ def run_all(
     """The log of `jobs`, a line each: what the job returns, with its name. Runs those that the file at `path` does not hold."""
     log = {line["name"]: line for line in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        Progress(*columns, TimeRemainingColumn(), console=console) as bar,
-        ThreadPoolExecutor(workers) as pool,
-        as_by_ctrl_c(),
-    ):
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar, _children.workers(workers) as pool:
         task = bar.add_task("runs", total=len(jobs), completed=sum(name in log for name in jobs))
         futures = {pool.submit(job): name for name, job in jobs.items() if name not in log}
-        try:
-            for future in as_completed(futures):
-                line = {"name": futures[future], **future.result()}
-                log[line["name"]] = line
-                with path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                console.print(describe(line), highlight=False)
-                bar.advance(task)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in _running:
-                process.terminate()
-            raise
+        for future in as_completed(futures):
+            line = {"name": futures[future], **future.result()}
+            log[line["name"]] = line
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            console.print(describe(line), highlight=False)
+            bar.advance(task)
     return [log[name] for name in jobs]

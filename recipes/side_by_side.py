@@ -4,17 +4,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from stable_monitor.ending import as_by_ctrl_c
+from stable_monitor.ending import Children
 
 Key = TypeVar("Key", bound=Hashable)
 Progressed = Callable[[int, str], None]  # how many updates are done, and a note
-running: list[subprocess.Popen] = []
+children = Children()
 
 
 class Job(NamedTuple):
@@ -28,16 +27,14 @@ class Job(NamedTuple):
 def start(*arguments: Any, **settings: Any) -> subprocess.Popen:
     """Python with these arguments, on one thread: two threads of two runs on two cores would wait for each other."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], env=env, text=True, **settings)
-    running.append(process)
-    return process
+    return children.start([sys.executable, *map(str, arguments)], env=env, text=True, **settings)
 
 
 def side_by_side(jobs: dict[Key, Job], console: Console) -> dict[Key, Any]:
     """What each job's `run` returns. An error of one, or Ctrl-C, ends all."""
     columns = ("{task.description:31}", BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), "{task.fields[note]}")
     workers = max(1, min(len(jobs), os.cpu_count() or 1))
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool, as_by_ctrl_c():
+    with Progress(*columns, console=console) as progress, children.workers(workers) as pool:
 
         def run(job: Job, task: Any) -> Any:
             progress.start_task(task)
@@ -47,10 +44,4 @@ def side_by_side(jobs: dict[Key, Job], console: Console) -> dict[Key, Any]:
         for key, job in jobs.items():
             task = progress.add_task(job.label, total=job.updates, start=False, note="")
             waiting[key] = pool.submit(run, job, task)
-        try:
-            return {key: future.result() for key, future in waiting.items()}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.terminate()
-            raise
+        return {key: future.result() for key, future in waiting.items()}

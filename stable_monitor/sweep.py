@@ -16,21 +16,19 @@ import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Generator
+from concurrent.futures import as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from stable_core.extras import extra
 
-from .ending import Claim, as_by_ctrl_c
+from .ending import Children, Claim, as_by_ctrl_c
 from .records import FILE_NAME, load
 
 with extra("monitor"):
@@ -168,65 +166,38 @@ def claim(sweep: Sweep) -> None:
     path.write_text(json.dumps({**before, "variants": {**before["variants"], **sweep.variants}}, indent=1) + "\n")
 
 
-class Pool:
-    """Runs commands, a few at a time; `stop` ends those that run."""
+def train(runs: list[Run], jobs: int) -> Generator[Run, None, None]:
+    """Runs commands, `jobs` at a time; yields each run when it has ended."""
+    children = Children()
+    with children.workers(jobs) as pool:
+        futures = {pool.submit(_train, run, children, jobs > 1): run for run in runs}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
 
-    def __init__(self, jobs: int) -> None:
-        self.jobs, self._running, self._lock, self._stopped = (
-            jobs,
-            set[subprocess.Popen[Any]](),
-            threading.Lock(),
-            False,
+
+def _train(run: Run, children: Children, one_thread: bool) -> None:
+    folder = run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with Claim(folder) as claim, (folder / "output.txt").open("w") as output:
+        for path in (folder / FILE_NAME, folder / "status"):  # of a run that was interrupted
+            path.unlink(missing_ok=True)
+        threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
+        process = children.start(
+            run.command(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**threads, **os.environ},
+            pass_fds=[claim.descriptor],
         )
-
-    def run(self, runs: list[Run]) -> Iterator[Run]:
-        """Yields each run when it has ended."""
-        with ThreadPoolExecutor(self.jobs) as pool:
-            futures = {pool.submit(self._train, run): run for run in runs}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    yield futures[future]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.stop()
-                raise
-
-    def _train(self, run: Run) -> None:
-        folder = run.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        with Claim(folder) as claim, (folder / "output.txt").open("w") as output:
-            for path in (folder / FILE_NAME, folder / "status"):  # of a run that was interrupted
-                path.unlink(missing_ok=True)
-            threads = {"OMP_NUM_THREADS": "1"} if self.jobs > 1 else {}
-            with self._lock:
-                if self._stopped:
-                    return
-                process = subprocess.Popen(
-                    run.command(),
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**threads, **os.environ},
-                    start_new_session=True,  # Ctrl-C is for the sweep, which ends its runs
-                    pass_fds=[claim.descriptor],
-                )
-                claim.give_to(process.pid)
-                self._running.add(process)
-            status = process.wait()
-            with self._lock:
-                self._running.discard(process)
-                if not self._stopped:
-                    (folder / "status").write_text(f"{status}\n")
-
-    def stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                os.killpg(process.pid, signal.SIGTERM)
+        claim.give_to(process.pid)
+        status = process.wait()
+        if not children.ended:
+            (folder / "status").write_text(f"{status}\n")
 
 
 def print_commands(runs: list[Run]) -> None:
-    """A line of shell for each run, for a scheduler: it leaves what `Pool` leaves."""
+    """A line of shell for each run, for a scheduler: it leaves what `train` leaves."""
     for run in runs:
         folder = shlex.quote(str(run.folder))
         print(f"mkdir -p {folder}; {shlex.join(run.command())} > {folder}/output.txt 2>&1; echo $? > {folder}/status")
@@ -337,7 +308,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
             return 0
         if not args.collect:
             with as_by_ctrl_c():
-                train(missing, len(sweep.runs()), Pool(args.jobs), console)
+                show(train(missing, args.jobs), len(missing), len(sweep.runs()), console)
         collect(sweep, console)
     except KeyboardInterrupt:
         print("\nsweep: stopped; the same command goes on with the runs that are missing", file=sys.stderr)
@@ -348,12 +319,12 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     return 0
 
 
-def train(missing: list[Run], total: int, pool: Pool, console: Console) -> None:
+def show(runs: Generator[Run, None, None], missing: int, total: int, console: Console) -> None:
     """Raises ValueError at the first run that ends without a loss: the command is wrong, and the others would be, too."""
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("runs", total=total, completed=total - len(missing))
-        for run in pool.run(missing):
+    with closing(runs), Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("runs", total=total, completed=total - missing)
+        for run in runs:
             try:
                 outcome = run.outcome()
             except ValueError:

@@ -1,6 +1,7 @@
 """Trainings side by side: what each returns, and that an error of one ends the others."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,24 +23,36 @@ def test_each_returns_its_own_and_shows_how_far_it_is(capsys):
     assert all(text in shown for text in ("run 3", "3/5", "loss 3", "run 4", "4/5", "loss 4"))
 
 
-def test_sigterm_ends_what_was_started(tmp_path):
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("while_submitting", [False, True])
+def test_a_signal_ends_what_was_started_and_starts_nothing_more(tmp_path, sent, while_submitting):
     script = f"""
+import os, signal, time
+from concurrent.futures import ThreadPoolExecutor
 from rich.console import Console
 from recipes.side_by_side import Job, side_by_side, start
 def run(progressed):
-    process = start("-c", "import time; time.sleep(300)")
-    open({str(tmp_path / "pid")!r}, "w").write(str(process.pid) + "\\n")
-    return process.wait()
+    for _ in range(2):
+        process = start("-c", "import time; time.sleep(300)")
+        print(process.pid, flush=True)
+        process.wait()
+submit = ThreadPoolExecutor.submit
+def slowly(*arguments):
+    future = submit(*arguments)
+    time.sleep(300 * {while_submitting})
+    return future
+ThreadPoolExecutor.submit = slowly
 side_by_side({{1: Job("run", 1, run)}}, Console(quiet=True))
 """
-    parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("\n"):
-        assert parent.poll() is None
-        time.sleep(0.05)
-    parent.terminate()
-    assert parent.wait(timeout=60) != 0
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    child = int(parent.stdout.readline())
+    parent.send_signal(getattr(signal, sent))
+    more, _ = parent.communicate(timeout=60)
+    assert parent.returncode != 0 and more == ""
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(child, 0)
 
 
 def test_an_error_of_one_ends_the_others(monkeypatch):
