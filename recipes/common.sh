@@ -39,6 +39,11 @@ whole() {
 }
 one_of SMALL 0 1
 
+# nothing_else ARGUMENT...: ends where there is one, which nobody would read.
+nothing_else() {
+    [ $# -eq 0 ] || die "$*: no options are allowed here"
+}
+
 # needs COMMAND EXTRAS: ends where COMMAND is not installed.
 needs() {
     command -v "$1" >/dev/null || die "$1 is not on the path: run 'make venv', or pip install '.[$2]'"

@@ -3,6 +3,7 @@
 # RUN is the folder that train.sh names; CHECKPOINT is another checkpoint of it. SMALL=1: of the last one, which has seen the
 # training utterances longest, on these too. DRY_RUN=1 shows the command.
 source "$(dirname "$0")/common.sh"
+nothing_else "${@:2}"
 [ $# -ge 1 ] || die "give the RUN folder that train.sh named"
 BEST=best && [ "$SMALL" = 1 ] && BEST=last
 OUT=$1 CHECKPOINT=${CHECKPOINT:-$1/checkpoint_$BEST.pt}

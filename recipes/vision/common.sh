@@ -21,6 +21,7 @@ SMALL_OPTIONS=() USER_OPTIONS=()
 train() {
     local name=$1 batch=$2 launch=(python)
     shift 2
+    whole SEED
     if [ "$SMALL" = 1 ]; then
         # Width 64 and 8 blocks on CIFAR-10: a minute an epoch on one core.
         small_images

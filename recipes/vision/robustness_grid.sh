@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# robustness_grid.sh MODEL [SEED]: eight ViT-B/16 on ImageNet-1k from DeiT's recipe, base learning rate {5e-4, 1e-3} x batch
+# robustness_grid.sh MODEL [SEED] [OPTION...]: eight ViT-B/16 on ImageNet-1k from DeiT's recipe, base learning rate {5e-4, 1e-3} x batch
 # {1024, 2048} x warm-up {0, 5} epochs [σ, Section 4.1].
 #
 # It ends with a table: a run diverges where its loss becomes NaN, which ends it, or its accuracy is lost. The alarms of the monitor
@@ -12,7 +12,7 @@ if [ "$SMALL" = 1 ]; then
     show_or_run python -m recipes.vision.grid --output "$RUNS/grid" --data "$DATA" --data-dir "$DATA_DIR" "$@"
     exit
 fi
-MODEL=${1:-} SEED=${2:-1}
+MODEL=${1:-} SEED=${2:-1} USER_OPTIONS=("${@:3}")
 row <<'TABLE' # top-1, in %
 MODEL  | ARCH                       | CONVERGE         | TOP1
 vit    | vit_base_patch16_224       | 1 of 8           | -

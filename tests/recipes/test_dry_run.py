@@ -25,12 +25,40 @@ ARGUMENTS = {
     "wmt17_en_de/evaluate.sh": ["sigma_transformer_6l"],
     "wmt17_en_de/train.sh": ["sigma_transformer_6l"],
 }
+SECOND = {  # the seed, or what else stands before options
+    "gpt/table2.sh": ["stable"],
+    "hf_clm/stablegpt.sh": ["stable", "1"],
+    "simclr/run.sh": ["1"],
+    "vision/ablations.sh": ["1"],
+    "vision/cifar100.sh": ["1"],
+    "vision/imagenet1k.sh": ["1"],
+    "vision/imagenet21k.sh": ["1"],
+    "vision/robustness_grid.sh": ["1"],
+    "vision/stablevit.sh": ["stable", "1"],
+    "wikitext103/evaluate.sh": ["1"],
+    "wikitext103/train.sh": ["1"],
+    "wmt17_en_de/evaluate.sh": ["1"],
+    "wmt17_en_de/train.sh": ["1"],
+}
 SCRIPTS = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.glob("*/*.sh") if path.name != "common.sh")
 
 
 @pytest.mark.parametrize("small", ["0", "1"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, script, small):
+    done = dry_run(tmp_path, small, script, *ARGUMENTS.get(script, []))
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+    assert not any((tmp_path / "cwd").iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_option_is_passed_on_or_refused(tmp_path, script):
+    done = dry_run(tmp_path, "0", script, *ARGUMENTS.get(script, []), *SECOND.get(script, []), "--surplus", "7")
+    evaluated = script.startswith(("wmt", "wiki")) and "--surplus_7" in done.stdout  # the folder of the run with it
+    assert "--surplus 7" in done.stdout or evaluated or (done.returncode and "surplus" in done.stderr)
+
+
+def dry_run(tmp_path: Path, small: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho 0\n")  # quicker than torch at counting GPUs
     (tmp_path / "bin" / "python").chmod(0o755)
@@ -38,10 +66,8 @@ def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, script, small):
     environment = {name: x for name, x in os.environ.items() if name not in ("DATA_DIR", "NANOGPT_DIR", "HEADS")}
     environment |= {"DRY_RUN": "1", "SMALL": small, "RUNS": "runs", "STABLE_DATA": "nowhere", "STABLE_VENV": "none"}
     environment["PATH"] = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", str(RECIPES / script), *ARGUMENTS.get(script, [])]
-    done = subprocess.run(command, cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout
-    assert not any((tmp_path / "cwd").iterdir())
+    command = ["bash", str(RECIPES / script), *arguments]
+    return subprocess.run(command, cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
