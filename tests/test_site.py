@@ -48,6 +48,14 @@ def test_the_reference_has_every_public_name(site, package):
             assert f'.{name}" class="doc doc-heading"' in page, name
 
 
+def test_each_method_has_a_page_with_its_equation_and_code(site, staging):
+    for name, method in staging.method_pages.METHODS.items():
+        page = (site / "methods" / f"{name}.html").read_text()
+        assert (method.public or "").rpartition(".")[2] in page
+        assert all(f">{one}<" in page for one in method.reference)
+    assert "1.618" in (site / "methods/stable_attention.html").read_text()
+
+
 def test_a_link_to_a_notebook_is_to_its_page(site):
     assert 'href="notebooks/rescue_gpt.html"' in (site / "docs/index.html").read_text()
 

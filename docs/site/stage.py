@@ -7,10 +7,14 @@ words stay without a link.
 import ast
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import method_pages  # noqa: E402  beside this file
+
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build"
 STAGED = BUILD / "docs"
@@ -90,6 +94,9 @@ def main() -> None:
     (STAGED / "docs" / "site").mkdir()
     shutil.copy(HERE / "style.css", STAGED / "docs" / "site")
     shutil.copy(HERE / "mkdocs.yml", BUILD)
+    (STAGED / "methods").mkdir()
+    for name, method in method_pages.METHODS.items():
+        (STAGED / "methods" / f"{name}.md").write_text(method_pages.page(method), encoding="utf-8")
     (STAGED / "api").mkdir()
     for package in PACKAGES:
         (STAGED / "api" / f"{Path(package).name}.md").write_text(api(ROOT / package), encoding="utf-8")
