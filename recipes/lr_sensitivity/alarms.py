@@ -12,6 +12,7 @@ An alarm rings where a layer's entropy is below `fraction` of the highest that i
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import matplotlib
 import tyro
 
 from recipes.command import command
+from stable_monitor import AlarmConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -101,13 +103,29 @@ def tell(runs: list[Labelled], fraction: float, logit: float) -> tuple[int, int,
     return heard, in_time, false
 
 
+def read(log: Path) -> list[Labelled]:
+    series: dict[tuple, list[Line]] = defaultdict(list)
+    for line in map(json.loads, log.read_text().splitlines()):
+        series[line["variant"], line["seed"]].append(line)
+    return [run for lines in series.values() for run in label(lines)]
+
+
+def by_log(logs: Iterable[Path]) -> str:
+    """Markdown: what the alarm as it is by default hears in each log, and in all."""
+    alarm, runs_of = AlarmConfig(), {log.stem: read(log) for log in logs}
+    runs_of["all"] = [run for runs in runs_of.values() for run in runs]
+    lines = ["| | lost runs | heard | in time | sound runs | false alarms |\n|---|---|---|---|---|---|\n"]
+    for name, runs in runs_of.items():
+        heard, in_time, false = tell(runs, alarm.fraction, alarm.logit)
+        lost = sum(run.lost is not None for run in runs)
+        lines.append(f"| {name} | {lost} | {heard} | {in_time} | {len(runs) - lost} | {false} |\n")
+    return "".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="python -m recipes.lr_sensitivity.alarms", description=__doc__)
-    series: dict[tuple, list[Line]] = defaultdict(list)
-    for log in settings.logs:
-        for line in map(json.loads, log.read_text().splitlines()):
-            series[log.stem, line["variant"], line["seed"]].append(line)
-    runs = [run for lines in series.values() for run in label(lines)]
+    print(by_log(settings.logs))
+    runs = [run for log in settings.logs for run in read(log)]
     lost = sum(run.lost is not None for run in runs)
     sound = len(runs) - lost
     print(

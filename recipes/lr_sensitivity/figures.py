@@ -1,26 +1,42 @@
-"""The comparison's table and picture from its committed logs, and which variants differ by more than seeds do.
+"""The comparison's tables and pictures from its logs, and which variants differ by more than seeds do.
 
     python -m recipes.lr_sensitivity.figures recipes/lr_sensitivity/results/gpt.jsonl
 
-writes gpt.png beside the log.
+writes gpt.png beside the log. Without arguments it does so for all of results/, and writes results/tables.md.
 """
 
 import json
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import tyro
 
 from recipes.command import command
 from stable_monitor.outcomes import Row, plot, summarise, table
 
+from .alarms import by_log
 from .logs import outcomes
+
+RESULTS = Path(__file__).parent / "results"
+TITLES = {
+    "gpt": "GPT of characters, 0.8 million parameters",
+    "vit": "ViT of digits",
+    "translation": "Translation of number words",
+    "gpt-muon": "GPT, Muon",
+    "gpt-25m": "GPT, 25 million parameters",
+    "gpt-85m": "GPT, 85 million parameters",
+    "gpt-85m-low": "GPT, 85 million parameters, lower rates",
+    "gpt-parts": "GPT, the parts alone",
+    "translation-residual": "Translation, post-LN and DeepNorm",
+}
+IN_SHORT = ("gpt", "vit", "translation")
 
 
 @dataclass(frozen=True)
 class Settings:
-    logs: tyro.conf.Positional[tuple[Path, ...]]
+    logs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """files of recipes.lr_sensitivity.logs"""
 
 
@@ -38,16 +54,55 @@ def apart(rows: list[Row]) -> list[tuple[str, str]]:
     return found
 
 
+def rows_of(log: Path) -> list[Row]:
+    return summarise(outcomes([json.loads(line) for line in log.read_text().splitlines()]))
+
+
+def described(rows: list[Row]) -> str:
+    """Markdown: the table, and what is apart."""
+    lines = [table(rows)]
+    for row in rows:
+        below = ", ".join(f"`{high}`" for low, high in apart(rows) if low == row.variant)
+        lines.append(f"- `{row.variant}` is less sensitive, in every seed, than {below or 'none'}.\n")
+    return "\n".join([lines[0], "".join(lines[1:])])
+
+
+def in_short() -> str:
+    """Markdown, for the README: each variant's mean loss at its best rate, and its mean sensitivity, in three stacks."""
+    stacks = [{row.variant: row for row in rows_of(RESULTS / f"{name}.jsonl")} for name in IN_SHORT]
+    lines = ["| | GPT | ViT | translation |", "|---|---|---|---|"]
+    for variant in stacks[0]:
+        found = (stack[variant] for stack in stacks)
+        cells = (f"{fmean(row.best.values()):.3f}, {fmean(row.sensitivity.values()):.2f}" for row in found)
+        lines.append(f"| `{variant}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables() -> str:
+    found = [
+        "# Every rate, every variant",
+        "",
+        "Written by `python -m recipes.lr_sensitivity.figures`: mean validation loss of three seeds at each rate; best loss",
+        "and sensitivity of seeds 1 / 2 / 3. Two variants that are alike are apart in every seed, one way or the other, once",
+        "in ten times.",
+    ]
+    for name, title in TITLES.items():
+        found += ["", f"## {title}", "", described(rows_of(RESULTS / f"{name}.jsonl"))]
+        found.append(f"Log: [{name}.jsonl]({name}.jsonl).\n\n![Loss over learning rate, a line a method]({name}.png)")
+    found += ["", "## What the alarm hears", "", by_log([RESULTS / f"{name}.jsonl" for name in TITLES])]
+    return "\n".join(found)
+
+
 def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="python -m recipes.lr_sensitivity.figures", description=__doc__)
-    for log in settings.logs:
-        rows = summarise(outcomes([json.loads(line) for line in log.read_text().splitlines()]))
-        print(f"{log.stem}\n\n{table(rows)}")
-        for row in rows:
-            below = ", ".join(high for low, high in apart(rows) if low == row.variant)
-            print(f"{row.variant} is less sensitive, in every seed, than: {below or 'none'}")
+    for log in settings.logs or [RESULTS / f"{name}.jsonl" for name in TITLES]:
+        rows = rows_of(log)
+        print(f"{log.stem}\n\n{described(rows)}")
         plot(rows, log.with_suffix(".png"))
-        print(f"\nwrote {log.with_suffix('.png')}")
+        print(f"wrote {log.with_suffix('.png')}\n")
+    if not settings.logs:
+        (RESULTS / "tables.md").write_text(tables())
+        print(f"wrote {RESULTS / 'tables.md'}")
     return 0
 
 

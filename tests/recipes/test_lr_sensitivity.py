@@ -9,9 +9,8 @@ import torch
 
 from recipes.gpt import prepare
 from recipes.lr_sensitivity import alarms, figures, logs, run, train
-from recipes.lr_sensitivity.logs import outcomes
 from recipes.lr_sensitivity.train import STACKS, schedule
-from stable_monitor.outcomes import Outcome, summarise, table
+from stable_monitor.outcomes import Outcome, summarise
 from stable_monitor.records import read
 
 RECIPE = Path(run.__file__).parent
@@ -45,10 +44,18 @@ def test_the_schedule_is_warm_up_and_a_cosine_to_zero():
 
 
 @pytest.mark.parametrize("path", sorted((RECIPE / "results").glob("*.jsonl")), ids=lambda path: path.stem)
-def test_the_tables_of_the_readme_are_those_of_the_logs(path):
+def test_each_log_has_three_seeds_and_a_picture_and_is_in_the_tables(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line["seed"] for line in lines} == {1, 2, 3} and path.with_suffix(".png").exists()
-    assert table(summarise(outcomes(lines))) in (RECIPE / "README.md").read_text()
+    assert path.stem in figures.TITLES
+
+
+def test_the_tables_are_those_of_the_logs():
+    readme, tables = (RECIPE / "README.md").read_text(), figures.tables()
+    assert tables == (figures.RESULTS / "tables.md").read_text() and figures.in_short() in readme
+    lost, heard, in_time, sound, false = map(int, tables.splitlines()[-1].strip("| ").split(" | ")[1:])
+    told = f"hears {heard} of {lost} lost runs, {in_time} of them in time, and rings in {false} of {sound} sound ones"
+    assert told in " ".join(readme.split())
 
 
 def line(lr: float, final: float | None, losses: list[float], entropy: list[float], logit: float) -> dict:
