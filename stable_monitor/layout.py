@@ -64,8 +64,8 @@ class Figure(NamedTuple):
 def figures(runs: list[Run]) -> list[Figure]:
     """All figures of a report; those without rows were not recorded."""
     kinds = list(dict.fromkeys(kind for run in runs for kind in run.layers))
-    spans = [run.columns.span for run in runs]
-    span = min(first for first, _ in spans), max(last for _, last in spans)
+    steps = [step for run in runs for step in (*run.columns.span, *(line["step"] for line in run.validations))]
+    span = min(steps), max(steps)
     found = []
     for name, (title, quantities) in FIGURES.items():
         rows = [

@@ -32,12 +32,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant: its losses by rate, and its best loss and sensitivity, each by seed."""
+    """A variant: its losses by rate, its best loss and sensitivity by seed, and the rates at which a seed diverged."""
 
     variant: str
     losses: dict[float, dict[int, float]]
     best: dict[int, float]
     sensitivity: dict[int, float]
+    diverged: set[float]
 
 
 def summarise(outcomes: list[Outcome]) -> list[Row]:
@@ -56,20 +57,23 @@ def summarise(outcomes: list[Outcome]) -> list[Row]:
             best[seed] = min(bounded(loss, initial) for loss in final.values())
             if len(final) == len(rates) > 1:
                 sensitivity[seed] = learning_rate_sensitivity(final, initial)
-        rows.append(Row(variant, losses, best, sensitivity))
+        diverged = {outcome.lr for outcome in own if not math.isfinite(outcome.final)}
+        rows.append(Row(variant, losses, best, sensitivity, diverged))
     return rows
 
 
 def table(rows: list[Row]) -> str:
-    """In Markdown: mean losses by rate, the best one in bold; best loss and sensitivity of each seed."""
+    """In Markdown: mean losses by rate, the best in bold, a star where a seed diverged; best and sensitivity by seed."""
     rates = list(rows[0].losses)
     lines = [["", *(f"{lr:g}" for lr in rates), "best", "sensitivity"], ["---"] * (len(rates) + 3)]
     for row in rows:
         means = {lr: fmean(losses.values()) if losses else math.nan for lr, losses in row.losses.items()}
         least = min((mean for mean in means.values() if not math.isnan(mean)), default=math.nan)
         cells = (
-            "-" if math.isnan(mean) else f"**{mean:.3f}**" if mean == least else f"{mean:.3f}"
-            for mean in means.values()
+            "-"
+            if math.isnan(mean)
+            else (f"**{mean:.3f}**" if mean == least else f"{mean:.3f}") + "*" * (lr in row.diverged)
+            for lr, mean in means.items()
         )
         seeds = (" / ".join(f"{x:.3f}" for x in by_seed.values()) or "-" for by_seed in (row.best, row.sensitivity))
         lines.append([row.variant, *cells, *seeds])
@@ -96,6 +100,7 @@ def plot(rows: list[Row], path: Path) -> None:
                 color=color,
                 alpha=0.15,
             )
+            axes.plot(gone := sorted(row.diverged), [fmean(points[lr]) for lr in gone], "x", color=color, ms=9, mew=2)
         axes.set_xscale("log")
         rates = list(rows[0].losses)
         axes.set_xticks(rates, [f"{lr:g}" for lr in rates])

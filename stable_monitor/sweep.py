@@ -7,7 +7,7 @@
 In the command {lr}, {seed}, {variant} (the variant's flags) and {out} (the run's folder) are filled in. The loss is the
 validation's that the monitor recorded in {out}, or without one the mean of its last losses; or what --loss finds in the output.
 The same command goes on with the runs that are missing. A run that ends in an error after its first loss has diverged, and is
-kept as that.
+kept as that; one that was killed is missing.
 """
 
 import argparse
@@ -16,20 +16,20 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import as_completed
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import product
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 
 from stable_core.extras import extra
 
 from .ending import Children, Claim, as_by_ctrl_c
-from .records import FILE_NAME, load
+from .records import FILE_NAME
 
 with extra("monitor"):
     from rich.console import Console
@@ -42,128 +42,11 @@ with extra("monitor"):
         TimeRemainingColumn,
     )
 
-    from .outcomes import Outcome, plot, summarise, table
+    from .outcomes import plot, summarise, table
     from .report import report
+    from .swept import PLACES, Run, Sweep, claim
 
 PROG = "python -m stable_monitor.sweep"
-PLACES = ("lr", "seed", "variant", "out")
-LAST = 10  # records whose losses are averaged where there was no validation
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What is run.
-
-    Attributes:
-        command: with {lr}, {seed}, {variant} and {out} in it.
-        variants: flags by name.
-        loss: a pattern with one group, that finds the losses in the output, the first one before training; None: the monitor's.
-        initial: loss of the untrained model, where it is not the first one found.
-    """
-
-    out: Path
-    command: tuple[str, ...]
-    lrs: tuple[float, ...]
-    seeds: tuple[int, ...]
-    variants: dict[str, str]
-    loss: re.Pattern[str] | None = None
-    initial: float | None = None
-
-    def runs(self) -> "list[Run]":
-        """Seed by seed, so that a table can be read early."""
-        return [Run(self, *run) for run in product(self.seeds, self.lrs, self.variants)]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training."""
-
-    sweep: Sweep
-    seed: int
-    lr: float
-    variant: str
-
-    @property
-    def folder(self) -> Path:
-        return self.sweep.out / f"{self.variant}-{self.lr:g}-{self.seed}"
-
-    def command(self) -> list[str]:
-        flags = self.sweep.variants[self.variant]
-        values = {"lr": f"{self.lr:g}", "seed": str(self.seed), "variant": flags, "out": str(self.folder)}
-        filled = []
-        for word in self.sweep.command:
-            if word == "{variant}":
-                filled += shlex.split(flags)
-                continue
-            filled.append(re.sub(r"\{(lr|seed|variant|out)\}", lambda place: values[place[1]], word))
-        return filled
-
-    def status(self) -> int | None:
-        """The command's exit status; None where it has not ended."""
-        path = self.folder / "status"
-        return int(path.read_text()) if path.is_file() and path.read_text().strip() else None
-
-    def output(self) -> str:
-        path = self.folder / "output.txt"
-        return path.read_text(errors="replace") if path.is_file() else ""
-
-    def outcome(self) -> Outcome:
-        """What came of a run that has ended.
-
-        Raises:
-            ValueError: it has no loss, so that nothing says that training began.
-        """
-        losses, last = self._losses()
-        if not losses:
-            said = (self.output().strip() or "nothing").splitlines()[-1]
-            how = (
-                "the command's output has no match of --loss"
-                if self.sweep.loss
-                else f"no {FILE_NAME} with a loss there"
-            )
-            raise ValueError(f"{self.folder}: {how}; it ended with status {self.status()}, and said at last: {said}")
-        initial = losses[0] if self.sweep.initial is None else self.sweep.initial
-        died = "" if self.status() == 0 else f"ended with status {self.status()}"
-        return Outcome(self.variant, self.lr, self.seed, initial, math.nan if died else last, died)
-
-    def _losses(self) -> tuple[list[float], float]:
-        """The losses in order, and the one at the end."""
-        if self.sweep.loss is not None:
-            found = [float(match[1]) for match in self.sweep.loss.finditer(self.output())]
-            return found, found[-1] if found else math.nan
-        try:
-            records, validations = load(self.folder)
-        except (FileNotFoundError, ValueError):
-            return [], math.nan
-        losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
-        validated = [line["validation"]["loss"] for line in validations if "loss" in line["validation"]]
-        if validated:
-            return losses, math.nan if validated[-1] is None else validated[-1]
-        return losses, fmean(losses[-LAST:])
-
-
-def claim(sweep: Sweep) -> None:
-    """Writes what is swept into the folder; rates, seeds and variants may be added later.
-
-    Raises:
-        ValueError: the folder holds a sweep of another command, or a variant with other flags.
-    """
-    path = sweep.out / "sweep.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before["command"] != list(sweep.command):
-            raise ValueError(
-                f"{sweep.out}: it has runs of another command, {shlex.join(before['command'])}; take another --out"
-            )
-        for name, flags in sweep.variants.items():
-            if before["variants"].get(name, flags) != flags:
-                raise ValueError(
-                    f"{sweep.out}: its variant {name} has {before['variants'][name]!r}; give it another name"
-                )
-    else:
-        before = {"command": list(sweep.command), "variants": {}}
-    sweep.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**before, "variants": {**before["variants"], **sweep.variants}}, indent=1) + "\n")
 
 
 def train(runs: list[Run], jobs: int) -> Generator[Run, None, None]:
@@ -197,17 +80,18 @@ def _train(run: Run, children: Children, one_thread: bool) -> None:
 
 
 def print_commands(runs: list[Run]) -> None:
-    """A line of shell for each run, for a scheduler: it leaves what `train` leaves."""
+    """A line of shell for each run, for a scheduler: it does and leaves what `train` does."""
     for run in runs:
         folder = shlex.quote(str(run.folder))
-        print(f"mkdir -p {folder}; {shlex.join(run.command())} > {folder}/output.txt 2>&1; echo $? > {folder}/status")
+        whole = f"rm -f {folder}/{FILE_NAME}; {shlex.join(run.command())} > {folder}/output.txt 2>&1; echo $? > {folder}/status"
+        print(f"mkdir -p {folder}; flock -n {folder}/running -c {shlex.quote(whole)}")
 
 
 def collect(sweep: Sweep, console: Console) -> None:
     """Writes what the runs that have ended say: outcomes.jsonl, table.md, sensitivity.png, and a report a variant.
 
     Raises:
-        ValueError: no run has ended, or one has no loss.
+        ValueError: no run has ended, or one has no loss; after writing, that all runs of a variant ended in an error.
     """
     ended = [run for run in sweep.runs() if run.status() is not None]
     if not ended:
@@ -231,6 +115,13 @@ def collect(sweep: Sweep, console: Console) -> None:
             report(folders, page := sweep.out / f"{variant}.html")
             written.append(page)
     console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True, markup=False, highlight=False)
+    for variant in sweep.variants:
+        own = [run for run, outcome in zip(ended, outcomes, strict=True) if run.variant == variant]
+        if own and all(run.status() for run in own):
+            raise ValueError(
+                f"{variant}: every run ended in an error, which counts as divergence here; {own[0].folder} said at last: "
+                f"{own[0].said()}"
+            )
 
 
 def parse(argv: list[str], prog: str = PROG) -> tuple[Sweep, argparse.Namespace]:
@@ -257,6 +148,8 @@ def parse(argv: list[str], prog: str = PROG) -> tuple[Sweep, argparse.Namespace]
     parser.add_argument(
         "command", nargs="+", metavar="COMMAND", help="after --, with {lr} {seed} {variant} {out} in it"
     )
+    if "--" not in argv and any("{lr}" in word for word in argv):
+        raise ValueError("-- is missing: it stands between the options of the sweep and the command")
     args = parser.parse_args(argv)
     variants = dict(_variant(text) for text in args.variant or ["plain="])
     if len(variants) < len(args.variant or [1]):
@@ -275,6 +168,13 @@ def parse(argv: list[str], prog: str = PROG) -> tuple[Sweep, argparse.Namespace]
             raise ValueError(f"loss = {args.loss!r}: {error}") from error
         if pattern.groups != 1:
             raise ValueError(f"loss = {args.loss!r}: allowed are patterns with one group, as 'loss ([0-9.]+|nan)'")
+    for name in set(re.findall(r"\{([a-z]\w*)\}", " ".join(args.command))) - set(PLACES):
+        if meant := get_close_matches(name, PLACES, 1):
+            raise ValueError(f"{{{name}}} in the command: do you mean {{{meant[0]}}}?")
+    if not (args.commands or args.collect or shutil.which(args.command[0])):
+        raise ValueError(
+            f"command = {args.command[0]!r}: there is no such program; give its words apart, without quotes"
+        )
     for name in ("lr", "out"):
         if not any(f"{{{name}}}" in word for word in args.command) and not (name == "out" and args.loss):
             raise ValueError(f"the command has no {{{name}}} in it: {shlex.join(args.command)}")
@@ -304,12 +204,21 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
         claim(sweep)
         missing = [run for run in sweep.runs() if run.status() is None]
         if args.commands:
-            print_commands(missing)
+            running = [run for run in missing if run.is_running()]
+            print_commands([run for run in missing if run not in running])
+            if running:
+                print(f"sweep: {len(running)} runs are under way, and left out", file=sys.stderr)
             return 0
         if not args.collect:
             with as_by_ctrl_c():
                 show(train(missing, args.jobs), len(missing), len(sweep.runs()), console)
+        if not is_even(sweep.lrs):
+            console.print(
+                "the rates are not even in log(rate): sensitivity counts most where they are dense", markup=False
+            )
         collect(sweep, console)
+        if not args.collect and any(run.status() is None for run in sweep.runs()):
+            raise ValueError("runs were killed; the same command tries them again")
     except KeyboardInterrupt:
         print("\nsweep: stopped; the same command goes on with the runs that are missing", file=sys.stderr)
         return 130
@@ -325,14 +234,24 @@ def show(runs: Generator[Run, None, None], missing: int, total: int, console: Co
     with closing(runs), Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("runs", total=total, completed=total - missing)
         for run in runs:
+            if run.status() is None:
+                bar.console.print(f"{run.folder} was killed (is memory full?): {run.said()}", markup=False)
+                continue
             try:
                 outcome = run.outcome()
             except ValueError:
-                (run.folder / "status").unlink()  # the same command tries it again
+                if not run.began():
+                    (run.folder / "status").unlink()  # the same command tries it again
                 raise
             ended = outcome.died or f"loss {outcome.final:.4g}"
             bar.console.print(f"{run.variant} at {run.lr:g}, seed {run.seed}: {ended}", markup=False)
             bar.advance(task)
+
+
+def is_even(rates: Sequence[float]) -> bool:
+    """Whether the rates, in order, are about evenly spaced in log(rate)."""
+    steps = [math.log(high / low) for low, high in pairwise(rates)]
+    return not steps or max(steps) < 1.5 * min(steps)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from stable_monitor import records as reading
 from stable_monitor.axis import axis_of
 from stable_monitor.columns import Thinned
 from stable_monitor.curves import MOST_CURVES, heat, number, over_heads
+from stable_monitor.layout import figures
 from stable_monitor.records import FILE_NAME, Records, Run, load
 from stable_monitor.report import main
 from stable_monitor.summary import plain
@@ -230,3 +231,10 @@ def test_numbers_of_a_list_are_rounded_as_numpy_rounds_them():
     values = [*(rng.uniform(-1, 1, 2000) * 10.0 ** rng.integers(-300, 300, 2000)).tolist(), 0.0, 999999.5, 5e-324, 1e5]
     rounded = [float(np.format_float_scientific(x, precision=5, unique=False)) for x in values]
     assert plain([*values, math.nan, math.inf, -math.inf]) == [*rounded, None, None, None]
+
+
+def test_a_validation_after_the_last_record_is_in_the_picture(tmp_path):
+    run = Run.stream(
+        "run", write(tmp_path, [record(0, {"h": "decoder"}), record(9, {"h": "decoder"}), validation(15, loss=2.0)])
+    )
+    assert figures([run])[0].span == (0, 15)

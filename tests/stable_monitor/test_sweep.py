@@ -62,7 +62,7 @@ def test_a_seed_without_all_rates_has_no_sensitivity_and_the_best_mean_is_bold()
     outcomes.append(Outcome("a", 1e-2, 2, 5.0, 2.4))
     (row,) = summarise(outcomes)
     assert row.best == {1: 2.0, 2: 2.4} and row.sensitivity == {1: pytest.approx(4 / 3)}
-    assert table([row]).splitlines()[-1] == "| a | 3.000 | **2.200** | 5.000 | 2.000 / 2.400 | 1.333 |"
+    assert table([row]).splitlines()[-1] == "| a | 3.000 | **2.200** | 5.000* | 2.000 / 2.400 | 1.333 |"
 
 
 def test_runs_that_are_there_stay_and_a_diverged_one_counts_as_the_first_loss(tmp_path, monkeypatch, capsys):
@@ -74,10 +74,62 @@ def test_runs_that_are_there_stay_and_a_diverged_one_counts_as_the_first_loss(tm
     said = capsys.readouterr().out
     assert "plain at 10, seed 2: ended with status 1" in said
     row = (tmp_path / "swept/table.md").read_text().splitlines()[-1]
-    assert row == "| plain | **2.150** | 3.150 | 4.000 | 2.100 / 2.200 | 0.967 / 0.933 |"
+    assert row == "| plain | **2.150** | 3.150 | 4.000* | 2.100 / 2.200 | 0.967 / 0.933 |"
     assert (tmp_path / "swept/sensitivity.png").read_bytes().startswith(b"\x89PNG")
     died = [json.loads(line) for line in (tmp_path / "swept/outcomes.jsonl").read_text().splitlines()]
     assert [line["final"] for line in died if line["lr"] == 10] == [None, None]
+
+
+PRINTS = """
+import os, signal, sys
+rate, mode = sys.argv[1:3]
+print("loss 4.0,")
+if mode == "killed" and float(rate) > 0.05 and not os.path.exists("room"):
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "broken":
+    sys.exit("OSError: disk full")
+if mode != "single":
+    print({"far": "loss 1.23e+06!", "inf": "loss inf", "words": "loss bad"}.get(mode, "loss 3"))
+"""
+
+
+def prints(tmp_path, monkeypatch, mode: str, *options: str) -> int:
+    (tmp_path / "prints.py").write_text(PRINTS)
+    monkeypatch.chdir(tmp_path)
+    rates = ["--lr", "0.01", "0.1", "--seed", "1"]
+    return sweep.main(["--out", mode, *rates, *LOSS, *options, "--", sys.executable, "prints.py", "{lr}", mode])
+
+
+@pytest.mark.parametrize(("mode", "final"), [("far", 1.23e6), ("inf", math.inf), ("well", 3.0)])
+@pytest.mark.parametrize("pattern", [r"loss (\S+)", r"loss ([0-9.]+|nan|inf)"])
+def test_a_loss_is_read_whole(tmp_path, monkeypatch, mode, final, pattern):
+    assert prints(tmp_path, monkeypatch, mode, "--loss", pattern) == 0
+    lines = [json.loads(line) for line in (tmp_path / mode / "outcomes.jsonl").read_text().splitlines()]
+    assert [(line["initial"], line["final"]) for line in lines] == [(4.0, final)] * 2
+
+
+def test_a_variant_whose_runs_all_end_in_an_error_has_not_diverged(tmp_path, monkeypatch, capsys):
+    assert prints(tmp_path, monkeypatch, "broken") == 1
+    assert "plain: every run ended in an error" in (said := capsys.readouterr().err) and "OSError: disk full" in said
+    assert (tmp_path / "broken/table.md").exists()
+
+
+def test_a_run_that_was_killed_is_missing(tmp_path, monkeypatch, capsys):
+    assert prints(tmp_path, monkeypatch, "killed") == 1
+    said = capsys.readouterr()
+    assert "killed/plain-0.1-1 was killed" in said.out and "the same command tries them again" in said.err
+    (tmp_path / "room").touch()
+    assert prints(tmp_path, monkeypatch, "killed") == 0
+    assert "**3.000** | **3.000**" in (tmp_path / "killed/table.md").read_text()
+
+
+@pytest.mark.parametrize(("mode", "error"), [("single", "give that by --initial"), ("words", "'bad' in the output")])
+def test_what_is_no_first_loss_or_no_number_is_said(tmp_path, monkeypatch, capsys, mode, error):
+    assert prints(tmp_path, monkeypatch, mode) == 1
+    assert error in capsys.readouterr().err
+    if mode == "single":
+        assert prints(tmp_path, monkeypatch, mode, "--initial", "5") == 0
+        assert len((tmp_path / mode / "outcomes.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
@@ -133,12 +185,20 @@ def test_commands_for_a_scheduler_and_what_they_left(tmp_path, monkeypatch, caps
     assert "1 runs have not ended" in capsys.readouterr().out
     assert sweep.main([*arguments, "--commands", *end]) == 0
     assert capsys.readouterr().out.splitlines() == lines[1:]
+    (folder := tmp_path / "a folder/b-0.1-1").mkdir()
+    with open(folder / "running", "w") as file:  # as the line that a node runs holds it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert sweep.main([*arguments, "--commands", *end]) == 0
+        said = capsys.readouterr()
+        assert said.out == "" and "1 runs are under way" in said.err
+        assert subprocess.run(["bash", "-c", lines[1]]).returncode == 1
+    assert len(started(tmp_path)) == 1
 
 
 def test_the_monitors_losses(tmp_path, monkeypatch):
     """The last validation's, else the mean of the last ten; the first is of the untrained model."""
     monkeypatch.chdir(tmp_path)
-    swept, _ = sweep.parse(["--out", "swept", "--lr", "0.1", "1", "--seed", "1", "--", "train", "{lr}", "{out}"])
+    swept, _ = sweep.parse(["--out", "swept", "--lr", "0.1", "1", "--seed", "1", "--", "sh", "{lr}", "{out}"])
     for run, validations in zip(swept.runs(), ([], [3.0, 2.5]), strict=True):
         file = RecordFile(run.folder)
         file.prepare()
@@ -155,14 +215,20 @@ def test_the_monitors_losses(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--lr", "0.1", "0.1", "--", "x", "{lr}", "{out}"], "lr = [0.1, 0.1]: allowed are different positive numbers"),
-        (["--lr", "0.1", "--", "x", "{out}"], "the command has no {lr} in it: x '{out}'"),
         (
-            ["--lr", "0.1", "--seed", "1", "2", "--", "x", "{lr}", "{out}"],
+            ["--lr", "0.1", "0.1", "--", "sh", "{lr}", "{out}"],
+            "lr = [0.1, 0.1]: allowed are different positive numbers",
+        ),
+        (["--lr", "0.1", "--", "sh", "{out}"], "the command has no {lr} in it: sh '{out}'"),
+        (
+            ["--lr", "0.1", "--seed", "1", "2", "--", "sh", "{lr}", "{out}"],
             "the command has no {seed} in it, and its runs",
         ),
-        (["--lr", "0.1", "--loss", "loss", "--", "x", "{lr}"], "loss = 'loss': allowed are patterns with one group"),
-        (["--lr", "0.1", "--variant", "a/b=", "--", "x", "{lr}", "{out}"], "variant = 'a/b=': allowed is NAME=FLAGS"),
+        (["--lr", "0.1", "--", "sh", "{lr}", "{out}", "{sed}"], "{sed} in the command: do you mean {seed}?"),
+        (["--lr", "0.1", "sh", "--lr={lr}", "--out={out}"], "-- is missing"),
+        (["--lr", "0.1", "--seed", "1", "--", "sh x", "{lr}", "{out}"], "command = 'sh x': there is no such program"),
+        (["--lr", "0.1", "--loss", "loss", "--", "sh", "{lr}"], "loss = 'loss': allowed are patterns with one group"),
+        (["--lr", "0.1", "--variant", "a/b=", "--", "sh", "{lr}", "{out}"], "variant = 'a/b=': allowed is NAME=FLAGS"),
         (
             ["--lr", "0.1", "--seed", "1", "--", sys.executable, "-c", "print('oh')", "{lr}", "{out}"],
             "no monitor.jsonl with a loss there; it ended with status 0, and said at last: oh",
@@ -175,6 +241,13 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, arguments, error):
     assert error in said and said.count("\n") == 1
 
 
+def test_rates_that_are_not_even_are_said(tmp_path, monkeypatch, capsys):
+    end = command(tmp_path, monkeypatch)
+    assert sweep.main(["--out", "swept", "--lr", "1e-3", "2e-3", "0.1", "--seed", "1", *LOSS, *end]) == 0
+    assert "the rates are not even in log(rate)" in capsys.readouterr().out
+    assert sweep.is_even((3e-4, 1e-3, 3e-3, 1e-2)) and sweep.is_even((0.1,))
+
+
 def test_another_command_or_other_flags_need_another_name(tmp_path, monkeypatch, capsys):
     end = command(tmp_path, monkeypatch)
     start = ["--out", "swept", "--lr", "0.01", "--seed", "1", *LOSS, "--variant"]
@@ -183,6 +256,8 @@ def test_another_command_or_other_flags_need_another_name(tmp_path, monkeypatch,
     assert "its variant a has '0'; give it another name" in capsys.readouterr().err
     assert sweep.main([*start, "a=0", *end, "more"]) == 1
     assert "take another --out" in capsys.readouterr().err
+    (tmp_path / "swept/a-0.01-1/status").unlink()  # where nothing has ended, the command may be mended
+    assert sweep.main([*start, "a=0", *end, "more"]) == 0
 
 
 def test_the_help_shows_the_example(capsys):
