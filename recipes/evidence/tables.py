@@ -45,7 +45,7 @@ def tables() -> str:
     found = [
         "# Evidence: every table",
         "",
-        "Written by `python -m recipes.evidence.tables`. Cells of three figures are the seeds 1 / 2 / 3. Least entropy is the mean",
+        "Written by `python -m recipes.evidence.tables`. Cells of three figures are seeds 1 / 2 / 3. Least entropy is the mean",
         "over heads in the layer and at the update where it is least. Below half: the first record in which it is.",
         *("", "## a: which comes first?", "", f"{collapse.summary(collapse.runs())}.", ""),
         markdown(headers, [collapse.row(each) for each in turned]),
