@@ -65,8 +65,10 @@ class Children:
                 try:
                     yield pool
                 except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    self._end()
+                    try:
+                        self._end()
+                    finally:
+                        pool.shutdown(wait=False, cancel_futures=True)
                     raise
         finally:
             self.ended = False  # its threads are over

@@ -65,6 +65,7 @@ def _train(run: Run, children: Children, one_thread: bool) -> None:
     with Claim(folder) as claim, (folder / "output.txt").open("w") as output:
         for path in (folder / FILE_NAME, folder / "status"):  # of a run that was interrupted
             path.unlink(missing_ok=True)
+        (folder / "command").write_text(run.line())
         threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
         process = children.start(
             run.command(),
@@ -80,11 +81,15 @@ def _train(run: Run, children: Children, one_thread: bool) -> None:
 
 
 def print_commands(runs: list[Run]) -> None:
-    """A line of shell for each run, for a scheduler: it does and leaves what `train` does."""
+    """A line of shell for each run, for a scheduler: it leaves what `train` leaves."""
     for run in runs:
         folder = shlex.quote(str(run.folder))
-        whole = f"rm -f {folder}/{FILE_NAME}; {shlex.join(run.command())} > {folder}/output.txt 2>&1; echo $? > {folder}/status"
-        print(f"mkdir -p {folder}; flock -n {folder}/running -c {shlex.quote(whole)}")
+        steps = (
+            f": > {folder}/running; rm -f {folder}/{FILE_NAME} {folder}/status",
+            f"printf '%s\\n' {shlex.quote(run.line().strip())} > {folder}/command",
+            f"{run.line().strip()} > {folder}/output.txt 2>&1; echo $? > {folder}/status",
+        )
+        print(f"mkdir -p {folder}; flock -n {folder}/running sh -c {shlex.quote('; '.join(steps))}")
 
 
 def collect(sweep: Sweep, console: Console) -> None:
@@ -116,10 +121,10 @@ def collect(sweep: Sweep, console: Console) -> None:
             written.append(page)
     console.print("wrote " + ", ".join(map(str, written)), soft_wrap=True, markup=False, highlight=False)
     for variant in sweep.variants:
-        own = [run for run, outcome in zip(ended, outcomes, strict=True) if run.variant == variant]
+        own = [run for run in ended if run.variant == variant]
         if own and all(run.status() for run in own):
             raise ValueError(
-                f"{variant}: every run ended in an error, which counts as divergence here; {own[0].folder} said at last: "
+                f"{variant}: every run ended in an error, which is no divergence; {own[0].folder} said at last: "
                 f"{own[0].said()}"
             )
 
@@ -201,7 +206,10 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     console = Console()
     try:
         sweep, args = parse(sys.argv[1:] if argv is None else argv, prog)
-        claim(sweep)
+        claim(sweep, write=not args.collect)
+        if not is_even(sweep.lrs):
+            uneven = "the rates are not even in log(rate): sensitivity counts most where they are dense"
+            print(f"sweep: {uneven}", file=sys.stderr)
         missing = [run for run in sweep.runs() if run.status() is None]
         if args.commands:
             running = [run for run in missing if run.is_running()]
@@ -212,10 +220,6 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
         if not args.collect:
             with as_by_ctrl_c():
                 show(train(missing, args.jobs), len(missing), len(sweep.runs()), console)
-        if not is_even(sweep.lrs):
-            console.print(
-                "the rates are not even in log(rate): sensitivity counts most where they are dense", markup=False
-            )
         collect(sweep, console)
         if not args.collect and any(run.status() is None for run in sweep.runs()):
             raise ValueError("runs were killed; the same command tries them again")

@@ -69,10 +69,16 @@ class Run:
         return filled
 
     def status(self) -> int | None:
-        """The command's exit status; None where it has not ended, or was killed."""
-        path = self.folder / "status"
+        """The command's exit status; None where it has not ended, was killed, or was another command."""
+        path, trained = self.folder / "status", self.folder / "command"
+        if trained.is_file() and trained.read_text() != self.line():
+            return None
         status = int(path.read_text()) if path.is_file() and path.read_text().strip() else None
         return None if status is not None and (-status in KILLED or status - 128 in KILLED) else status
+
+    def line(self) -> str:
+        """The command as a line of shell, as the file `command` in the folder has it."""
+        return shlex.join(self.command()) + "\n"
 
     def is_running(self) -> bool:
         if not self.folder.is_dir():
@@ -121,8 +127,9 @@ class Run:
         return (self.output().strip() or "nothing").splitlines()[-1]
 
     def _number(self, match: re.Match[str]) -> float:
-        number = NUMBER.match(match.string, match.start(1))  # whole, as in 1.2e+06, where the group ends at the e
-        if number is None:
+        text = match.string[match.start(1) :].lstrip()  # beyond the group, which may end at the e of 1.2e+06
+        number = NUMBER.match(text)
+        if number is None or re.search(r"\w", match[1].strip()[number.end() :]):
             raise ValueError(f"{self.folder}: --loss finds {match[1]!r} in the output, which is no number")
         return float(number[0])
 
@@ -142,8 +149,10 @@ class Run:
         return losses, fmean(losses[-LAST:])
 
 
-def claim(sweep: Sweep) -> None:
+def claim(sweep: Sweep, write: bool = True) -> None:
     """Writes what is swept into the folder; rates, seeds and variants may be added later.
+
+    The command may be mended until a run of it has ended.
 
     Raises:
         ValueError: the folder holds a sweep of another command, or a variant with other flags.
@@ -151,7 +160,8 @@ def claim(sweep: Sweep) -> None:
     path = sweep.out / "sweep.json"
     if path.exists():
         before = json.loads(path.read_text())
-        if before["command"] != list(sweep.command) and any(sweep.out.glob("*/status")):
+        was = Sweep(sweep.out, tuple(before["command"]), sweep.lrs, sweep.seeds, before["variants"])
+        if was.command != sweep.command and any(run.status() is not None for run in was.runs()):
             raise ValueError(
                 f"{sweep.out}: it has runs of another command, {shlex.join(before['command'])}; take another --out"
             )
@@ -162,6 +172,8 @@ def claim(sweep: Sweep) -> None:
                 )
     else:
         before = {"variants": {}}
+    if not write:
+        return
     sweep.out.mkdir(parents=True, exist_ok=True)
     now = {"command": sweep.command, "variants": {**before["variants"], **sweep.variants}}
     path.write_text(json.dumps(now, indent=1) + "\n")

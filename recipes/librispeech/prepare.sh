@@ -3,7 +3,7 @@
 # SMALL=1 prepare.sh: a manifest of the recordings of `python -m recipes.small_data asr`, or of $STABLE_DATA/asr/manifest.tsv.
 # An archive that is there is not downloaded again, nor unpacked twice; ARCHIVES is where they are kept.
 source "$(dirname "$0")/common.sh"
-nothing_else "${@:1}"
+nothing_else "$@"
 would_write "$MANIFEST"
 if [ "$SMALL" = 1 ]; then
     small_data asr manifest.tsv

@@ -63,7 +63,7 @@ def described(rows: list[Row]) -> str:
     lines = [table(rows)]
     for row in rows:
         below = ", ".join(f"`{high}`" for low, high in apart(rows) if low == row.variant)
-        lines.append(f"- `{row.variant}` is less sensitive, in every seed, than {below or 'none'}.\n")
+        lines.append(f"- `{row.variant}` is less sensitive than {below or 'none'}.\n")
     return "\n".join([lines[0], "".join(lines[1:])])
 
 
@@ -83,8 +83,8 @@ def tables() -> str:
         "# Every rate, every variant",
         "",
         "Written by `python -m recipes.lr_sensitivity.figures`: mean validation loss of three seeds at each rate; best loss",
-        "and sensitivity of seeds 1 / 2 / 3. Two variants that are alike are apart in every seed, one way or the other, once",
-        "in ten times.",
+        "and sensitivity of seeds 1 / 2 / 3. One variant is less sensitive than another where every seed of it is below every",
+        "seed of the other; of two that are alike that is so, one way or the other, once in ten times.",
     ]
     for name, title in TITLES.items():
         found += ["", f"## {title}", "", described(rows_of(RESULTS / f"{name}.jsonl"))]

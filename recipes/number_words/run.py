@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from recipes.command import command
-from recipes.side_by_side import Job, Progressed, side_by_side, start
+from recipes.side_by_side import Job, Progressed, children, side_by_side, start
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_INTERVAL = 5
@@ -91,7 +91,8 @@ def prepare(out: Path) -> Path:
             )
             (text / f"{split}.de").write_text("".join(f"{line}\n" for line in german), encoding="utf-8")
         prefixes = [arg for split in SIZES for arg in (f"--{split}pref", text / split)]
-        finish(fairseq("preprocess", "-s", "en", "-t", "de", *prefixes, "--destdir", data), "fairseq-preprocess")
+        with children.workers(1):  # in which Ctrl-C ends it
+            finish(fairseq("preprocess", "-s", "en", "-t", "de", *prefixes, "--destdir", data), "fairseq-preprocess")
     return data
 
 

@@ -3,7 +3,7 @@
 # SMALL=1 prepare.sh: the same from `python -m recipes.small_data lm`, words that are there 10 times or more.
 # A step whose output is there is not done again; remove runs/wikitext103* to start over.
 source "$(dirname "$0")/common.sh"
-nothing_else "${@:1}"
+nothing_else "$@"
 would_write "$TEXT" "$DATA"
 mkdir -p "$TEXT"
 

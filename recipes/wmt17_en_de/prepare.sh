@@ -3,7 +3,7 @@
 # SMALL=1 prepare.sh: the same from the short sentences of `python -m recipes.small_data mt`, with sentencepiece.
 # A step whose output is there is not done again; remove runs/wmt17_en_de* to start over.
 source "$(dirname "$0")/common.sh"
-nothing_else "${@:1}"
+nothing_else "$@"
 would_write "$TEXT" "$DATA"
 mkdir -p "$TEXT"
 

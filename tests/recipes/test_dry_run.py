@@ -51,9 +51,10 @@ def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, script, small):
     assert not any((tmp_path / "cwd").iterdir())
 
 
+@pytest.mark.parametrize("small", ["0", "1"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_option_is_passed_on_or_refused(tmp_path, script):
-    done = dry_run(tmp_path, "0", script, *ARGUMENTS.get(script, []), *SECOND.get(script, []), "--surplus", "7")
+def test_an_option_is_passed_on_or_refused(tmp_path, script, small):
+    done = dry_run(tmp_path, small, script, *ARGUMENTS.get(script, []), *SECOND.get(script, []), "--surplus", "7")
     evaluated = script.startswith(("wmt", "wiki")) and "--surplus_7" in done.stdout  # the folder of the run with it
     assert "--surplus 7" in done.stdout or evaluated or (done.returncode and "surplus" in done.stderr)
 

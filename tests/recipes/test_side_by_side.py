@@ -36,6 +36,8 @@ def run(progressed):
         process = start("-c", "import time; time.sleep(300)")
         print(process.pid, flush=True)
         process.wait()
+for one in (signal.SIGTERM, signal.SIGHUP):  # which nohup has ignored
+    signal.signal(one, signal.SIG_DFL)
 submit = ThreadPoolExecutor.submit
 def slowly(*arguments):
     future = submit(*arguments)

@@ -89,7 +89,7 @@ if mode == "killed" and float(rate) > 0.05 and not os.path.exists("room"):
 if mode == "broken":
     sys.exit("OSError: disk full")
 if mode != "single":
-    print({"far": "loss 1.23e+06!", "inf": "loss inf", "words": "loss bad"}.get(mode, "loss 3"))
+    print({"far": "loss 1.23e+06!", "inf": "loss inf", "words": "loss bad", "comma": "loss 1,234.5"}.get(mode, "loss 3"))
 """
 
 
@@ -101,7 +101,7 @@ def prints(tmp_path, monkeypatch, mode: str, *options: str) -> int:
 
 
 @pytest.mark.parametrize(("mode", "final"), [("far", 1.23e6), ("inf", math.inf), ("well", 3.0)])
-@pytest.mark.parametrize("pattern", [r"loss (\S+)", r"loss ([0-9.]+|nan|inf)"])
+@pytest.mark.parametrize("pattern", [r"loss (\S+)", r"loss ([0-9.]+|nan|inf)", "loss(.*)"])
 def test_a_loss_is_read_whole(tmp_path, monkeypatch, mode, final, pattern):
     assert prints(tmp_path, monkeypatch, mode, "--loss", pattern) == 0
     lines = [json.loads(line) for line in (tmp_path / mode / "outcomes.jsonl").read_text().splitlines()]
@@ -123,7 +123,9 @@ def test_a_run_that_was_killed_is_missing(tmp_path, monkeypatch, capsys):
     assert "**3.000** | **3.000**" in (tmp_path / "killed/table.md").read_text()
 
 
-@pytest.mark.parametrize(("mode", "error"), [("single", "give that by --initial"), ("words", "'bad' in the output")])
+@pytest.mark.parametrize(
+    ("mode", "error"), [("single", "give that by --initial"), ("words", "'bad' in the output"), ("comma", "'1,234.5'")]
+)
 def test_what_is_no_first_loss_or_no_number_is_said(tmp_path, monkeypatch, capsys, mode, error):
     assert prints(tmp_path, monkeypatch, mode) == 1
     assert error in capsys.readouterr().err
@@ -244,7 +246,7 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, arguments, error):
 def test_rates_that_are_not_even_are_said(tmp_path, monkeypatch, capsys):
     end = command(tmp_path, monkeypatch)
     assert sweep.main(["--out", "swept", "--lr", "1e-3", "2e-3", "0.1", "--seed", "1", *LOSS, *end]) == 0
-    assert "the rates are not even in log(rate)" in capsys.readouterr().out
+    assert "the rates are not even in log(rate)" in capsys.readouterr().err
     assert sweep.is_even((3e-4, 1e-3, 3e-3, 1e-2)) and sweep.is_even((0.1,))
 
 
@@ -256,8 +258,20 @@ def test_another_command_or_other_flags_need_another_name(tmp_path, monkeypatch,
     assert "its variant a has '0'; give it another name" in capsys.readouterr().err
     assert sweep.main([*start, "a=0", *end, "more"]) == 1
     assert "take another --out" in capsys.readouterr().err
-    (tmp_path / "swept/a-0.01-1/status").unlink()  # where nothing has ended, the command may be mended
-    assert sweep.main([*start, "a=0", *end, "more"]) == 0
+
+
+def test_a_command_may_be_mended_until_a_run_has_ended(tmp_path, monkeypatch, capsys):
+    """What an old command leaves afterwards, as from a scheduler's queue, is not taken for the new one's."""
+    end = command(tmp_path, monkeypatch)
+    start = ["--out", "swept", "--lr", "0.01", "--seed", "1", *LOSS]
+    assert sweep.main([*start, "--commands", *end]) == 0
+    (queued,) = capsys.readouterr().out.splitlines()
+    assert sweep.main([*start, "--commands", *end, "0"]) == 0
+    subprocess.run(["bash", "-c", queued], check=True)
+    assert sweep.main([*start, "--collect", *end, "0"]) == 1
+    assert "no run has ended yet" in capsys.readouterr().err
+    assert sweep.main([*start, *end, "0"]) == 0
+    assert started(tmp_path) == ["0.01 1 ", "0.01 1 0"]
 
 
 def test_the_help_shows_the_example(capsys):
