@@ -94,8 +94,8 @@ def top_singular_vectors(W: Tensor, v: Tensor | None = None) -> tuple[Tensor, Te
     It is Golub-Kahan bidiagonalisation until |W^T u - sigma v| <= 1e-3 sigma. Plain power iteration needs hundreds of products
     for random matrices, whose largest singular values are close, and a full SVD of each layer takes longer than building the
     model. The time of a product is that of reading W, so a search without v in a large W runs in bfloat16 first and then
-    corrects its rounding in fp32. On a GPU small matrices are searched otherwise (`_by_squaring`). It starts from a fixed seed: every rank
-    finds the same vectors, and the global random state is not used.
+    corrects its rounding in fp32. On a GPU small matrices are searched otherwise (`_by_squaring`). It starts from a fixed seed:
+    every rank finds the same vectors, and the global random state is not used.
     """
     W = W.detach().float()
     if min(W.shape) <= EXACT_UP_TO:
