@@ -56,6 +56,11 @@ def test_the_tables_are_those_of_the_logs():
     lost, heard, in_time, sound, false = map(int, tables.splitlines()[-1].strip("| ").split(" | ")[1:])
     told = f"hears {heard} of {lost} lost runs, {in_time} of them in time, and rings in {false} of {sound} sound ones"
     assert told in " ".join(readme.split())
+    guide = " ".join((RECIPE.parents[1] / "docs" / "my_run_diverges.md").read_text().split())
+    runs = [run for name in figures.TITLES for run in alarms.read(figures.RESULTS / f"{name}.jsonl")]
+    more, sooner, wrong = alarms.tell(runs, 0.5, 20.0)
+    assert f"{heard}, {in_time} of them before" in guide and f"rings in {false} of {sound} sound runs" in guide
+    assert f"hears {more}, {sooner} in time, and rings in {wrong}" in guide
 
 
 def line(lr: float, final: float | None, losses: list[float], entropy: list[float], logit: float) -> dict:
