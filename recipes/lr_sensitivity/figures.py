@@ -25,6 +25,7 @@ TITLES = {
     "vit": "ViT of digits",
     "translation": "Translation of number words",
     "gpt-muon": "GPT, Muon",
+    "gpt-longer": "GPT, 1,000 updates",
     "gpt-25m": "GPT, 25 million parameters",
     "gpt-85m": "GPT, 85 million parameters",
     "gpt-85m-low": "GPT, 85 million parameters, lower rates",
