@@ -34,7 +34,7 @@ table {{ border-collapse: collapse; }}
 th, td {{ text-align: left; padding: .25em 1.2em .25em 0; border-bottom: 1px solid var(--line); }}
 thead th {{ position: sticky; top: 0; background: var(--paper); vertical-align: bottom; }}
 tbody th {{ min-width: 7em; overflow-wrap: anywhere; }}
-.scroll {{ max-height: 22em; overflow: auto; width: fit-content; max-width: 100%; }}
+.scroll {{ max-height: max(22em, 80vh); overflow: auto; width: fit-content; max-width: 100%; }}
 #verdict ul {{ box-sizing: border-box; padding-left: 1.4em; margin: .4em 0 1em; overflow-wrap: anywhere; }}
 details {{ margin-top: 1.2em; }}
 summary {{ font-weight: bold; cursor: pointer; }}
