@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from benchmarks import families, gpu, gpu_checks, hf_translation
+from benchmarks import families, gpu, gpu_checks, hf_translation, paired
 from benchmarks.accelerator import graphed, trace
-from benchmarks.paired import Report, interleave_within
+from benchmarks.paired import Report
 from hf_stable import SigmaTransformerConfig, SigmaTransformerForConditionalGeneration
 from nanogpt_patch.model import GPT, STOCK, GPTConfig
 from stable_core import SigmaReparamConfig, sigma_reparam
@@ -172,17 +173,15 @@ def test_a_trace_counts_and_a_graph_of_the_cpu_is_the_work():
     assert len(calls) == 4
 
 
-def test_what_is_fast_is_called_more_often_within_a_round():
-    calls = {"fast": 0, "slow": 0}
+def test_what_is_fast_is_called_more_often_within_a_round(monkeypatch):
+    calls, clock = {"fast": 0, "slow": 0}, [0.0]
+    monkeypatch.setattr(paired, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def work(name: str, taken: float) -> None:
         calls[name] += 1
-        time.sleep(taken)
+        clock[0] += taken
 
-    times = interleave_within(
-        {"fast": partial(work, "fast", 0.01), "slow": partial(work, "slow", 0.05)}, 0.0, CPU, 0.05
-    )
-    assert [len(own) for own in times.values()] == [5, 5]
-    assert calls["slow"] == 2 + 5
-    assert 2 + 5 * 4 <= calls["fast"] <= 2 + 5 * 5
-    assert 0.01 <= min(times["fast"]) <= 0.04  # a call, not a round
+    work_of = {name: partial(work, name, taken) for name, taken in (("fast", 0.01), ("slow", 0.05))}
+    times = paired.interleave_within(work_of, 0.0, CPU, 0.045)
+    assert calls == {"fast": 2 + 5 * 5, "slow": 2 + 5}
+    assert times == {"fast": [pytest.approx(0.01)] * 5, "slow": [pytest.approx(0.05)] * 5}  # a call's, not a round's
