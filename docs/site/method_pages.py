@@ -35,8 +35,8 @@ METHODS = {
         "reparam=sigma, or `sigma_reparam(model)`",
         "stable_core.sigma_reparam.sigma_reparam",
         ("spectral_norm", "effective_weight", "power_iteration"),
-        "A run has collapsed, or you start anew and do not know the rate. At the best rate it loses nothing in a GPT in 200 "
-        "updates, 0.1 nats in 1,000, and is best in a translation. Not for the first updates of a small ViT, nor with Muon.",
+        "A run has collapsed, or you start anew and do not know the rate. At its best rate it loses nothing in a GPT, "
+        "and is best in a translation. Not for the first updates of a small ViT, nor with Muon.",
         "A step takes 1.01 to 1.14 of the plain one; weights take one copy more, or none after `recompute`. Folded, nothing.",
         (SWEEP, "recipes/rescue/README.md", "docs/scaling.md", WHEN_NOT),
     ),
