@@ -127,9 +127,9 @@ class Run:
         return (self.output().strip() or "nothing").splitlines()[-1]
 
     def _number(self, match: re.Match[str]) -> float:
-        text = match.string[match.start(1) :].lstrip()  # beyond the group, which may end at the e of 1.2e+06
-        number = NUMBER.match(text)
-        if number is None or re.search(r"\w", match[1].strip()[number.end() :]):
+        start = match.end(1) - len(match[1].lstrip())
+        number = NUMBER.match(match.string, start)  # beyond the group, which may end at the e of 1.2e+06
+        if number is None or re.search(r"\w", match.string[number.end() : match.end(1)]):
             raise ValueError(f"{self.folder}: --loss finds {match[1]!r} in the output, which is no number")
         return float(number[0])
 

@@ -5,6 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 from tests.warm import PYTHON
 
@@ -26,7 +28,10 @@ def run(tmp_path, monkeypatch):
 
 def test_rescue_gpt(run):
     alone, rescued = re.findall(r"(?:alone|rescued): last loss ([\d.]+)\. (.*)", run("rescue_gpt"))
+    # By the verdict's rule it had collapsed before the rescue; with the digits of torch 2.10 not quite.
+    collapsed = TorchVersion(torch.__version__) >= (2, 14)
     assert "entropy collapse" in alone[1] and rescued[1].startswith("healthy") and "rescue" in rescued[1]
+    assert "came back" in rescued[1] or not collapsed
     assert float(rescued[0]) < float(alone[0])
 
 

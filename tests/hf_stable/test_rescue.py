@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from torch.torch_version import TorchVersion
 
 import hf_stable
 from hf_stable import MonitorCallback
@@ -275,7 +276,8 @@ def test_a_converted_checkpoint_is_resumed_as_if_it_had_been_rescued_in_memory(t
         assert {path.name for path in out.iterdir()} == {path.name for path in checkpoint.iterdir()}
         checkpoint = out
     again = train(tmp_path / "again", steps=6, resume=str(checkpoint), **SAVING)
-    same_runs(again, in_memory, atol=1e-5)  # torch 2.10 rounds the norm of a weight otherwise where it lies otherwise
+    rounds = TorchVersion(torch.__version__) < (2, 14)  # 2.10 rounds the norm of a weight by where it lies
+    same_runs(again, in_memory, atol=1e-5 if rounds else 0.0)
 
 
 def test_a_checkpoint_with_sigma_reparam_everywhere_keeps_its_function(tmp_path):

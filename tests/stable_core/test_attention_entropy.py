@@ -112,7 +112,7 @@ def test_a_rule_is_applied_to_every_part_of_the_logits(monkeypatch):
     logits = logits.masked_fill(~near, -torch.inf)
     rows = attention_statistics(q, k, scale=SCALE, rule=rule)
     assert (rows.entropy - entropy(logits.softmax(-1))).abs().max() < 2e-4
-    assert torch.allclose(rows.max_logit.double(), logits.amax(-1), rtol=1e-4, atol=1e-4)  # some are near 0
+    assert torch.allclose(rows.max_logit.double(), logits.amax(-1), rtol=1e-4, atol=1e-5)  # some are near 0
     assert torch.equal(rows.keys, near.sum(-1).float().expand(2, 4, -1))
 
 
