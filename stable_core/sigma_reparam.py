@@ -412,6 +412,8 @@ class SigmaReparam(HasLayout):
             sigma = self._estimate(self._stacked(), self.u).tolist()
             if self.watch.agrees(sigma, False, originals[0].dtype) and is_unit(self.u, self.rows):
                 self.watch.expect(originals, sigma)
+        if self.watch.trusts and can_look(self.gamma) and not is_sharded(self.gamma) and (self.gamma < 0).any():
+            self._notice.warn_of_gamma(self.name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmaReparam":
         # u follows the model to another device but stays in fp32: .half() and .bfloat16() must not round it.

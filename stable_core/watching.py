@@ -45,6 +45,11 @@ class Watch:
         self.announced = True
 
     @property
+    def trusts(self) -> bool:
+        """Whether any sigma is expected: not of a model that was just loaded, or has no values yet but memory."""
+        return self._low is not None
+
+    @property
     def exact(self) -> bool:
         """Whether sigma itself is expected, and not only a range from a lower bound up."""
         return self._low is not None and self._slack == 0
@@ -86,10 +91,9 @@ class Watch:
 
 
 class Notice:
-    """Warns of weights that changed unannounced, once per model."""
+    """Warns of weights that changed unannounced, and of a negative gamma, each once per model."""
 
-    def __init__(self) -> None:
-        self._given = False
+    _given = _given_of_gamma = False
 
     def warn(self, layer: str) -> None:
         if not self._given:
@@ -97,6 +101,17 @@ class Notice:
             warnings.warn(
                 f"{layer}: its weight changed and no optimizer announced it (a write to .data?); u was put right. "
                 "Call stable_core.advance(model.parameters()) after each such change",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def warn_of_gamma(self, layer: str) -> None:
+        """W_hat = gamma / sigma W and its gradient to W are zero where gamma is, so that the layer stops there for a while."""
+        if not self._given_of_gamma:
+            self._given_of_gamma = True
+            warnings.warn(
+                f"{layer}: its gamma is negative, and has passed zero, where a layer computes and learns nothing; leave it out "
+                "with filter_fn, or draw the head of another task anew",
                 RuntimeWarning,
                 stacklevel=2,
             )

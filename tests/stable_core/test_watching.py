@@ -291,3 +291,25 @@ def test_the_scale_of_a_weight_does_not_matter(scale):
         assert ratios(model) == pytest.approx([1, 1], rel=1e-2)
         model(torch.randn(2, 90)).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("learns", [-1.0, 0.5])
+def test_a_gamma_that_has_passed_zero_is_told_at_the_next_evaluation_once(learns):
+    """What the layer has to compute is so many times what it does: by SGD the sign of gamma changes before that of W does."""
+    torch.manual_seed(1)
+    model, x = sigma_reparam(nn.Sequential(nn.Linear(8, 1, bias=False))), torch.randn(64, 8)
+    ((_, sigma),) = sigma_layers(model)
+    target = learns * model(x).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for _ in range(50):
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.eval()
+            model.train()
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (sigma.gamma.item() < 0) == (learns < 0)
+    assert all(message.startswith("0: its gamma is negative") for message in told)
