@@ -1,25 +1,21 @@
-"""The code of README, guides and recipes, dry: what it imports is there, and what it calls takes the arguments it is given."""
+"""The code of README, guides and recipes, dry: what it imports is there, and what it calls takes the arguments it is given.
+
+Commands in sentences and tables too.
+"""
 
 import ast
 import importlib
 import inspect
 import re
 import subprocess
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from stable_command import COMMANDS
-from tests.warm import PYTHON
+from tests.documented import CALLED, OURS, ROOT, commands, wrong_flags
+from tests.nanogpt_patch.test_launch import write_scripts
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]
-OURS = ("stable_core", "stable_monitor", "fairseq_sigma", "timm_stable", "hf_stable", "nanogpt_patch", "recipes")
-WITH_SUBCOMMANDS = ("hf_stable.convert",)
-QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
-OTHERS_FLAGS = ("nanogpt_patch",)  # a command whose --help is its README's, and which passes flags on
 
 
 def blocks(language: str) -> list:
@@ -65,35 +61,53 @@ def test_python(code):
         inspect.signature(called).bind_partial(*call.args, **{k.arg: None for k in call.keywords})
 
 
-@cache
-def help_of(*command: str) -> str:
-    return subprocess.run(
-        [PYTHON, "-m", *command, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
-
-
-def commands(script: str) -> Iterator[tuple[list[str], list[str]]]:
-    """What a script calls of ours, a module and perhaps its subcommand, and the flags it gives."""
-    script = re.sub(r"\\\n", " ", script)
-    for line in script.splitlines():
-        called = re.search(r"(?:python|\$PY) -m ([\w.]+)|(?:^|\s)stable ([a-z]+)\s", line)
-        if called is None or line.lstrip().startswith("#"):
-            continue
-        module = called[1] or COMMANDS[called[2]].module
-        if module.startswith(OURS):
-            given = re.split(r"\s--\s|\s#|\s[|>]", line[called.end() :])[0]
-            first = given.split()[0] if module in WITH_SUBCOMMANDS else ""
-            yield [module, *filter(None, [first])], re.findall(r"(?<=\s)--[a-z][\w-]*", f" {re.sub(QUOTED, '', given)}")
+@pytest.fixture(scope="session")
+def nanogpt(tmp_path_factory) -> Path:
+    """A folder with nanoGPT's scripts, and the modules that the pages show."""
+    folder = tmp_path_factory.mktemp("written") / "nanoGPT"
+    write_scripts(folder)
+    for (code,) in (block.values for block in blocks("python")):
+        if named := re.match(r"# (\w+\.py)\n", code):
+            (folder / named[1]).write_text(code)
+    return folder
 
 
 @pytest.mark.parametrize("script", blocks("bash"))
-def test_bash(script):
+def test_bash(script, nanogpt):
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
     for file in re.findall(r"\brecipes/\w+/\w+\.sh\b", script):
         assert (ROOT / file).is_file()
     for target in re.findall(r"^make ([a-z-]+)", script, re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-    for command, flags in commands(script):
-        assert importlib.util.find_spec(command[0]), command
-        for flag in flags if command[0] not in OTHERS_FLAGS else ():
-            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(*command)), f"{command} has no {flag}"
+    for module, _ in commands(script):
+        assert importlib.util.find_spec(module), module
+    assert wrong_flags(script, nanogpt) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_sentences_and_tables(page, nanogpt):
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for code in (" ".join(found.split()) for found in re.findall(r"`([^`]+)`", prose)):
+        if CALLED.match(code):
+            assert wrong_flags(code, nanogpt) == [], code
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong"),
+    [
+        (
+            "fairseq-train DATA --user-dir plugins/fairseq_sigma --arch sigma_transformer_6l --reparm sigma",
+            "no --reparm",
+        ),
+        ("fairseq-train DATA ... --reparam sigma --monitor-evry 10", "no --monitor-evry"),
+        ("fairseq-train DATA --arch transformer --reparam sigma", "no --reparam"),
+        ("fairseq-eval-lm DATA --path A.pt --token-per-sample 5", "no --token-per-sample"),
+        ("fairseq-score --sis A --ref B", "no --sis"),
+        ("stable rescue A B \\\n  --rn C", "no --rn"),
+        ("python -m nanogpt_patch PATH/TO/nanoGPT/train.py --lerning_rate=1", "--lerning_rate is no setting"),
+        ("python -m nanogpt_patch ... --norm=half", "norm = 'half'"),
+    ],
+)
+def test_a_wrong_flag_is_found(script, wrong, nanogpt):
+    (found,) = wrong_flags(script, nanogpt)
+    assert wrong in found
