@@ -58,15 +58,33 @@ def _after_advance(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
         hook(optimizer, args, kwargs)
 
 
-def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    begins: list[SigmaReparam] = []  # whose weights the step may change
     for group in optimizer.param_groups:
         followed = _followed(group["params"])
         if _rests(group):
             for parametrization in followed:
                 parametrization.before_rest = _images(parametrization)
         else:
-            for parametrization in followed:
-                parametrization.watch.announce()
+            begins += followed
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        _announce(begins)
+        return None
+
+    def evaluated() -> Any:
+        # Lightning runs the model in here. The weights are what the last step left, and u must not advance for them again.
+        value = closure()
+        _announce(begins)
+        return value
+
+    args = tuple(evaluated if value is closure else value for value in args)
+    return args, {name: evaluated if value is closure else value for name, value in kwargs.items()}
+
+
+def _announce(begins: "list[SigmaReparam]") -> None:
+    for parametrization in begins:
+        parametrization.watch.announce()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

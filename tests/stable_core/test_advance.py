@@ -31,6 +31,26 @@ def test_one_advance_per_optimizer_step_whatever_the_accumulation():
             torch.testing.assert_close(layer.u, reference.u)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_model_that_is_run_in_a_closure_of_the_step_is_that_of_the_plain_loop(kind):
+    """As Lightning runs it."""
+    plain, inside = mlp(), mlp()
+    optimizers = [kind(model.parameters(), lr=0.1) for model in (plain, inside)]
+    for step in range(3):
+        x = torch.randn(8, 90, generator=torch.Generator().manual_seed(step))
+
+        def loss(model, optimizer, x=x):
+            optimizer.zero_grad()
+            found = model(x).square().mean()
+            found.backward()
+            return found
+
+        loss(plain, optimizers[0])
+        optimizers[0].step()
+        optimizers[1].step(closure=lambda loss=loss: loss(inside, optimizers[1]))
+        assert equal(state(plain), state(inside))
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     whole, parts = mlp(), mlp()
     x = torch.randn(32, 90)
