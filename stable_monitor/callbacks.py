@@ -1,5 +1,6 @@
 """What the monitor's callbacks under trainers have in common: their settings, what an alarm does, what the trainer logs."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,21 +11,22 @@ from .chosen import Chosen
 from .monitor import Monitor
 from .writers import headline
 
+log = logging.getLogger("stable_monitor")
+ON_ALARM = ("warn", "stop", "rescue")
+
 
 class Watching:
-    """A callback with a `Monitor`, which it makes when training begins.
+    """A callback with a `Monitor`, which it makes when training begins. Trainers differ in `_rescue` and `_way_on`.
 
     Args:
         every: updates from one record to the next.
-        on_alarm: one of `on_alarms`, or a function of the `Alarm`.
+        on_alarm: one of `ON_ALARM`, or a function of the `Alarm`.
         alarm, writers, attention: as for `Monitor`.
 
     Raises:
         ValueError: every is no whole number from 1, or on_alarm is something else. What else `Monitor` refuses, it refuses when
             training begins.
     """
-
-    on_alarms: tuple[str, ...] = ("warn", "stop")
 
     def __init__(
         self,
@@ -38,9 +40,9 @@ class Watching:
         super().__init__()
         if not isinstance(every, int) or every < 1:  # the monitor would say so at the start of training
             raise ValueError(f"every = {every!r}: allowed are whole numbers from 1")
-        if on_alarm not in self.on_alarms and not callable(on_alarm):
+        if on_alarm not in ON_ALARM and not callable(on_alarm):
             raise ValueError(
-                f"on_alarm = {on_alarm!r}: allowed are {', '.join(map(repr, self.on_alarms))} and functions of an Alarm"
+                f"on_alarm = {on_alarm!r}: allowed are {', '.join(map(repr, ON_ALARM))} and functions of an Alarm"
             )
         self.every, self.on_alarm, self.alarm, self.writers = every, on_alarm, alarm, writers
         self.attention = attention
@@ -64,8 +66,27 @@ class Watching:
     def _on_alarm(self, alarm: Alarm) -> Any:
         if callable(self.on_alarm):
             return self.on_alarm(alarm)
+        if self.on_alarm == "rescue":
+            return self._rescued(alarm)
         self._stop = self.on_alarm == "stop"
         return None
+
+    def _rescued(self, alarm: Alarm) -> Any:
+        """What was rescued; where that cannot be done, training stops with a checkpoint and a line that says how to go on."""
+        try:
+            return self._rescue(alarm)
+        except Exception as error:  # whatever it is, a checkpoint is worth more than the next update
+            checkpoint, way_on = self._way_on(alarm)
+            log.error("not rescued: %s. The training stops with %s; to go on: %s", error, checkpoint, way_on)
+            self._stop = True
+            return None
+
+    def _rescue(self, alarm: Alarm) -> Any:
+        raise NotImplementedError
+
+    def _way_on(self, alarm: Alarm) -> tuple[str, str]:
+        """The checkpoint that the training will stop with, and what to do with it."""
+        raise NotImplementedError
 
 
 def logged(record: dict[str, Any]) -> dict[str, float]:

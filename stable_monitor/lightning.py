@@ -18,12 +18,17 @@ from torch import nn
 from .alarm import Alarm, AlarmConfig
 from .callbacks import Watching, logged
 from .chosen import Chosen
+from .lightning_resume import Resuming, replace, together
+from .rescue import Rescue
 
 if TYPE_CHECKING:
     MonitorCallback: Any
 
 log = logging.getLogger("stable_monitor")
 PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}  # and where their Callback is
+COMMAND = (
+    "stable rescue {path} RESCUED.ckpt --model MODULE:FUNCTION --layers {layer}, and fit(ckpt_path='RESCUED.ckpt')"
+)
 VALIDATION = re.compile(r"val(id(ation)?)?[_/]")
 
 
@@ -39,15 +44,20 @@ class LightningWatching(Watching):
     no forward pass. Where they are compiled it is run once more, without gradient, so that what it logs for the epoch counts
     that batch twice. Manual optimization is not followed; a warning says what to do. FSDP was not tried.
 
+    A rescue runs `training_step` twice or more on the update's batch, without what it logs. With the callback in the Trainer,
+    `fit`, `test` and the like take a checkpoint of a rescued run, as `ckpt_path`, into a module that is built as ever.
+
     Args:
         every, alarm, writers, attention: as for `Monitor`.
-        on_alarm: "warn"; "stop", which ends the training; or a function of the `Alarm`.
+        on_alarm: "warn"; "stop", which ends the training; "rescue", which is `stable_monitor.rescue` before the next update,
+            and where that cannot be done stops with a checkpoint and a line that says how to go on; or a function of the
+            `Alarm`.
         path: directory or .jsonl file. If left out, the first logger's directory, or without a logger the Trainer's
             `default_root_dir`. A resumed run goes on in the same file if it is given the same path.
 
     Raises:
         ValueError: every is no whole number from 1, or on_alarm is something else. At the start of training, what else
-            `Monitor` refuses.
+            `Monitor` refuses, and "rescue" where the weights are cut up (FSDP, DeepSpeed, ModelParallelStrategy).
     """
 
     def __init__(
@@ -62,8 +72,30 @@ class LightningWatching(Watching):
     ) -> None:
         super().__init__(every, on_alarm, alarm=alarm, writers=writers, attention=attention)
         self.path = path
-        self._step: _TrainingStep | None = None
+        self._step: Any = None  # a _TrainingStep, while a training is followed
         self._loss: Any = None  # the sum over the update's batches, of which each gives its share
+        self._trainer: Any = None
+        self._rescuing: Any = None
+        self._resuming: Resuming | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._resuming = Resuming(pl_module, stage)
+        elif self.on_alarm == "rescue" and stage == "fit":
+            raise ValueError(
+                f"on_alarm = 'rescue': {type(trainer.strategy).__name__} cuts up the weights, which cannot be rescued in "
+                "place; allowed are 'warn', 'stop' and functions of an Alarm"
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._resuming is not None:
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            self._resuming.finish(trainer.strategy.model, trainer.optimizers, schedulers)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self._resuming is not None:
+            self._resuming.close()
+        self._resuming = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not pl_module.automatic_optimization:
@@ -74,10 +106,16 @@ class LightningWatching(Watching):
             )
             return
         log_dir = trainer.log_dir  # which all processes must ask for
-        self._step = _TrainingStep(pl_module)
+        path = Path(self.path or log_dir or trainer.default_root_dir)
+        self._step, self._trainer = _TrainingStep(pl_module), trainer
+        self._folder = path.parent if path.suffix == ".jsonl" else path
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._rescuing = Rescue(
+            trainer.strategy.model, trainer.optimizers, self._same_batch, scheduler=together(schedulers)
+        )
         self._watch(
             self._step,
-            path=self.path or log_dir or trainer.default_root_dir,
+            path=path,
             optimizer=trainer.optimizers,
             step=trainer.global_step,
             stack="lightning",
@@ -107,6 +145,9 @@ class LightningWatching(Watching):
             for logger in trainer.loggers:
                 logger.log_metrics(found, record["step"])
             pl_module.log_dict(found, prog_bar=True, logger=False)
+        self._step.given = (), {}
+        if self._stop and self.on_alarm == "rescue":  # it could not be done
+            trainer.save_checkpoint(self._checkpoint())
         trainer.should_stop = trainer.should_stop or self._stop
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -120,10 +161,25 @@ class LightningWatching(Watching):
         if self._step is not None and self.monitor is not None:
             self._step.give_back()
             self.monitor.close()
-            self._step = None
+            self._step = self._trainer = self._rescuing = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
+        self.teardown(trainer, pl_module, "")
+
+    def _rescue(self, alarm: Alarm) -> Any:
+        return self._rescuing(alarm)
+
+    def _same_batch(self) -> None:
+        with self._trainer.precision_plugin.train_step_context():
+            self._step.again()
+
+    def _checkpoint(self) -> Path:
+        return self._folder / f"alarm-step={self._trainer.global_step}.ckpt"
+
+    def _way_on(self, alarm: Alarm) -> tuple[str, str]:
+        path = self._checkpoint()
+        return str(path), COMMAND.format(path=path, layer=alarm.layer)
 
 
 class _TrainingStep(nn.Module):
@@ -133,30 +189,38 @@ class _TrainingStep(nn.Module):
         super().__init__()
         self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
         self._of = [module]  # in a list, as it is no part
-        self._before: list[Any] | None = None  # what the module itself had by that name
+        self._undo: Callable[[], None] | None = None
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = (), {}  # what the module's was called with last
 
     def take_over(self) -> None:
         """Has the module's `training_step` run through this one, until `give_back`."""
         (module,) = self._of
-        if self._before is not None:
+        if self._undo is not None:
             return
-        self._before = [module.__dict__["training_step"]] if "training_step" in module.__dict__ else []
         step: Any = module.training_step
         self.training, self.forward = module.training, step
 
         @functools.wraps(self.forward)  # Lightning looks at its arguments
         def through(*args: Any, **kwargs: Any) -> Any:
+            self.given = args, kwargs
             return self(*args, **kwargs)
 
-        module.__dict__["training_step"] = through
+        self._undo = replace(module, "training_step", through)
 
     def give_back(self) -> None:
-        (module,) = self._of
-        if self._before is not None:
-            del module.__dict__["training_step"]
-            if self._before:
-                module.__dict__["training_step"] = self._before[0]
-            self._before = None
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def again(self) -> None:
+        """The same call of `training_step`, which logs nothing."""
+        (module,), (args, kwargs) = self._of, self.given
+        step: Any = module.training_step
+        log_again = replace(module, "log", lambda *args, **kwargs: None)
+        try:
+            step(*args, **kwargs)
+        finally:
+            log_again()
 
 
 def __getattr__(name: str) -> Any:

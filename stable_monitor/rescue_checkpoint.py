@@ -113,7 +113,10 @@ def open_checkpoint(path: Path, model: str | None = None) -> Opened:
 
 
 def _open_plain(path: Path, model: str) -> Opened:
-    """A file of torch.save with a state dict in it, under "model", "state_dict" or alone, and perhaps "optimizer"."""
+    """A file of torch.save with a state dict in it, under "model", "state_dict" or alone, and perhaps "optimizer".
+
+    Lightning's has a list of "optimizer_states", which is of one under automatic optimization.
+    """
     module, colon, name = model.partition(":")
     if not colon or not name:
         raise ValueError(f"model = {model!r}: allowed are timm:NAME and MODULE:FUNCTION")
@@ -130,9 +133,10 @@ def _open_plain(path: Path, model: str) -> Opened:
     state = checkpoint if place is None else checkpoint[place]
     reparametrise_named(built, reparametrised_in(state))
     built.load_state_dict(state)
-    optimizer = None
-    if "optimizer" in checkpoint:
-        optimizer = optimizer_holding(built, checkpoint["optimizer"], usual_groupings(built))
+    optimizer, alone = None, "optimizer" in checkpoint
+    saved = [checkpoint["optimizer"]] if alone else checkpoint.get("optimizer_states", [])
+    if saved:
+        optimizer = optimizer_holding(built, saved[0], usual_groupings(built)) if len(saved) == 1 else None
         if optimizer is None:
             raise ValueError(
                 f"{path}: its optimizer has other groups than all parameters in one, or matrices and vectors; leave it out"
@@ -141,7 +145,7 @@ def _open_plain(path: Path, model: str) -> Opened:
     def save(out: Path) -> None:
         new = built.state_dict() if place is None else {**checkpoint, place: built.state_dict()}
         if optimizer is not None:
-            new["optimizer"] = optimizer.state_dict()
+            new |= {"optimizer": optimizer.state_dict()} if alone else {"optimizer_states": [optimizer.state_dict()]}
         torch.save(new, out)
 
     return Opened(built, optimizer, save)

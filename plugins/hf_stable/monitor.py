@@ -1,7 +1,6 @@
 """The monitor under transformers' Trainer."""
 
 import inspect
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from stable_monitor import Alarm
 from stable_monitor.callbacks import Watching, logged
 
 from .rescue import TrainerRescue, introduce_trainers
-
-log = logging.getLogger(__name__)
 
 CLOCKS = ("runtime", "per_second", "epoch", "time")  # what the Trainer's metrics say of the clock and not of the model
 
@@ -40,16 +37,14 @@ class MonitorCallback(Watching, TrainerCallback):
             `Monitor` refuses.
     """
 
-    on_alarms = ("warn", "stop", "rescue")
-
     trainer: Any = None
-    _rescue: TrainerRescue | None = None
+    _rescuing: TrainerRescue | None = None
     _training = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._training = True
         if self.on_alarm == "rescue":  # before the monitor, which compiled models are called through as well
-            self._rescue = TrainerRescue(self.trainer)
+            self._rescuing = TrainerRescue(self.trainer)
         self._processes, self._batches = _sharing_processes(kwargs["model"], args), 1
         self._watch(
             self.trainer.model_wrapped,
@@ -84,26 +79,19 @@ class MonitorCallback(Watching, TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._training = False
         self.monitor.close()
-        if self._rescue is not None:
-            self._rescue.close()
+        if self._rescuing is not None:
+            self._rescuing.close()
 
-    def _on_alarm(self, alarm: Alarm) -> Any:
-        return self._rescued(alarm) if self.on_alarm == "rescue" else super()._on_alarm(alarm)
-
-    def _rescued(self, alarm: Alarm) -> Any:
-        state = self.trainer.state
-        try:
-            done = self._rescue(alarm)
-        except Exception as error:  # whatever it is, a checkpoint is worth more than the next update
-            checkpoint = f"{self.trainer.args.output_dir}/checkpoint-{state.global_step}"
-            way_on = self._rescue.way_on(checkpoint, alarm.layer)
-            log.error("not rescued: %s. The training stops with %s; to go on: %s", error, checkpoint, way_on)
-            self._stop = True
-            return None
+    def _rescue(self, alarm: Alarm) -> Any:
+        done, state = self._rescuing(alarm), self.trainer.state
         if done:
             names = [rescued.layer for rescued in done]
             state.log_history.append({"attention_rescued": names, "step": state.global_step})
         return done
+
+    def _way_on(self, alarm: Alarm) -> tuple[str, str]:
+        checkpoint = f"{self.trainer.args.output_dir}/checkpoint-{self.trainer.state.global_step}"
+        return checkpoint, self._rescuing.way_on(checkpoint, alarm.layer)
 
 
 introduce_trainers()

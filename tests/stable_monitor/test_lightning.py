@@ -62,8 +62,8 @@ def loader(numbers):
 
 def fit(folder, *callbacks, module=None, steps=5, resume=None, batches=8, **settings):
     module, logger = module or Module(), Logged()
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", devices=1, logger=logger, callbacks=list(callbacks),
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "devices": 1}
+    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=logger, callbacks=list(callbacks),
                          default_root_dir=folder, num_sanity_val_steps=1, **quiet | settings)  # fmt: skip
     trainer.fit(module, loader(range(batches)), loader([100]), ckpt_path=resume)
     return module, logger, trainer
@@ -165,8 +165,8 @@ def test_manual_optimization_says_what_to_do(tmp_path, caplog):
 
 
 def test_settings_are_refused_and_the_callback_is_lightnings(tmp_path):
-    with pytest.raises(ValueError, match="on_alarm = 'rescue': allowed are 'warn', 'stop' and functions"):
-        MonitorCallback(on_alarm="rescue")
+    with pytest.raises(ValueError, match="on_alarm = 'end': allowed are 'warn', 'stop', 'rescue' and functions"):
+        MonitorCallback(on_alarm="end")
     with pytest.raises(ValueError, match="every = 0: allowed are whole numbers"):
         MonitorCallback(0)
     assert issubclass(MonitorCallback, pl.Callback) and issubclass(MonitorCallback, LightningWatching)
