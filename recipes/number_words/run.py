@@ -12,6 +12,7 @@ import math
 import random
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,6 +174,11 @@ def plot(results: dict[tuple[Run, int], Result], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def row(run: Run, curves: Iterable[dict[int, float]]) -> tuple[str, str, str]:
+    """Its learning rate and last training losses, a seed beside the other."""
+    return run.label, f"{run.lr:g}", " / ".join(f"{curve[max(curve)]:.2f}" for curve in curves)
+
+
 def table(results: dict[tuple[Run, int], Result], seeds: list[int]) -> Table:
     table = Table("", "learning rate", "training loss", "BLEU (letters)", "numbers right")
     table.title = f"{SIZES['test']} held-out numbers, beam 5" + (
@@ -181,9 +187,7 @@ def table(results: dict[tuple[Run, int], Result], seeds: list[int]) -> Table:
     for run in RUNS:
         curves, translations = zip(*(results[run, seed] for seed in seeds), strict=True)
         table.add_row(
-            run.label,
-            f"{run.lr:g}",
-            " / ".join(f"{curve[max(curve)]:.2f}" for curve in curves),
+            *row(run, curves),
             " / ".join(f"{t.bleu:.1f}" for t in translations),
             " / ".join(f"{t.exact:.0%}" for t in translations),
         )

@@ -80,20 +80,22 @@ def least_entropy(record: dict[str, Any]) -> float:
     return min(median_head(layer["entropy"]) / math.log(layer["keys"]) for layer in record["layers"].values())
 
 
-def table(found: dict[tuple[str, int], Result], out: Path, seeds: list[int]) -> Table:
+def table(runs: dict[tuple[str, int], Path]) -> Table:
+    """Of whole runs, by name and seed."""
     table = Table("", "validation loss", "least entropy", "alarms", "diagnosis")
     table.title = f"learning rate {LR:g}, loss in nats, entropy / log(keys)"
+    seeds = list(dict.fromkeys(seed for _, seed in runs))
     if len(seeds) > 1:
         table.title += f", seeds {', '.join(map(str, seeds))}"
     for name in RUNS:
-        own = [found[name, seed] for seed in seeds]
+        own = [records_of(runs[name, seed]) for seed in seeds]
         alarms = [sum(len(record["alarms"]) for record in records) for records, _ in own]
         table.add_row(
             LABELS[name][0],
             " / ".join(f"{loss:.3f}" for _, loss in own),
             " / ".join(f"{least_entropy(records[-1]):.2f}" for records, _ in own),
             " / ".join(map(str, alarms)),
-            " / ".join(diagnose(out / f"{name}-{seed}")[0].verdict for seed in seeds),
+            " / ".join(diagnose(runs[name, seed])[0].verdict for seed in seeds),
         )
     return table
 
@@ -138,7 +140,7 @@ def main() -> int:
         for name in RUNS
     }
     found = side_by_side(jobs, console)
-    console.print(table(found, args.out, args.seeds))
+    console.print(table({(name, seed): args.out / f"{name}-{seed}" for name, seed in found}))
     picture, page = args.out / "quickstart.png", args.out / "report.html"
     plot(found, picture)
     report([args.out / f"{name}-{args.seeds[0]}" for name in RUNS], page)
