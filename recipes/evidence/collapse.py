@@ -47,9 +47,15 @@ def turned(run: dict) -> int | None:
     return None
 
 
-def row(run: dict) -> tuple[str, ...]:
-    end = run["losses"][-1] - min(run["losses"])
-    return run["label"], halved(run), str(turned(run)), f"{end:.2f}", f"{min(run['entropy']):.2f}"
+def table(all_runs: list[dict]) -> Table:
+    """Of those whose loss turns."""
+    columns = ("", "entropy below half at update", f"loss {RISE} nats up at", "at the end, nats up", "least entropy")
+    result = Table(*columns)
+    for run in all_runs:
+        if (update := turned(run)) is not None:
+            end = run["losses"][-1] - min(run["losses"])
+            result.add_row(run["label"], halved(run), str(update), f"{end:.2f}", f"{min(run['entropy']):.2f}")
+    return result
 
 
 def summary(all_runs: list[dict]) -> str:
@@ -89,14 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not output.absolute().parent.is_dir():
         parser.error(f"output {output}: there is no directory {output.parent}")
     all_runs = runs()
-    shown = [run for run in all_runs if turned(run) is not None]
-    columns = ("", "entropy below half at update", f"loss {RISE} nats up at", "at the end, nats up", "least entropy")
-    table = Table(*columns)
-    for run in shown:
-        table.add_row(*row(run))
-    picture(shown, output)
+    picture([run for run in all_runs if turned(run) is not None], output)
     console = Console()
-    console.print(table)
+    console.print(table(all_runs))
     console.print(f"{summary(all_runs)}\npicture: {output}")
     return 0
 

@@ -1,8 +1,8 @@
-"""The comparison's tables and pictures from its logs, and which variants differ by more than seeds do.
+"""The comparison's pictures from its logs, and which variants differ by more than seeds do.
 
     python -m recipes.lr_sensitivity.figures recipes/lr_sensitivity/results/gpt.jsonl
 
-writes gpt.png beside the log. Without arguments it does so for all of results/, and writes results/tables.md.
+writes gpt.png beside the log, and prints its table. Without arguments it does so for all of results/.
 """
 
 import json
@@ -16,7 +16,6 @@ import tyro
 from recipes.command import command
 from stable_monitor.outcomes import Row, plot, summarise, table
 
-from .alarms import by_log
 from .logs import outcomes
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,21 +78,6 @@ def in_short() -> str:
     return "\n".join(lines)
 
 
-def tables() -> str:
-    found = [
-        "# Every rate, every variant",
-        "",
-        "Written by `python -m recipes.lr_sensitivity.figures`: mean validation loss of three seeds at each rate; best loss",
-        "and sensitivity of seeds 1 / 2 / 3. One variant is less sensitive than another where every seed of it is below every",
-        "seed of the other; of two that are alike that is so, one way or the other, once in ten times.",
-    ]
-    for name, title in TITLES.items():
-        found += ["", f"## {title}", "", described(rows_of(RESULTS / f"{name}.jsonl"))]
-        found.append(f"Log: [{name}.jsonl]({name}.jsonl).\n\n![Loss over learning rate, a line a method]({name}.png)")
-    found += ["", "## What the alarm hears", "", by_log([RESULTS / f"{name}.jsonl" for name in TITLES])]
-    return "\n".join(found)
-
-
 def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Settings, args=arguments, prog="python -m recipes.lr_sensitivity.figures", description=__doc__)
     for log in settings.logs or [RESULTS / f"{name}.jsonl" for name in TITLES]:
@@ -101,9 +85,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{log.stem}\n\n{described(rows)}")
         plot(rows, log.with_suffix(".png"))
         print(f"wrote {log.with_suffix('.png')}\n")
-    if not settings.logs:
-        (RESULTS / "tables.md").write_text(tables())
-        print(f"wrote {RESULTS / 'tables.md'}")
     return 0
 
 

@@ -136,14 +136,15 @@ def runs_of(seed: int, settings: Settings, missing: list[str], advance: Callable
         advance()
 
 
-def rows(lines: list[dict]) -> list[list[str]]:
+def table(lines: list[dict]) -> Table:
     """Each remedy with its seeds beside each other."""
-    found = []
+    later = f"{lines[0]['after']} updates later"
+    found = Table("", "after the change", later, "least entropy / log(keys)")
     for remedy, (label, _) in REMEDIES.items():
         own = sorted((line for line in lines if line["remedy"] == remedy), key=lambda line: line["seed"])
         if own:
             losses = (" / ".join(f"{line[key]:.3f}" for line in own) for key in ("eval_changed", "eval_end"))
-            found.append([label, *losses, " / ".join(f"{line['entropy'][-1]:.2f}" for line in own)])
+            found.add_row(label, *losses, " / ".join(f"{line['entropy'][-1]:.2f}" for line in own))
     return found
 
 
@@ -177,12 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
                 with log.open("a") as file:
                     file.write(f"{json.dumps(line)}\n")
                 known.append(line)
-    table = Table(title=f"validation loss, nats, seeds {' / '.join(map(str, settings.seeds))}")
-    for column in ("", "after the change", f"{setting['after']} updates later", "least entropy / log(keys)"):
-        table.add_column(column)
-    for row in rows(known):
-        table.add_row(*row)
-    Console().print(table)
+    Console().print(f"validation loss, nats, seeds {' / '.join(map(str, settings.seeds))}", table(known))
     draw(known, settings.output / "picture.png")
     print(f"log and picture: {log}, {settings.output / 'picture.png'}")
     return 0

@@ -1,10 +1,10 @@
-"""Writes results/tables.md, all tables of this recipe, from its logs."""
+"""The tables of this recipe, for `python -m recipes.tables`, and the one that its README has."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-from .run import rows
+from recipes.tables import Page, Section, log, markdown
+
+from . import run, switch
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
@@ -17,10 +17,6 @@ TITLES = {
 IN_SHORT = ("go_on", "half", "qk_clip", "rescue")
 
 
-def log(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-
-
 def names() -> list[str]:
     """Of the logs of `recipes.rescue.run`, a training's main one first."""
     there = {path.stem for path in RESULTS.glob("*.jsonl") if path.with_suffix(".png").exists()}
@@ -31,36 +27,30 @@ def in_short() -> str:
     """Markdown, for the README: losses at the end of four remedies, each training from its main log."""
     found = ["| | go on | half the rate | QK-clip at 30 | rescue |", "|---|---|---|---|---|"]
     for kind, title in TITLES.items():
-        lines = sorted(log(kind), key=lambda line: line["seed"])
+        lines = sorted(log("rescue", kind), key=lambda line: line["seed"])
         cells = (" / ".join(f"{line['eval_end']:.3f}" for line in lines if line["remedy"] == one) for one in IN_SHORT)
         found.append(f"| {title}, {lines[0]['lr']:g} | {' | '.join(cells)} |")
     return "\n".join(found)
 
 
-def tables() -> str:
-    found = [
-        "# Every remedy, every log",
-        "",
-        "Written by `python -m recipes.rescue.tables`. Validation loss in nats, seeds 1 / 2 / 3. Least entropy is that of the",
-        "median head in the layer that attends to least, as a part of log(keys).",
-    ]
-    for name in names():
-        lines = log(name)
-        head, kind = lines[0], name.partition("_")[0]
-        found += [
-            *("", f"## {TITLES[kind]} at {head['lr']:g}, from update {head['at']}", ""),
-            f"| | after the change | {head['after']} updates later | least entropy / log(keys) |",
-            *("|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows(lines)), ""),
-            f"Log: [{name}.jsonl]({name}.jsonl).",
-            *("", f"![Training loss and least entropy after each remedy]({name}.png)"),
-        ]
-    return "\n".join(found) + "\n"
+def remedies(name: str) -> Section:
+    lines = log("rescue", name)
+    title = f"{TITLES[name.partition('_')[0]]} at {lines[0]['lr']:g}, from update {lines[0]['at']}"
+    return Section(title, markdown(run.table(lines)), logs=(f"{name}.jsonl",), picture=f"{name}.png")
 
 
-def main() -> None:
-    (RESULTS / "tables.md").write_text(tables())
-    print(f"{in_short()}\ntables: {RESULTS / 'tables.md'}")
+def switches() -> Section:
+    rows = [switch.row(stack, log("rescue", f"switch_{stack}")) for stack in switch.STACKS]
+    rates = ", ".join(f"{stack} {settings.lr:g}" for stack, settings in switch.STACKS.items())
+    text = f"Each stack's own command, from the start; fairseq's loss is in bits, labels smoothed. The full rates: {rates}."
+    logs = tuple(f"switch_{stack}.jsonl" for stack in switch.STACKS)
+    return Section("The switch in each stack", "\n".join([switch.HEAD, *rows]), text, logs)
 
 
-if __name__ == "__main__":
-    main()
+def page() -> Page:
+    return Page(
+        "Every remedy, every log",
+        "Validation loss in nats, seeds 1 / 2 / 3. Least entropy is that of the median head in the layer that attends to "
+        "least, as a part of log(keys).",
+        [*map(remedies, names()), switches()],
+    )
