@@ -5,6 +5,20 @@ is written beside the picture, a line of JSON for each curve. A quantity is of t
 of its validations: "validation.loss", "validation.top1", or what else the stack found; or of one attention layer: "entropy",
 "entropy_min", "max_logit", "sigma", "grad_l2" or "grad_linf" with ":KIND.INDEX", as "sigma:encoder.0" (INDEX counts from the
 first layer; -1 is the last).
+
+The papers' figures, by what is to be shown:
+
+    σ 3                  validation.top1 entropy:encoder.0 sigma:encoder.0 --trials extremes --by validation.top1
+    σ 4, 10 (a)          validation.probe_top1 entropy:encoder.0 sigma:encoder.0 grad_linf:encoder.0 --trials extremes
+                         --by validation.probe_top1
+    σ 5, 10 (b)          validation.probe_top1
+    σ 6, 11              validation.top1 --trials ranked, of RUN/probe
+    σ 7                  loss entropy:encoder.94 entropy:cross.94
+    ST 1 left, 6, 7, 11, 14        validation.loss; of nanoGPT with --monitor_every=1000
+    ST 1 right, 8                  validation.top1
+    ST 2, 3, 4, 9, 10, 13          loss validation.loss
+
+`stable report` draws σ 1, 12, 14, 15 and 16 to 20, the temperature recipe σ 2, 8 and 9, recipes.librispeech.wer σ 13.
 """
 
 import json

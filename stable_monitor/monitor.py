@@ -49,17 +49,22 @@ class Monitor:
 
     With `follow=True` even that line is left out: `step` is called after each step of the optimizer.
 
-    A record holds the model's loss, learning rate and gradient norms (l2, l-inf), and for each attention module, by its name:
+    A record has these fields; numbers that are not finite are null:
 
-    - for each head the entropy in nats (mean and least over batch and queries), the lower bound of the entropy for logits of
-      their size [σ, Theorem 3.1], and the largest attention logit;
-    - the spectral norms of its effective query, key, value and output weights, and its gradient norms;
-    - `keys`, the number of keys, or its geometric mean where queries see different numbers: uniform attention has entropy
-      log(keys).
+    - `step`, `loss`, `lr` (`lrs` where groups differ), `grad_l2`, `grad_linf`: of the model; step 0 is untrained;
+    - `nonfinite`: which of `loss` and `grad_l2` are NaN or infinite; other nulls were not measured;
+    - `alarms`, `rescues`, `verdict`: what rang, what was rescued, and the verdict so far;
+    - `updates_per_second` since the last record, validations and all, and `overhead`, the part of that time that the monitor
+      took itself (with `writers`, without `on_alarm`). That is time of the host: work that is queued on a GPU and not waited
+      for is not in it;
+    - `layers`, by the name of the attention module:
 
-    It also holds `updates_per_second` since the last record, validations and all, and `overhead`, the part of that time that
-    the monitor took itself (with `writers`, without `on_alarm`). That is time of the host: work that is queued on a GPU and not
-    waited for is not in it.
+        - `kind`: encoder, decoder (causal) or cross; `keys`: their number, or its geometric mean where queries see different
+          numbers. Uniform attention has entropy log(keys);
+        - for each head `entropy` and `entropy_min`, mean and least over batch and queries, in nats; `max_logit`, the largest
+          attention logit; `bound`, the least entropy that logits of their size allow [σ, Theorem 3.1];
+        - `sigma`: true spectral norms of the effective query, key, value and output weights, or of a packed "qkv"; `lag`: under
+          σReparam 1 - estimate / sigma; `grad_l2`, `grad_linf`.
 
     `python -m stable_monitor.report RUN` draws the records.
 
@@ -76,8 +81,7 @@ class Monitor:
         model: the module that the training loop calls: plain, compiled, or wrapped for distribution.
         every: number of updates from one record to the next; the first record is of the untrained model, step 0.
         path: a .jsonl file, or a directory for `monitor.jsonl`, to which each record is appended as one line. None: no file.
-        optimizer: to read the learning rates from, or several in a list, tuple or dict. `lr` is that of the first group; where
-            others differ, `lrs` has those of all groups.
+        optimizer: to read the learning rates from, or several in a list, tuple or dict. `lr` is that of the first group.
         step: number of updates made before, where a run is resumed; the alarm's history is read from their records in the file.
         alarm: settings of the alarm; `AlarmConfig()` if left out.
         on_alarm: called with each `Alarm` of rank 0, after it is logged, on every rank that has a monitor: `stop_training`,

@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import method_pages  # noqa: E402  beside this file
+import recipe_pages  # noqa: E402
 
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build"
@@ -25,7 +26,7 @@ LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^]]*)\]\((?!\w+:|#)(?P<path>[^)#]+)
 
 def pages() -> Iterator[Path]:
     """What becomes a page, from the root: Markdown, and notebooks."""
-    for pattern in ("*.md", "docs/*.md", "docs/notebooks/*.py", "recipes/*/README.md", "recipes/*/results/*.md"):
+    for pattern in ("*.md", "docs/*.md", "docs/notebooks/*.py", "recipes/README.md", "recipes/*/README.md", "*/results/*.md", "recipes/*/results/*.md"):
         yield from (path.relative_to(ROOT) for path in sorted(ROOT.glob(pattern)))
 
 
@@ -62,7 +63,10 @@ def stage(page: Path) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     staged = (STAGED / page).with_suffix(".md")
     staged.parent.mkdir(parents=True, exist_ok=True)
-    staged.write_text(LINK.sub(placed, markdown_of(text) if page.suffix == ".py" else text), encoding="utf-8")
+    text = LINK.sub(placed, markdown_of(text) if page.suffix == ".py" else text)
+    if page.parts[0] == "recipes" and page.name == "README.md":
+        text += recipe_pages.scripts(ROOT / page.parent)
+    staged.write_text(text, encoding="utf-8")
 
 
 def api(package: Path) -> str:

@@ -1,4 +1,10 @@
 # Read by the recipes of this folder: where things are, how nanoGPT is run, and what SMALL=1 changes.
+#
+# What the paper leaves open:
+# - Alpha is 0.475 for every GPT, the text's example. Minimum rates are a tenth of the peak for Figure 6 too.
+# - init.sh and alpha.sh change GPT-2 in one part, as Section 2 says; --attention=stable --init=stable makes it Figure 3's StableGPT-S.
+# - Embeddings are decayed, as nanoGPT has it; Section 2 decays "the weight matrix".
+# - The norm is equation 2's, of a token's features; the listing of App. G has the token axis.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 SEEDS=${SEEDS:-0} USER_OPTIONS=("$@")
 RUNS=${RUNS:-$ROOT/runs}/gpt$([ "$SMALL" = 1 ] && echo _small || true)

@@ -8,6 +8,12 @@
 # Table 2 has 2.819 for S at LR=1.2e-3; Figure 11 is of STEPS=100000.
 # SMALL=1: the same for 4 blocks of width 128 at 3e-2, where GPT collapses, on the text of `python -m recipes.small_data lm`: two minutes on one core.
 # Interrupted? The same command goes on after the last checkpoint.
+#
+# What the paper leaves open:
+# - Alpha and others are recipes/gpt/common.sh's. Blocks begin at random places of the token file. Only matrices are decayed.
+# - A block of 1,024 has 1,023 targets, nanoGPT's 1,024; the validation loss is of all of val.bin, nanoGPT's of 200 random batches.
+# - OpenWebText is prepared as nanoGPT does, from the Hub's Parquet copy (`pip install datasets`); we have not run it. nanoGPT's
+#   train.bin and val.bin will do: DATA_DIR=FOLDER, with GPT-2's tokenizer saved to FOLDER/tokenizer.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 SIZE=${1:-} KIND=${2:-stable} SEED=${3:-1}
 shift $(($# > 3 ? 3 : $#))

@@ -17,6 +17,16 @@
 # Cost: 500,000 updates of 1,920 s; the paper does not say how long they took, and we have not run it.
 # DEPTH=72: the deep models of Figure 14, with half the batch. Interrupted? The same command goes on from where it was.
 # Options name the run's folder too. DRY_RUN=1 shows the command.
+#
+# What the paper leaves open:
+# - The convolution has no activation, zeros around the utterance, and no σReparam (--plain-conv).
+# - Log-mel is Kaldi's, normalised for the utterance. CAPE has its own paper's settings for speech.
+# - First weights "uniform(.036)" are 1 / sqrt(width), which it is at 768, for every layer.
+# - σReparam's q and k share a sigma, v has its own; all three share one with LARS.
+# - step(330k, 0.5) is one decay at update 330,000; SCHEDULE=plateau halves when the WER stops falling, as E.1 also tells. Warm-up
+#   is 64k for all, as in Table 8; the text also speaks of 16k for preln.
+# - LARS is timm's, always adapting, trust coefficient 0.001. Table 9 takes Table 8's learning rates.
+# - The checkpoint is the one with the best WER on dev-other.
 source "$(dirname "$0")/common.sh"
 MODEL=${1:-} SEED=${2:-1} OPTIMIZER=${OPTIMIZER:-adagrad} SCHEDULE=${SCHEDULE:-step} DEPTH=${DEPTH:-36}
 shift $(($# > 1 ? 2 : $#))

@@ -7,6 +7,13 @@
 # EPOCHS=100 is the paper's stability analysis (Figures 4 to 6), WARMUP=10 its Appendix D.2. DRY_RUN=1 shows the commands.
 # SMALL=1: the same on 8 x 8 digits, a minute or two on one core, and a probe of the encoder before pretraining beside it.
 # Interrupted? The same command goes on after the last whole epoch.
+#
+# What the paper leaves open:
+# - From MoCo v3 for ViTs: first weights, the head (3 layers, not reparametrised, with BatchNorm over the images of all GPUs, which
+#   we have not run), a cosine that begins where the warm-up ends, the class token as features, the linear probe.
+# - From SimCLR: temperature 0.1, crops from 8 % of the area, no blur up to 64 pixels. Negatives come from all processes.
+# - Weight decay spares vectors, gamma and the class token.
+# - Both probes have a BatchNorm without parameters. That beside pretraining learns from the same augmented views, by Adam at 3e-3.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 VARIANT=${1:-} SEED=${2:-1}

@@ -1,4 +1,11 @@
 # Read by the recipes of this folder: where things are, how a model is trained, and what SMALL=1 changes.
+#
+# What the paper leaves open:
+# - The moving average's decay is 0.9999, and the patch of ST's 200 blocks 14. ST gives beta2 and clipping twice: we take its Table
+#   3b, 0.99 and no clipping. Figure 4's caption names 8 heads; the other numbers are ours.
+# - A run has diverged if it becomes NaN, or ends with at most half of its grid's best accuracy or twice chance.
+# - LARS adapts vectors, such as gamma, too, and where there is no weight decay; so a small σReparam model trains.
+# - Attention runs in bf16, sigma in fp32; the σReparam paper keeps attention in fp32 too.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 RUNS=${RUNS:-$ROOT/runs}/vision$([ "$SMALL" = 1 ] && echo _small || true)
 DEVICE_BATCH=${DEVICE_BATCH:-128} # images in a GPU's memory at a time

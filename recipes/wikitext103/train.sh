@@ -10,6 +10,13 @@
 # The paper's grid: LR 1, 1.5, 2, 2.5, DECAY 1e-3, 1e-4, 0. Cost: about 3 days of 8 A100 a run, in fp32; estimated.
 #   recipes/wikitext103/train.sh sigma        SMALL=1 recipes/wikitext103/train.sh sigma: narrow, on the small data
 # Interrupted? The same command goes on from the last checkpoint. Options name the run's folder too. DRY_RUN=1 shows the command.
+#
+# What the paper leaves open:
+# - DEPTH=16 is fairseq's recipe and has the 247M parameters known of this baseline; the text's 32 layers are DEPTH=32, 448M.
+# - preln is fairseq's recipe, bit for bit, without a norm after the last layer; the text calls the baseline post-LN, which is postln.
+# - "All linear layers of the Transformer" are those of the blocks; adaptive input and softmax stay plain.
+# - It is not said which LR and DECAY gave Table 12; preln and postln have no decay.
+# - gamma starts at 1 and is decayed with everything else. The weights start as fairseq draws them.
 source "$(dirname "$0")/common.sh"
 run_of "$@"
 [ -s "$DATA/dict.txt" ] || [ "${DRY_RUN:-0}" = 1 ] || die "no data in $DATA: run $HERE/prepare.sh first"

@@ -7,6 +7,12 @@
 # Cost: 6, 13, 34 and 66 hours of 8 A100 (100,000 updates at 40 % of their bf16 peak; estimated).
 # SMALL=1 is the same command on the small data, with a narrow model and a short schedule, in under 15 minutes on 2 cores.
 # Interrupted? The same command goes on from the last checkpoint. Options name the run's folder too. DRY_RUN=1 shows the command.
+#
+# What the paper leaves open:
+# - "trunc_normal(.1/.01)" is not said which where: --init-std is 0.1 by default, 0.01 is the other.
+# - Decoder input and output embeddings are shared, as in torchscale's example.
+# - "All provided training data" is what fairseq's prepare-wmt14en2de.sh takes for WMT'17.
+# - "Best perplexity on the validation set" is of the unsmoothed loss.
 source "$(dirname "$0")/common.sh"
 [ $# -ge 1 ] || die "give an ARCH: {sigma,sigma_postln,deepnorm,postln,preln}_transformer_{6,18,50,100}l"
 run_of "$@"

@@ -20,7 +20,7 @@ IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 def test_presets_have_the_parameters_of_table_1(size, millions):
     with torch.device("meta"):
         model = StableViTForImageClassification(StableViTConfig.preset(size, num_labels=1000))
-    # 1.4 % below the paper's for the 200 blocks, as in timm_stable; see docs/parameters.md.
+    # 1.4 % below the paper's for the 200 blocks, as in timm_stable; see benchmarks/results/parameters.md.
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.015)
 
 

@@ -1,11 +1,14 @@
 """DRY_RUN=1 of every shell recipe, where there is neither data nor a checkout: it shows something, and writes nothing."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from recipes import papers
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ARGUMENTS = {
@@ -40,6 +43,7 @@ SECOND = {  # the seed, or what else stands before options
     "wmt17_en_de/evaluate.sh": ["1"],
     "wmt17_en_de/train.sh": ["1"],
 }
+COMMANDS = [one for rows in papers.papers().values() for row in rows for one in row.commands]
 SCRIPTS = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.glob("*/*.sh") if path.name != "common.sh")
 
 
@@ -51,6 +55,19 @@ def test_a_dry_run_needs_nothing_and_writes_nothing(tmp_path, script, small):
     assert not any((tmp_path / "cwd").iterdir())
 
 
+@pytest.mark.parametrize("command", [one for one in COMMANDS if ".sh" in one])
+def test_the_commands_of_the_papers_tables_and_figures(tmp_path, command):
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if "=" not in word)
+    script = words[at].removeprefix("recipes/")
+    done = dry_run(tmp_path, "0", script, *words[at + 1 :], **dict(word.split("=") for word in words[:at]))
+    assert (done.returncode, done.stderr) == (0, "") and all(word in done.stdout for word in words[at + 3 :])
+
+
+def test_the_page_of_the_papers_is_what_the_command_writes():
+    assert papers.page() == papers.README.read_text()
+
+
 @pytest.mark.parametrize("small", ["0", "1"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_option_is_passed_on_or_refused(tmp_path, script, small):
@@ -59,7 +76,7 @@ def test_an_option_is_passed_on_or_refused(tmp_path, script, small):
     assert "--surplus 7" in done.stdout or evaluated or (done.returncode and "surplus" in done.stderr)
 
 
-def dry_run(tmp_path: Path, small: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
+def dry_run(tmp_path: Path, small: str, script: str, *arguments: str, **given: str) -> subprocess.CompletedProcess:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho 0\n")  # quicker than torch at counting GPUs
     (tmp_path / "bin" / "python").chmod(0o755)
@@ -68,7 +85,7 @@ def dry_run(tmp_path: Path, small: str, script: str, *arguments: str) -> subproc
     environment |= {"DRY_RUN": "1", "SMALL": small, "RUNS": "runs", "STABLE_DATA": "nowhere", "STABLE_VENV": "none"}
     environment["PATH"] = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", str(RECIPES / script), *arguments]
-    return subprocess.run(command, cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=tmp_path / "cwd", env=environment | given, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
