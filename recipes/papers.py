@@ -1,4 +1,4 @@
-"""Every table and figure of both papers, with its commands and what ran small: `python -m recipes.papers` writes recipes/README.md."""
+"""Every table and figure of both papers, its commands and what ran small: `python -m recipes.papers` writes README.md here."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -21,12 +21,21 @@ BUILD = ROOT / "build"
 STAGED = BUILD / "docs"
 PLUGINS = ("plugins/fairseq_sigma", "plugins/timm_stable", "plugins/hf_stable")
 PACKAGES = ("stable_core", "stable_monitor", *PLUGINS, "nanogpt_patch")
+PAGES = (
+    "*.md",
+    "docs/*.md",
+    "docs/notebooks/*.py",
+    "recipes/README.md",
+    "recipes/*/README.md",
+    "*/results/*.md",
+    "recipes/*/results/*.md",
+)
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^]]*)\]\((?!\w+:|#)(?P<path>[^)#]+)(?P<anchor>#[^)]*)?\)")
 
 
 def pages() -> Iterator[Path]:
     """What becomes a page, from the root: Markdown, and notebooks."""
-    for pattern in ("*.md", "docs/*.md", "docs/notebooks/*.py", "recipes/README.md", "recipes/*/README.md", "*/results/*.md", "recipes/*/results/*.md"):
+    for pattern in PAGES:
         yield from (path.relative_to(ROOT) for path in sorted(ROOT.glob(pattern)))
 
 
