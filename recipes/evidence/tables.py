@@ -17,18 +17,26 @@ TITLES = {
     "blocks_200": "g: 200 blocks",
 }
 CLASSES = 10
+COMMAND = "By `python -m recipes.vision.grid --output OUT {}`. Test accuracy in %."
+GRIDS = {
+    "sn_wn": "--models vit sn wn wn_preln sigma sigma_preln --warmups 0.25",
+    "lars": "--models vit sigma --opt lars --weight-decay 0 --lrs 1.6 6.4 --warmups 0",
+    "parts": "--models vit stable_init stable_norm stable_atten stable --lrs 1e-2 3e-2 --warmups 0",
+    "blocks_200": "--models vit stable --depth 200 --batches 32 --lrs 1e-3 --warmups 0 --data digits --epochs 5",
+}
 
 
 def section(name: str, title: str) -> Section:
     lines, experiment = log("evidence", name), EXPERIMENTS.get(name)
     table = run.table(experiment, lines) if experiment else grid.table(lines, CLASSES)
-    text = "" if experiment else "Test accuracy in %."
+    text = f"By `python -m recipes.evidence.run {name}`." if experiment else COMMAND.format(GRIDS[name])
     return Section(title, markdown(table), text, (f"{name}.jsonl",), f"{name}.png")
 
 
 def page() -> Page:
     runs = collapse.runs()
-    first = Section("a: which comes first?", markdown(collapse.table(runs)), f"{collapse.summary(runs)}.")
+    text = f"{collapse.summary(runs)}. By `python -m recipes.evidence.collapse`."
+    first = Section("a: which comes first?", markdown(collapse.table(runs)), text)
     return Page(
         "Evidence: every table",
         "Cells of three figures are seeds 1 / 2 / 3. Least entropy is the mean over heads in the layer and at the update where "

@@ -12,8 +12,7 @@ import math
 import random
 import re
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -174,22 +173,38 @@ def plot(results: dict[tuple[Run, int], Result], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def row(run: Run, curves: Iterable[dict[int, float]]) -> tuple[str, str, str]:
-    """Its learning rate and last training losses, a seed beside the other."""
-    return run.label, f"{run.lr:g}", " / ".join(f"{curve[max(curve)]:.2f}" for curve in curves)
+@dataclass(frozen=True)
+class Outcome:
+    """What is left of a run: a line of outcomes.jsonl."""
+
+    run: str
+    seed: int
+    loss: float
+    bleu: float
+    exact: float
 
 
-def table(results: dict[tuple[Run, int], Result], seeds: list[int]) -> Table:
+def outcomes(results: dict[tuple[Run, int], Result]) -> list[Outcome]:
+    return [
+        Outcome(run.name, seed, curve[max(curve)], translations.bleu, translations.exact)
+        for (run, seed), (curve, translations) in results.items()
+    ]
+
+
+def table(outcomes: list[Outcome]) -> Table:
+    seeds = sorted({each.seed for each in outcomes})
     table = Table("", "learning rate", "training loss", "BLEU (letters)", "numbers right")
     table.title = f"{SIZES['test']} held-out numbers, beam 5" + (
         f", seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
     )
     for run in RUNS:
-        curves, translations = zip(*(results[run, seed] for seed in seeds), strict=True)
+        of_seeds = sorted((each for each in outcomes if each.run == run.name), key=lambda each: each.seed)
         table.add_row(
-            *row(run, curves),
-            " / ".join(f"{t.bleu:.1f}" for t in translations),
-            " / ".join(f"{t.exact:.0%}" for t in translations),
+            run.label,
+            f"{run.lr:g}",
+            " / ".join(f"{each.loss:.2f}" for each in of_seeds),
+            " / ".join(f"{each.bleu:.1f}" for each in of_seeds),
+            " / ".join(f"{each.exact:.0%}" for each in of_seeds),
         )
     return table
 
@@ -233,7 +248,9 @@ def main() -> int:
     console = Console()
     console.print(f"[bold]18L-18L, {args.steps} updates[/]; everything goes to {args.out}")
     results = run_all(args, prepare(args.out), console)
-    console.print(table(results, args.seeds))
+    ended = outcomes(results)
+    (args.out / "outcomes.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in ended))
+    console.print(table(ended))
     best = max(RUNS, key=lambda run: results[run, args.seeds[0]][1].bleu)
     show_translations(best, results[best, args.seeds[0]][1], console)
     picture = args.out / "number_words.png"
