@@ -73,7 +73,7 @@ def stage(page: Path) -> None:
     staged = (STAGED / page).with_suffix(".md")
     staged.parent.mkdir(parents=True, exist_ok=True)
     text = LINK.sub(placed, markdown_of(text) if page.suffix == ".py" else text)
-    if page.parts[0] == "recipes" and page.name == "README.md":
+    if page.match("recipes/*/README.md"):
         text += recipe_pages.scripts(ROOT / page.parent)
     staged.write_text(text, encoding="utf-8")
 
