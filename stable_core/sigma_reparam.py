@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -43,7 +44,19 @@ from .sharding import Piece, gathered, is_sharded, pieces
 from .sigma_layers import sigma_layers
 from .targets import FilterFn, Group, Model, check_values, cut, find_groups, join, matrix
 from .together import Together
-from .watching import LAG, Notice, Watch, can_look, is_real, is_transformed, versions
+from .watching import (
+    LAG,
+    NEGATIVE,
+    REPLACED,
+    UNANNOUNCED,
+    Notice,
+    Watch,
+    can_look,
+    is_real,
+    is_transformed,
+    unwrapped,
+    versions,
+)
 
 
 @dataclass(frozen=True)
@@ -196,12 +209,19 @@ class SigmaReparam(HasLayout):
         """W_hat of W, which is the only original in its own shape, or all originals stacked as (out, in)."""
         rows, stop_gradient = self.rows, self.config.stop_gradient
         if is_transformed():
+            if self.training and (plain := unwrapped(W)) is not None:
+                with temporarily_clear_interpreter_stack():
+                    self._look_at_others(matrix(plain, transposed))
             W_hat = scale_plainly(matrix(W, transposed), self.gamma, self.u, rows, stop_gradient)[0].to(dtype)
             return W_hat.T if transposed else W_hat.view_as(W)
         fused, real = self.takes_kernels(W), is_real(W)
         if self.config.kernels == "triton" and not fused and real and (why := why_not(W.device, W.dtype)):
             raise ValueError(f"{self.name}: kernels = 'triton': {why}; or set it to 'auto'")
-        looks = real and not is_sharded(W) and self.watch.is_due(originals) and can_look(W)
+        looks = real and not is_sharded(W) and can_look(W)
+        if looks and self.watch.replaces(originals):
+            self._look_at_others(matrix(W.detach(), transposed))
+            looks = False
+        looks = looks and self.watch.is_due(originals)
         found = self._find(originals, W, transposed, fused, looks)
         W_hat = ScaleBySigma.apply(
             W, self.gamma, found, rows, transposed, stop_gradient, dtype, self.together if fused else None
@@ -385,15 +405,33 @@ class SigmaReparam(HasLayout):
             self._evaluated = versions(originals), top_u(stacked, u, self.rows), None
             return False
         if not changed:
-            self._notice.warn(self.name)
+            self._notice.warn(self.name, UNANNOUNCED)
         u.copy_(join([x / torch.linalg.vector_norm(x) for x in cut(u, self.rows)]))
-        blocks = zip(cut(stacked, self.rows), cut(u, self.rows), strict=True)
-        iterates = [Iterate([Piece(W)], x, W.shape[1]) for W, x in blocks]
-        before, after = power_iteration(iterates, self.config.n_power_iterations)
-        if (after > 1.1 * before).any():  # a larger change than a step makes
+        if self._iterated(stacked, u):
             u.copy_(top_u(stacked, u, self.rows))
         watch.expect(originals, None)
         return False
+
+    def _iterated(self, stacked: Tensor, u: Tensor) -> bool:
+        """Advances u, in place, and says whether it was further behind these weights than a step leaves it."""
+        blocks = zip(cut(stacked, self.rows), cut(u, self.rows), strict=True)
+        iterates = [Iterate([Piece(W)], x, W.shape[1]) for W, x in blocks]
+        before, after = power_iteration(iterates, self.config.n_power_iterations)
+        return bool((after > 1.1 * before).any())
+
+    @torch.no_grad()
+    def _look_at_others(self, stacked: Tensor) -> None:
+        """Looks whether u, which is not theirs, does for the tensors that a training pass is given in place of the weights.
+
+        From the fourth pass on, as finite differences and meta-learning make a few.
+        """
+        if hasattr(self.originals()[0], "ds_id"):
+            raise ValueError(
+                f"{self.name}: DeepSpeed's ZeRO-3 takes its weight away between passes, so that u cannot follow it; take stage "
+                "1 or 2, or fully_shard"
+            )
+        if self.training and self.watch.is_scheduled(first=4) and self._iterated(stacked, self.u.clone()):
+            self._notice.warn(self.name, REPLACED)
 
     def train(self, mode: bool = True) -> "SigmaReparam":
         if self.training and not mode:
@@ -413,7 +451,7 @@ class SigmaReparam(HasLayout):
             if self.watch.agrees(sigma, False, originals[0].dtype) and is_unit(self.u, self.rows):
                 self.watch.expect(originals, sigma)
         if self.watch.trusts and can_look(self.gamma) and not is_sharded(self.gamma) and (self.gamma < 0).any():
-            self._notice.warn_of_gamma(self.name)
+            self._notice.warn(self.name, NEGATIVE)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SigmaReparam":
         # u follows the model to another device but stays in fp32: .half() and .bfloat16() must not round it.

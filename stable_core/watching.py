@@ -5,6 +5,9 @@ without its u, or changed by an optimizer that raised half-way. The forward pass
 which it computes anyway, with its last value: they are equal to the bit unless W or u changed. On a CPU every pass compares. On
 a GPU this would wait for the device, so a pass compares only where a tensor's version counter moved, and else at the 1st, 2nd,
 4th, ..., 64th, 128th, 192nd, ... pass.
+
+A pass may also be given other tensors in place of the weights (torch.func.functional_call, FSDP1's views). u is then left
+alone, as it is of the weights, and a training pass in which it is far behind is a warning.
 """
 
 import warnings
@@ -62,16 +65,19 @@ class Watch:
         # Only counters of the same tensor are compared: another tensor in its place has a counter of its own.
         return any(new[0] == old[0] and new[1] != old[1] for new, old in zip(now, self._seen, strict=False))
 
+    def replaces(self, weights: list[Tensor]) -> bool:
+        """Whether a pass is given these tensors in place of the weights."""
+        return bool(self._seen) and [id(W) for W in weights] != [name for name, _ in self._seen]
+
     def is_due(self, weights: list[Tensor]) -> bool:
-        """Whether this pass compares sigma. False for tensors that replace the weights (torch.func.functional_call)."""
-        now, seen = versions(weights), self._seen
-        if now != seen and [name for name, _ in now] != [name for name, _ in seen]:
-            return False
-        if weights[0].is_cpu:
-            return True
+        """Whether this pass, of the weights themselves, compares sigma."""
+        return weights[0].is_cpu or self.is_scheduled() or self.announced or versions(weights) != self._seen
+
+    def is_scheduled(self, first: int = 1) -> bool:
+        """Counts a pass; whether it is one of those, from `first` on, that look at numbers even where that waits for a GPU."""
         self._passes += 1
-        scheduled = self._passes % EVERY == 0 or (self._passes < EVERY and self._passes & (self._passes - 1) == 0)
-        return scheduled or self.announced or now != seen
+        passes = self._passes
+        return passes >= first and (passes % EVERY == 0 or (passes < EVERY and passes & (passes - 1) == 0))
 
     def agrees(self, sigma: list[float], strictly: bool, dtype: torch.dtype = torch.float32) -> bool:
         """Whether sigma (blocks,) is as expected.
@@ -90,31 +96,33 @@ class Watch:
         )
 
 
+UNANNOUNCED = (
+    "its weight changed and no optimizer announced it (a write to .data?); u was put right. "
+    "Call stable_core.advance(model.parameters()) after each such change"
+)
+REPLACED = (
+    "the forward pass is given other tensors in place of its weight (functional_call, FSDP1?), and u, which is the weight's, is "
+    "far behind them, so that the effective weight is larger than gamma. Copy them into the model after each update and call "
+    "stable_core.advance(model.parameters()); in place of FSDP1 take fully_shard"
+)
+
+
+NEGATIVE = (  # W_hat and its gradient to W are zero where gamma is, so that the layer stops there for a while
+    "its gamma is negative, and has passed zero, where a layer computes and learns nothing; leave it out with filter_fn, or "
+    "draw the head of another task anew"
+)
+
+
 class Notice:
-    """Warns of weights that changed unannounced, and of a negative gamma, each once per model."""
+    """Warns of what keeps a layer from learning or u from following, each once per model."""
 
-    _given = _given_of_gamma = False
+    def __init__(self) -> None:
+        self._given: set[str] = set()
 
-    def warn(self, layer: str) -> None:
-        if not self._given:
-            self._given = True
-            warnings.warn(
-                f"{layer}: its weight changed and no optimizer announced it (a write to .data?); u was put right. "
-                "Call stable_core.advance(model.parameters()) after each such change",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def warn_of_gamma(self, layer: str) -> None:
-        """W_hat = gamma / sigma W and its gradient to W are zero where gamma is, so that the layer stops there for a while."""
-        if not self._given_of_gamma:
-            self._given_of_gamma = True
-            warnings.warn(
-                f"{layer}: its gamma is negative, and has passed zero, where a layer computes and learns nothing; leave it out "
-                "with filter_fn, or draw the head of another task anew",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    def warn(self, layer: str, what: str) -> None:
+        if what not in self._given:
+            self._given.add(what)
+            warnings.warn(f"{layer}: {what}", RuntimeWarning, stacklevel=2)
 
 
 def can_look(W: Tensor) -> bool:
@@ -132,6 +140,14 @@ def is_real(W: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether torch.func (vmap, jvp, grad, ...) or forward-mode differentiation is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def unwrapped(W: Tensor) -> Tensor | None:
+    """What torch.func's transforms (grad, jvp) have wrapped as W, without gradient; None where vmap cuts it up."""
+    plain = W
+    while torch._C._functorch.is_functorch_wrapped_tensor(plain):
+        plain = torch._C._functorch.get_unwrapped(plain)
+    return plain.detach() if plain is not W and plain.shape == W.shape else None
 
 
 def versions(weights: list[Tensor]) -> tuple[tuple[int, int], ...]:

@@ -9,10 +9,11 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad
 from torch.nn.utils import parametrize
 
 from stable_core import SigmaReparamConfig, advance, converge, fold, sigma_layers, sigma_reparam
-from tests.stable_core.models import mlp
+from tests.stable_core.models import mlp, reparametrised
 
 
 def ratios(model: nn.Module) -> list[float]:
@@ -313,3 +314,53 @@ def test_a_gamma_that_has_passed_zero_is_told_at_the_next_evaluation_once(learns
     told = [str(warning.message) for warning in caught]
     assert len(told) == (sigma.gamma.item() < 0) == (learns < 0)
     assert all(message.startswith("0: its gamma is negative") for message in told)
+
+
+@pytest.mark.parametrize("transform", [False, True])
+def test_training_other_tensors_in_the_weights_places_warns_with_a_way_out(transform):
+    """As functional training loops and FSDP1 do: u is the weight's, and never moves."""
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(32, 90)
+    target = x[:, :70].sin()
+    small = {
+        name: 0.05 * p if name.endswith("original") else p for name, p in model.named_parameters()
+    }  # they turn faster
+    parameters = {name: p.detach().clone() for name, p in small.items()}
+
+    def loss(given):
+        return (functional_call(model, given, (x,)) - target).square().mean()
+
+    def step(given, way_out):
+        if transform:
+            gradients = grad(loss)(given)
+        else:
+            learning = {name: p.requires_grad_() for name, p in given.items()}
+            gradients = dict(zip(given, torch.autograd.grad(loss(learning), list(learning.values())), strict=True))
+        new = {name: (p - 3e-3 * gradients[name].sign()).detach() for name, p in given.items()}
+        if way_out:
+            model.load_state_dict(new, strict=False)
+            advance(model.parameters())
+        return new
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        taken = parameters
+        for _ in range(20):
+            taken = step(taken, way_out=True)
+    model = mlp()
+    with pytest.warns(RuntimeWarning, match="other tensors in place of its weight") as told:
+        for _ in range(20):
+            parameters = step(parameters, way_out=False)
+    assert len([one for one in told if "in place of" in str(one.message)]) == 1
+
+
+def test_zero_3_is_refused():
+    """DeepSpeed marks its parameters, and gives each pass a tensor of its own."""
+    model = mlp()
+    for sigma in reparametrised(model):
+        sigma.originals()[0].ds_id = 0
+        sigma.register_forward_pre_hook(lambda module, given: (given[0] + 0,))
+    with pytest.raises(
+        ValueError, match=r"0: DeepSpeed's ZeRO-3 takes its weight away .* take stage 1 or 2, or fully_shard"
+    ):
+        model(torch.randn(4, 90))
