@@ -16,7 +16,9 @@ without a network from installed packages (none for speech), or from `STABLE_DAT
 `asr/manifest.tsv` (columns split, path, text).
 
 The head of each script lists its variants; `DRY_RUN=1` shows the commands of most. Options that follow win over the recipe's;
-such a run needs a folder of its own (`--save-dir`, `--output`, `--out_dir`).
+such a run needs a folder of its own (`--save-dir`, `--output`, `--out_dir`), or the run that is there is taken for it. ST's
+Figure 5 is a drawing, its Figure 12 not in our copy, and its Tables 1 to 3 are [counted](../benchmarks/results/parameters.md)
+or settings, which tests hold the recipes to.
 """
 
 

@@ -101,9 +101,9 @@ UNANNOUNCED = (
     "Call stable_core.advance(model.parameters()) after each such change"
 )
 REPLACED = (
-    "the forward pass is given other tensors in place of its weight (functional_call, FSDP1?), and u, which is the weight's, is "
-    "far behind them, so that the effective weight is larger than gamma. Copy them into the model after each update and call "
-    "stable_core.advance(model.parameters()); in place of FSDP1 take fully_shard"
+    "the forward pass is given other tensors in place of its weight (functional_call, FSDP1?), and u, which is the weight's, "
+    "is far behind them, so that the effective weight is larger than gamma. Copy them into the model after each update and "
+    "call stable_core.advance(model.parameters()); in place of FSDP1 take fully_shard"
 )
 
 

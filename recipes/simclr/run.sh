@@ -9,7 +9,7 @@
 # Interrupted? The same command goes on after the last whole epoch.
 #
 # What the paper leaves open:
-# - From MoCo v3 for ViTs: first weights, the head (3 layers, not reparametrised, with BatchNorm over the images of all GPUs, which
+# - From MoCo v3 for ViTs: first weights (with σReparam trunc_normal(.02)), the head (3 layers, not reparametrised, with BatchNorm over the images of all GPUs, which
 #   we have not run), a cosine that begins where the warm-up ends, the class token as features, the linear probe.
 # - From SimCLR: temperature 0.1, crops from 8 % of the area, no blur up to 64 pixels. Negatives come from all processes.
 # - Weight decay spares vectors, gamma and the class token.
