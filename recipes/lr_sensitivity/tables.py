@@ -5,7 +5,6 @@ from recipes.tables import Page, Section
 from .alarms import by_log
 from .figures import RESULTS, TITLES, described, rows_of
 
-
 ON_A_GPU = " --device cuda --jobs 16"
 COMMANDS = {  # after `python -m recipes.lr_sensitivity.run`; of gpt... also --data and --output
     "gpt": "gpt",
