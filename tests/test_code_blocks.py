@@ -15,7 +15,7 @@ import pytest
 from tests.documented import CALLED, OURS, ROOT, commands, wrong_flags
 from tests.nanogpt_patch.test_launch import write_scripts
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/*.md")]
 
 
 def blocks(language: str) -> list:
