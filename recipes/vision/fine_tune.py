@@ -212,8 +212,8 @@ def fine_tune(
     }
 
 
-def rows(lines: list[dict]) -> list[list[str]]:
-    """A header; then by optimizer, head and layer decay a row for each variant: mean accuracy by rate, the seeds at the best.
+def table(lines: list[dict]) -> Table:
+    """By optimizer, head and layer decay a row for each variant: mean accuracy by rate, the seeds at the best.
 
     A mean of fewer seeds than the row's others has their number in brackets, and is not its best.
     """
@@ -221,7 +221,7 @@ def rows(lines: list[dict]) -> list[list[str]]:
     for line in sorted(lines, key=lambda line: line["seed"]):
         row = line["opt"], list(HEADS).index(line["head"]), -line["layer_decay"], list(LABELS).index(line["variant"])
         seeds[row].setdefault(line["lr"], []).append(line["top1"])
-    found = [["", "layer decay", *(f"{lr:g}" for lr in rates), "seeds at the best"]]
+    found = Table("", "layer decay", *(f"{lr:g}" for lr in rates), "seeds at the best")
     for (opt, head, decay, variant), own in sorted(seeds.items()):
         most = max(map(len, own.values()))
         best = max((x for x in own.values() if len(x) == most), key=statistics.mean)
@@ -229,14 +229,8 @@ def rows(lines: list[dict]) -> list[list[str]]:
         what = [list(LABELS.values())[variant], *[f"{list(HEADS)[head]} head"] * (head > 0), *[opt] * (opt != "adamw")]
         by_rate = (means.get(lr, "") for lr in rates)
         best = " / ".join(f"{x:.1f}" for x in best)
-        found.append([", ".join(what), "none" if decay == -1 else f"{-decay:g}", *by_rate, best])
+        found.add_row(", ".join(what), "none" if decay == -1 else f"{-decay:g}", *by_rate, best)
     return found
-
-
-def markdown(lines: list[dict]) -> str:
-    head, *others = rows(lines)
-    cells = ((f" {cell} |" if cell else " |" for cell in row) for row in (head, ["---"] * len(head), *others))
-    return "\n".join("|" + "".join(row) for row in cells)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -261,11 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
                 file.write(f"{json.dumps(line)}\n")
             lines.append(line)
             bar.advance(task)
-    head, *others = rows(lines)
-    table = Table(*head, title="test accuracy, %, by learning rate")
-    for row in others:
-        table.add_row(*row)
-    console.print(table)
+    console.print("test accuracy, %, by learning rate")
+    console.print(table(lines))
     console.print(f"log: {log}")
     return 0
 
