@@ -97,7 +97,15 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
     for group in optimizer.param_groups:
         for parametrization in _followed(p for p in group["params"] if id(p) not in around):
             rest[parametrization] = rest.get(parametrization, True) and _rests(group)
+    _prove_gammas(optimizer, [found for found, rests in rest.items() if found.unproven and not rests])
     _advance([found for found, rests in rest.items() if not rests or _changed_at_rest(found)])
+
+
+@torch._disable_dynamo
+def _prove_gammas(optimizer: torch.optim.Optimizer, unproven: "list[SigmaReparam]") -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if unproven else ()
+    for parametrization in unproven:
+        parametrization.prove_gamma(id(parametrization.gamma) in held)
 
 
 def _steps_around() -> Iterator[torch.optim.Optimizer]:

@@ -45,6 +45,7 @@ from .sigma_layers import sigma_layers
 from .targets import FilterFn, Group, Model, check_values, cut, find_groups, join, matrix
 from .together import Together
 from .watching import (
+    IDLE,
     LAG,
     NEGATIVE,
     REPLACED,
@@ -124,6 +125,7 @@ class SigmaReparam(HasLayout):
     before_rest: list[Tensor] | None  # W^T u of each block, before an optimizer's step at a learning rate of 0
     _members: "list[weakref.ref[Originals] | None]"
     _unit: tuple[tuple[int, int], ...] | None
+    _first_gamma: Tensor | None
     _taken: tuple[torch.device, torch.dtype] | None
     _placed: tuple[Any, Any]
 
@@ -136,6 +138,10 @@ class SigmaReparam(HasLayout):
         self.index = group.leader  # index of the weight that this module is registered on
         self._members = [None] * len(group.members)  # weak references to their Originals, which own this module
         self.watch, self.before_rest, self._unit = Watch(), None, None
+        self.unproven, self._first_gamma = (
+            3,
+            None,
+        )  # updates until it must be seen that gamma learns, and gamma after the first
         self._taken, self._placed = None, (None, None)  # cached answers of `takes_kernels` and `place`
         self._notice, self.together = shared or (Notice(), Together())
         # (versions, u, sigma) of other weights that are evaluated, such as an average, to which self.u does not belong.
@@ -292,6 +298,17 @@ class SigmaReparam(HasLayout):
         """Notes that power iteration has advanced u, to length 1, and found the lower bound `at_least` of sigma (blocks,)."""
         self._unit = versions([self.u])
         self.watch.expect(weights, at_least, slack=LAG)
+
+    def prove_gamma(self, held: bool) -> None:
+        """After each of the first updates: warns of a gamma that W's optimizer does not hold, and that no other has moved."""
+        if held or not self.gamma.requires_grad or is_sharded(self.gamma):
+            self.unproven = 0
+            return
+        self.unproven -= 1
+        if self._first_gamma is None:
+            self._first_gamma = self.gamma.detach().clone()
+        elif not self.unproven and torch.equal(self._first_gamma, self.gamma):
+            self._notice.warn(self.name, IDLE)
 
     def lone_weight(self) -> Tensor | None:
         """Its weight if it has only one, else None."""

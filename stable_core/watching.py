@@ -105,8 +105,10 @@ REPLACED = (
     "is far behind them, so that the effective weight is larger than gamma. Copy them into the model after each update and "
     "call stable_core.advance(model.parameters()); in place of FSDP1 take fully_shard"
 )
-
-
+IDLE = (
+    "its weight learns and its gamma does not, as no optimizer holds it: build the optimizer after sigma_reparam, or add "
+    "stable_core.param_groups(model, ...) to it"
+)
 NEGATIVE = (  # W_hat and its gradient to W are zero where gamma is, so that the layer stops there for a while
     "its gamma is negative, and has passed zero, where a layer computes and learns nothing; leave it out with filter_fn, or "
     "draw the head of another task anew"

@@ -9,9 +9,9 @@ from . import fine_tune, grid
 from .data import CLASSES
 
 FINE_TUNED = (
-    "By `python -m recipes.vision.fine_tune`: a ViT of 6 blocks and width 128 is trained on five classes, and by 100 updates on "
-    "500 images of the others, with timm's layer decay. Mean test accuracy in % by learning rate; in brackets the number of "
-    "seeds, where it is less than the row's others; at the best rate seeds 1 / 2 / 3, or as many as there are."
+    "By `python -m recipes.vision.fine_tune`: a ViT of 6 blocks and width 128 is trained on five classes, and by 100 updates "
+    "on 500 images of the others, with timm's layer decay. Mean test accuracy in % by learning rate; in brackets the number "
+    "of seeds, where it is less than the row's others; seeds 1 / 2 / 3 at the best rate."
 )
 LABELS = {"dot": "dot product", "stable": "StableAtten"}
 
@@ -37,6 +37,8 @@ def page() -> Page:
         [
             Section("The grid", every, "Test accuracy in %, seeds 1 / 2 / 3.", ("grid.jsonl",), "grid.png"),
             Section("Heads and attention", markdown(small()), text, ("small.jsonl",)),
-            Section("Fine-tuning", markdown(fine_tune.table(log("vision", "fine_tune"))), FINE_TUNED, ("fine_tune.jsonl",)),
+            Section(
+                "Fine-tuning", markdown(fine_tune.table(log("vision", "fine_tune"))), FINE_TUNED, ("fine_tune.jsonl",)
+            ),
         ],
     )

@@ -364,3 +364,29 @@ def test_zero_3_is_refused():
         ValueError, match=r"0: DeepSpeed's ZeRO-3 takes its weight away .* take stage 1 or 2, or fully_shard"
     ):
         model(torch.randn(4, 90))
+
+
+@pytest.mark.parametrize("by", ["one", "two", "before", "frozen"])
+def test_a_gamma_that_no_optimizer_holds_is_told(by):
+    """As where the optimizer was built before sigma_reparam: W is the parameter that it has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    sigma_reparam(model)
+    gammas = [sigma.gamma for _, sigma in sigma_layers(model)]
+    if by == "one":
+        optimizers = [torch.optim.AdamW(model.parameters())]
+    elif by == "two":
+        optimizers += [torch.optim.SGD(gammas, lr=0.1)]
+    elif by == "frozen":
+        for gamma in gammas:
+            gamma.requires_grad_(False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            model(torch.randn(4, 8)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+    told = [str(warning.message) for warning in caught if "no optimizer holds it" in str(warning.message)]
+    assert len(told) == (by == "before") and all(message.startswith("0: its weight learns") for message in told)
