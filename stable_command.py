@@ -5,6 +5,7 @@ Nothing is imported but the module that is asked for, so that help and completio
 
 import importlib
 import sys
+import warnings
 from difflib import get_close_matches
 from importlib.metadata import version
 from typing import NamedTuple
@@ -93,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     if "" not in sys.path:  # as python -m has it: modules of the user's own are found, and a checkout's recipes
         sys.path.insert(0, "")
     try:
-        module = importlib.import_module(command.module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of others' packages
+            module = importlib.import_module(command.module)
     except ModuleNotFoundError as error:
         extra = f"[{command.extra}]" if command.extra else ""
         return refuse(f"{name}: {error.name} is not installed: pip install 'stable-transformer{extra}'")

@@ -27,7 +27,9 @@ def action(variables: dict[str, Any], optimizer: Optimizer) -> Callable[[Alarm],
     if variables["monitor_alarm"] == "warn":
         return None
 
-    def stop(alarm: Alarm) -> NoReturn:
+    def stop(alarm: Alarm) -> None:
+        if alarm.again:
+            return
         _end(variables, optimizer, f"update {alarm.step}: {alarm.layer} has collapsed", GO_ON)
 
     def forward() -> None:

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -40,12 +41,20 @@ LAUNCHER = {  # settings of the launcher itself
 # What the command line gives a plain checkpoint.
 OF_SIGMA = ("reparam", "gamma_init", "qkv", "n_power_iterations", "stop_gradient")
 USAGE = "usage: python -m nanogpt_patch PATH/TO/nanoGPT/{train,sample,bench}.py [CONFIG] [--name=value ...]"
+HELP = f"""{USAGE}
+
+settings, beside the script's own (docs/nanogpt.md; docs/methods.md has the values):
+  {" ".join(f"--{name}={value}" for name, value in (SETTINGS | LAUNCHER).items())}
+
+example:
+  python -m nanogpt_patch nanoGPT/train.py config/train_gpt.py --monitor_every=100 --monitor_alarm=rescue
+"""
 
 
 def main(argv: list[str]) -> int:
     """Checks the arguments, and hands over to the script; 2 for arguments that are wrong. `monitor_alarm` may exit with 3."""
     if argv[:1] in (["-h"], ["--help"]):
-        print(USAGE)
+        print(HELP, end="")
         return 0
     try:
         script, arguments = check(argv)
@@ -276,8 +285,10 @@ def _value(text: str) -> object:
 
 def _check_setting(name: str, value: object, known: dict[str, object], where: str) -> None:
     if name not in known:
+        near = get_close_matches(name, known, n=1)
+        maybe = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"{where}{name} is no setting; there are {', '.join(sorted(known))} (helpers' names start with _)"
+            f"{where}{name} is no setting; {maybe}there are {', '.join(sorted(known))} (helpers' names start with _)"
         )
     default = known[name]
     if UNKNOWN not in (value, default) and type(value) is not type(default):

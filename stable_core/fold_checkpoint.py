@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
         if args.out.exists() and args.out.samefile(args.checkpoint):
             raise ValueError(f"{args.out}: give OUT another name than CHECKPOINT")
         folded, places = fold_checkpoint(read(args.checkpoint))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         torch.save(folded, args.out)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"fold_checkpoint: {str(error).splitlines()[0]}", file=sys.stderr)

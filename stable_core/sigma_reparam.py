@@ -215,7 +215,7 @@ class SigmaReparam(HasLayout):
         """W_hat of W, which is the only original in its own shape, or all originals stacked as (out, in)."""
         rows, stop_gradient = self.rows, self.config.stop_gradient
         if is_transformed():
-            if self.training and (plain := unwrapped(W)) is not None:
+            if self.training and not torch.compiler.is_compiling() and (plain := unwrapped(W)) is not None:
                 with temporarily_clear_interpreter_stack():
                     self._look_at_others(matrix(plain, transposed))
             W_hat = scale_plainly(matrix(W, transposed), self.gamma, self.u, rows, stop_gradient)[0].to(dtype)

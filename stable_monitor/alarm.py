@@ -54,9 +54,10 @@ class AlarmConfig:
 class Alarm:
     """The entropy of a layer fell below its threshold, or is NaN. All entropies are in nats, as `AlarmConfig` defines them.
 
-    bound is the least entropy that logits of their size allow [σ, Theorem 3.1]. threshold and reference are NaN where the layer
-    has too few earlier records for them. `blowup` says that the loss had blown up before, so that the entropy fell with it: no
-    rescue helps there.
+    bound is the least entropy that logits of their size allow [σ, Theorem 3.1], logit the largest. threshold and reference are
+    NaN where the layer has too few earlier records for them. `blowup` says that the loss had blown up before, so that the
+    entropy fell with it: no rescue helps there. `again` says that the layer had collapsed before the run was resumed, and has
+    not been rescued: a rescue acts on that, `stop_training` and `lower_learning_rate` do not.
     """
 
     step: int
@@ -65,7 +66,9 @@ class Alarm:
     threshold: float
     reference: float
     bound: float
+    logit: float = math.inf
     blowup: bool = False
+    again: bool = False
 
     def __str__(self) -> str:
         if math.isnan(self.entropy):
@@ -73,11 +76,13 @@ class Alarm:
             return f"update {self.step}: {self._what} in {self.layer}: not a number{past}"
         return (
             f"update {self.step}: {self._what} in {self.layer}: {self.entropy:.3g} nats, below {self.threshold:.3g} "
-            f"(its highest median before: {self.reference:.3g}; least possible for its logits: {self.bound:.3g})"
+            f"(its highest median before: {self.reference:.3g}; largest logit: {self.logit:.3g})"
         )
 
     @property
     def _what(self) -> str:
+        if self.again:
+            return "entropy had collapsed before the run was resumed"
         return "entropy falls after the loss blew up" if self.blowup else "entropy collapse"
 
 
@@ -91,7 +96,8 @@ class EntropyCollapse(RuntimeError):
 
 def stop_training(alarm: Alarm) -> None:
     """For `Monitor(on_alarm=stop_training)`: ends the run by raising EntropyCollapse from `Monitor.step`."""
-    raise EntropyCollapse(alarm)
+    if not alarm.again:
+        raise EntropyCollapse(alarm)
 
 
 class lower_learning_rate:  # a class, but used like the function `stop_training`
@@ -117,7 +123,7 @@ class lower_learning_rate:  # a class, but used like the function `stop_training
         self._last: int | None = None  # the last update with an alarm
 
     def __call__(self, alarm: Alarm) -> None:
-        if alarm.step == self._last:
+        if alarm.again or alarm.step == self._last:
             return
         self._last = alarm.step
         lowered: set[int] = set()
@@ -140,6 +146,16 @@ class Watch:
         self._highest: dict[str, float] = defaultdict(float)
         self._records: dict[str, int] = defaultdict(int)
         self.collapsed: set[str] = set()
+        self._rescued: set[str] = set()  # since their last alarm
+        self._again: set[str] = set()
+        self._late = False
+
+    def resume(self) -> None:
+        """What was shown, if anything, was of before the run was resumed: tells again what has collapsed, and was not rescued.
+
+        Where nothing was shown, a layer's first record is held against log(keys), the entropy of attention to all keys alike.
+        """
+        self._again, self._late = self.collapsed - self._rescued, not self._records
 
     def look(self, record: dict[str, Any]) -> list[Alarm]:
         """The alarms that this record of the monitor raises."""
@@ -153,19 +169,26 @@ class Watch:
             self._records[name] += 1
             entropy, bound = median_head(layer["entropy"]), median_head(layer.get("bound", []))
             bound = 0.0 if math.isnan(bound) else bound
-            reference = threshold = math.nan
+            reference, logit, again = math.nan, largest_logit(layer), name in self._again
             if len(past) >= self.config.patience:
                 reference = self._highest[name] = max(self._highest[name], past[(len(past) - 1) // 2])
-                threshold = self.config.fraction * reference
-            if (entropy < threshold and largest_logit(layer) > self.config.logit) or (
+            elif self._late and not before and layer.get("keys", 0) > 1:
+                reference, again = math.log(layer["keys"]), True
+            threshold = self.config.fraction * reference
+            self._again.discard(name)
+            if (entropy < threshold and logit > self.config.logit) or (
                 math.isnan(entropy) and before >= self.config.patience
             ):
-                if name not in self.collapsed:
-                    alarms.append(Alarm(record["step"], name, entropy, threshold, reference, bound, blowup))
+                if name not in self.collapsed or again:
+                    alarms.append(
+                        Alarm(record["step"], name, entropy, threshold, reference, bound, logit, blowup, again)
+                    )
+                    self._rescued.discard(name)
                 self.collapsed.add(name)
                 continue
             if not entropy <= min(2 * threshold, (threshold + reference) / 2):
                 self.collapsed.discard(name)
             if not math.isnan(entropy):
                 bisect.insort(past, entropy)
+        self._rescued.update(rescued["layer"] for rescued in record.get("rescues", ()))
         return alarms

@@ -68,7 +68,7 @@ class Watching:
             return self.on_alarm(alarm)
         if self.on_alarm == "rescue":
             return self._rescued(alarm)
-        self._stop = self.on_alarm == "stop"
+        self._stop = self._stop or (self.on_alarm == "stop" and not alarm.again)
         return None
 
     def _rescued(self, alarm: Alarm) -> Any:

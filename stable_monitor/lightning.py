@@ -19,6 +19,7 @@ from .alarm import Alarm, AlarmConfig
 from .callbacks import Watching, logged
 from .chosen import Chosen
 from .lightning_resume import Resuming, replace, together
+from .records import FILE_NAME, begin_with
 from .rescue import Rescue
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class LightningWatching(Watching):
             and where that cannot be done stops with a checkpoint and a line that says how to go on; or a function of the
             `Alarm`.
         path: directory or .jsonl file. If left out, the first logger's directory, or without a logger the Trainer's
-            `default_root_dir`. A resumed run goes on in the same file if it is given the same path.
+            `default_root_dir`. A resumed run goes on in the same file if it is given the same path, and else begins with the
+            earlier records, where they are still there.
 
     Raises:
         ValueError: every is no whole number from 1, or on_alarm is something else. At the start of training, what else
@@ -77,6 +79,14 @@ class LightningWatching(Watching):
         self._trainer: Any = None
         self._rescuing: Any = None
         self._resuming: Resuming | None = None
+        self._records: Any = None  # the Path of this run's
+        self._earlier: str | None = None  # the records of the run that goes on
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._records is None else {"records": str(self._records.absolute())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._earlier = state.get("records")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if not trainer.strategy.restore_checkpoint_after_setup:
@@ -108,7 +118,10 @@ class LightningWatching(Watching):
         log_dir = trainer.log_dir  # which all processes must ask for
         path = Path(self.path or log_dir or trainer.default_root_dir)
         self._step, self._trainer = _TrainingStep(pl_module), trainer
-        self._folder = path.parent if path.suffix == ".jsonl" else path
+        self._records = path if path.suffix == ".jsonl" else path / FILE_NAME
+        earlier = Path(self._earlier) if self._earlier else None
+        if earlier is not None and earlier.is_file() and not self._records.exists() and trainer.is_global_zero:
+            begin_with(earlier, self._records, trainer.global_step)  # a logger has a new folder for a run that goes on
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._rescuing = Rescue(
             trainer.strategy.model, trainer.optimizers, self._same_batch, scheduler=together(schedulers)
@@ -175,7 +188,7 @@ class LightningWatching(Watching):
             self._step.again()
 
     def _checkpoint(self) -> Path:
-        return self._folder / f"alarm-step={self._trainer.global_step}.ckpt"
+        return self._records.parent / f"alarm-step={self._trainer.global_step}.ckpt"
 
     def _way_on(self, alarm: Alarm) -> tuple[str, str]:
         path = self._checkpoint()

@@ -169,6 +169,8 @@ class Monitor:
             after_steps(self._optimizers, self._step, after_advance) if follow else []
         )  # hooks of the optimizers
         self._file = self._open(path, step) if path is not None and self._is_main else None
+        if step > 1:  # nanoGPT's monitor is made after the first update
+            self._watch.resume()
         self._prepare()
 
     def step(
@@ -375,7 +377,9 @@ class Monitor:
             alarms = self._ranks.decided(alarms)
             if alarms and self._ranks.missing():
                 self._warn("on_alarm is not called on every rank, as some have no monitor: construct it on every rank")
-        record["alarms"] = [{key: plain(asdict(alarm)[key]) for key in ALARM_KEYS} for alarm in alarms]
+        record["alarms"] = [
+            {key: plain(asdict(alarm)[key]) for key in ALARM_KEYS} for alarm in alarms if not alarm.again
+        ]
         verdict = self._watch.examination.verdict()
         record["verdict"] = verdict.verdict
         if self._file is not None:
@@ -389,9 +393,9 @@ class Monitor:
         return alarms
 
     def _raise(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms if self._is_main else ():
+            log.warning("%s", alarm)
         for alarm in alarms:
-            if self._is_main:
-                log.warning("%s", alarm)
             if self._on_alarm is not None:
                 self._mark(self._on_alarm(alarm))
 

@@ -99,8 +99,10 @@ class Records:
         if self.path.is_dir():
             self.path /= FILE_NAME
         if not self.path.is_file():
+            runs = [str(path.parent) for path in sorted(self.path.parent.glob(f"**/{FILE_NAME}"))[:5]]
             raise FileNotFoundError(
                 f"{self.path}: no such file; a run is a directory that holds {FILE_NAME}, or such a file"
+                + (f"; below it: {' '.join(runs)}" if runs else "")
             )
         self.steps, self.validations = array("q"), list[dict[str, Any]]()
         self._lines, self._validation_lines = array("q"), array("q")  # their numbers, from 0
@@ -198,6 +200,13 @@ def load(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
     records = Records(run)
     return list(records), records.validations
+
+
+def begin_with(earlier: str | Path, new: Path, step: int) -> None:
+    """Begins the file of a run that goes on elsewhere with the lines of the earlier one, up to an update."""
+    lines = Path(earlier).read_bytes().splitlines(keepends=True)
+    new.parent.mkdir(parents=True, exist_ok=True)
+    new.write_bytes(b"".join(line for line in lines if (found := parsed(line)) is not None and found["step"] <= step))
 
 
 def in_words(entropy: float | None, unit: str = "") -> str:

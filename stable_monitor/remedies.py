@@ -25,6 +25,13 @@ STACKS = {
         "blowup": "half of learning_rate, warmup_ratio=0.1, max_grad_norm=1.0",
         "nan": "bf16=True in place of fp16=True, max_grad_norm=1.0, half of learning_rate",
     },
+    "lightning": {
+        "collapse": 'MonitorCallback(every=10, on_alarm="rescue") and fit(ckpt_path=...); '
+        "anew: sigma_reparam(self) at the end of the module's __init__",
+        "vanishing": "pre-LN, or DeepNorm's scales (stable_core.deepnorm_scales)",
+        "blowup": "half the learning rate, a longer warm-up, Trainer(gradient_clip_val=1.0)",
+        "nan": 'precision="bf16-mixed" in place of "16-mixed", gradient_clip_val=1.0, half the learning rate',
+    },
     "nanogpt": {
         "collapse": "--init_from=resume --monitor_every=10 --monitor_alarm=rescue; "
         "anew: --norm=layernorm --attention=dot --init=stock --reparam=sigma",

@@ -225,7 +225,10 @@ class Rescue:
 
     def __call__(self, alarm: Alarm) -> list[Rescued]:
         if alarm.blowup:
-            log.warning("%s; not rescued: lower the learning rate, or go back to a sound checkpoint", alarm)
+            log.warning(
+                "%s is not rescued, as the loss blew up before: lower the learning rate, or go back to a sound checkpoint",
+                alarm.layer,
+            )
             return []
         step, layers = self._done
         if step != alarm.step:

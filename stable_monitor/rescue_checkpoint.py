@@ -8,6 +8,7 @@ layers are reparametrised. The optimizer's state goes along.
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,15 @@ def open_checkpoint(path: Path, model: str | None = None) -> Opened:
     Raises:
         OSError, ValueError: it cannot be read; no stack knows it, and model was not given.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
     if model is not None:
         return _open_plain(path, model)
     for stack in STACKS:
         try:
-            opening = importlib.import_module(f"{stack}.opening")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of others' packages
+                opening = importlib.import_module(f"{stack}.opening")
         except ImportError:  # the stack is not installed
             continue
         if opening.is_mine(path):
@@ -127,7 +132,11 @@ def _open_plain(path: Path, model: str) -> Opened:
         built = timm.create_model(name)
     else:
         sys.path.insert(0, "")  # as python -m has it
-        built = getattr(importlib.import_module(module), name)()
+        try:
+            build = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"model = {model!r}: {error}; allowed are timm:NAME and MODULE:FUNCTION") from error
+        built = build()
     checkpoint = read_checkpoint(path)
     place = next((key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), dict)), None)
     state = checkpoint if place is None else checkpoint[place]
@@ -172,6 +181,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
             said = [f"σReparam on {len(reparametrise_checkpoint(opened))} layers, the function kept"]
         else:
             said = rescue_checkpoint(opened, args.layers or collapsed_layers(args.run))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         opened.save(args.out)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"rescue_checkpoint: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -179,7 +189,10 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     print("\n".join(said))
     if opened.optimizer is None:
         print("the checkpoint has no optimizer: its moments start anew")
-    print(f"wrote {args.out}: resume it with the command that trained {args.checkpoint}")
+    print(
+        f"wrote {args.out}: have the command that trained {args.checkpoint} resume it (fairseq --restore-file, Trainer "
+        "resume_from_checkpoint=, Lightning ckpt_path=, nanoGPT --init_from=resume --out_dir=)"
+    )
     return 0
 
 

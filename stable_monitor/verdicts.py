@@ -20,7 +20,7 @@ layer's median head divided by log(keys): 1 is attention to all keys alike.
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median, median_low
 from typing import Any
 
@@ -80,11 +80,14 @@ class Examination:
         self._known: set[str] = set()  # what was a number once
         self._first_by_last: deque[float] = deque(maxlen=OF_GRADIENTS)
         self._fading_since: int | None = None
-        self._rescued = 0
+        self._steps: list[int] = []  # the first two
+        self.rescues = 0
 
     def look(self, record: dict[str, Any]) -> None:
         step = record["step"]
-        self._rescued += len(record.get("rescues", ()))
+        if len(self._steps) < 2:
+            self._steps.append(step)
+        self.rescues += len(record.get("rescues", ()))
         for name, layer in record["layers"].items():
             if layer.get("entropy") and (layer.get("keys", 0) is not None or None in layer["entropy"]):
                 self._layers.setdefault(name, _Layer()).look(step, layer)
@@ -140,6 +143,15 @@ class Examination:
         return self._rose is not None and ("loss" in self._nan or self._has_lost(HALF))
 
     def verdict(self) -> Verdict:
+        found = self._found()
+        why = found.why
+        if self.rescues:
+            why += f"; {counted(self.rescues, 'rescue')}"
+        if len(self._steps) == 2 and self._steps[0] > self._steps[1] - self._steps[0]:
+            why += f"; the records begin at update {self._steps[0]}, and what was before is not known"
+        return replace(found, why=why)
+
+    def _found(self) -> Verdict:
         gone = sorted((x.gone_since, name) for name, x in self._layers.items() if x.gone_since is not None)
         if not gone and self._turned(QUARTER):
             gone = sorted((x.low_since, name) for name, x in self._layers.items() if x.low_since is not None)
@@ -171,12 +183,10 @@ class Examination:
             return Verdict("unseen", None, "", "no record says how many keys there are")
         why = f"least entropy {least:.2g} of log(keys), in {name} at update {step}"
         if were := [layer.first_gone for layer in self._layers.values() if layer.first_gone is not None]:
-            why += f"; {len(were)} layers had collapsed, the first at update {min(were)}, and came back"
+            why += f"; {counted(len(were), 'layer')} had collapsed, the first at update {min(were)}, and came back"
         if self._rose is not None:
             step, loss = self._rose
             why += f"; the loss blew up from {self._first:.4g} to {loss:.4g} at update {step}, and came back"
-        if self._rescued:
-            why += f"; {self._rescued} rescues"
         return Verdict("healthy", None, "", why)
 
     def _not_a_number(self) -> Verdict | None:
@@ -226,6 +236,10 @@ class _Layer:
             self.first_gone = self.gone_since if self.first_gone is None else self.first_gone
         elif self.relative > BACK or (self.relative > LOW and self.logit < LARGE) or self.logit < LARGE / 2:
             self.gone_since = None
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def first_by_last(layers: dict[str, dict[str, Any]]) -> float:

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
             raise ValueError(f"{args.out} exists: give a new file for OUT, after the checkpoints")
         first, *others = map(read, args.checkpoints)
         mean = average([first["model"], *(other["model"] for other in others)], args.checkpoints)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         torch.save({**first, "model": mean, "last_optimizer_state": None}, args.out)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"average: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -84,7 +84,9 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="where the stock checkpoint goes")
     args = parser.parse_args(argv)
     try:
-        torch.save(export(read_checkpoint(args.checkpoint)), args.out)
+        exported = export(read_checkpoint(args.checkpoint))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(exported, args.out)
     except (OSError, RuntimeError, ValueError) as error:
         message = str(error).splitlines()[0].removeprefix(f"{args.checkpoint}: ")
         print(f"export: {args.checkpoint}: {message}", file=sys.stderr)

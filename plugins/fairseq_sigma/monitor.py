@@ -45,6 +45,8 @@ def _with_monitor(train_step):
     @functools.wraps(train_step)
     def wrapped(self, samples, raise_oom=False):
         if not getattr(self.cfg.common, "monitor_every", 0):
+            if _alarm(self) != "warn":
+                raise ValueError(f"--monitor-alarm {_alarm(self)}: it needs --monitor-every N")
             return train_step(self, samples, raise_oom)
         if not hasattr(self, "_monitor"):
             self._rescue = RescueOnAlarm(self) if _alarm(self) == "rescue" else None

@@ -4,6 +4,7 @@ fairseq is imported where it is needed, not with this file; fairseq_sigma, by th
 """
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -215,8 +216,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="written by fairseq-train")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--data", type=Path, required=True, help="fairseq's data folder, which has dict.<language>.txt")
-    parser.add_argument("--user-dir", type=Path, required=True, help="fairseq's: plugins/fairseq_sigma, for any checkpoint, "
-                        "as it lets torch read them")  # fmt: skip
+    parser.add_argument("--user-dir", type=Path, help="fairseq's, for any checkpoint, as it lets torch read them "
+                        "(default: fairseq_sigma's)")  # fmt: skip
     parser.add_argument("--bpe-codes", type=Path, help="codes of subword-nmt, if the text was segmented with them")
     for side in ("source", "target"):
         parser.add_argument(f"--{side}-lang", help="default: the checkpoint's, or that of the files in --data")
@@ -226,6 +227,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Path:
     from fairseq.utils import import_user_module
 
+    if args.user_dir is None:
+        found = find_spec("fairseq_sigma")
+        if found is None:
+            raise ValueError("user_dir = None: fairseq_sigma is not installed; give --user-dir plugins/fairseq_sigma")
+        args.user_dir = Path(found.origin).parent
     if not args.user_dir.is_dir():
         raise ValueError(f"user_dir = {str(args.user_dir)!r}: allowed is a folder, plugins/fairseq_sigma")
     import_user_module(args)

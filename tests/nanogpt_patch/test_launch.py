@@ -297,7 +297,7 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
     for arguments, error in (
         (
             ["train.py", "--alhpa=0.3"],
-            "--alhpa is no setting; there are alpha, always_save_checkpoint, attention, ",
+            "--alhpa is no setting; did you mean alpha? there are alpha, always_save_checkpoint, attention, ",
         ),
         (["train.py", "typo.py"], "typo.py: alhpa is no setting; there are alpha,"),
         (["train.py", "--alpha=0"], "--alpha = 0 is of type int: allowed is float, as in 0.475"),

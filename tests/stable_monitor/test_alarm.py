@@ -205,3 +205,45 @@ def test_bad_settings(make, message):
 
 def sgd():
     return torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+
+
+def resumed(history, record, **config):
+    """The alarms of a resumed run's first record."""
+    watch = Watch(AlarmConfig(0.3, **config))
+    for step, (entropy, rescues) in enumerate(history):
+        layer = {"entropy": [entropy], "max_logit": [1000.0], "keys": 64}
+        watch.look({"step": step, "layers": {"a": layer}, "rescues": [{"layer": "a"}] * rescues})
+    watch.resume()
+    layer = {"entropy": [record], "max_logit": [1000.0], "keys": 64}
+    found = watch.look({"step": 9, "layers": {"a": layer}})
+    assert watch.look({"step": 10, "layers": {"a": layer}}) == []
+    return found
+
+
+def test_what_had_collapsed_before_a_run_was_resumed_is_told_again_but_not_if_it_was_rescued():
+    (alarm,) = resumed([(4.0, 0), (0.5, 0)], 0.5)
+    assert alarm.again and "update 9: entropy had collapsed before the run was resumed in a: 0.5 nats" in str(alarm)
+    assert resumed([(4.0, 0), (0.5, 1)], 0.5) == [] and resumed([(4.0, 0), (0.5, 1), (0.5, 0)], 0.5) == []
+    (alarm,) = resumed([(4.0, 0), (0.5, 1), (4.0, 0), (0.5, 0)], 0.5)  # it fell once more
+    assert alarm.again
+    assert resumed([(4.0, 0), (0.5, 0)], 3.9) == []  # it is back
+    (alarm,) = resumed([(4.0, 0)], 0.5)
+    assert not alarm.again  # it falls now
+    (alarm,) = resumed([], 0.5)  # elsewhere, without the records: against log(64) = 4.16
+    assert alarm.again and alarm.reference == pytest.approx(4.159, abs=1e-3)
+    assert resumed([], 1.3) == []
+
+
+def test_what_had_collapsed_does_not_stop_a_resumed_run_and_is_no_alarm_of_its(tmp_path):
+    model, records = gpt(), []
+    with torch.no_grad():
+        model.h[0].attn.c_attn.weight[:64] *= 60
+
+    def monitor(called, _):
+        return Monitor(called, 1, path=tmp_path, step=3, on_alarm=stop_training, writers=[records.append])
+
+    train(model, 2, monitor, first=3)
+    assert [record["alarms"] for record in records] == [[], []]
+    raised = []
+    train(model, 1, lambda called, _: Monitor(called, 1, step=3, on_alarm=raised.append), first=3)
+    assert [(alarm.layer, alarm.again) for alarm in raised] == [("h.0.attn", True)]

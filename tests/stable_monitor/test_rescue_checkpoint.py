@@ -35,7 +35,7 @@ def test_the_file_is_that_of_a_run_that_was_rescued_under_way(tmp_path, capsys):
     arguments = [str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--model", MODEL]
     assert main([*arguments, "--layers", "h.1.attn"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("h.1.attn: |W_q| ") and "resume it with the command that trained" in said
+    assert said.startswith("h.1.attn: |W_q| ") and f"have the command that trained {tmp_path}/in.pt resume it" in said
     rescue(model, optimizer, forward_of(model), layers=["h.1.attn"])
     again, theirs = resumed(tmp_path / "out.pt")
     assert torch.load(tmp_path / "out.pt")["step"] == 7

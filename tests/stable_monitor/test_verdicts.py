@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stable_monitor import Monitor, Rescue, report
-from stable_monitor.diagnose import main
+from stable_monitor.diagnose import diagnose, main
 from stable_monitor.records import RecordFile, load
 from stable_monitor.remedies import ROWS, STACKS
 from stable_monitor.verdicts import WORDS, Verdict, examine
@@ -149,7 +149,7 @@ def test_a_blow_up_is_not_rescued(tmp_path, caplog):
     for step, numbers in enumerate([(2.0, 0.9), (5.0, 0.9), (9.0, 0.9), (30.0, 0.01)]):
         monitor._raise(monitor._publish(record(step, *numbers, 500.0)))
     assert monitor.last is None and "entropy falls after the loss blew up in a" in caplog.text
-    assert "not rescued: lower the learning rate" in caplog.text
+    assert "is not rescued, as the loss blew up before: lower the learning rate" in caplog.text
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -210,10 +210,30 @@ def test_what_a_layer_does_not_say():
 def test_a_healthy_run_says_what_had_collapsed():
     lines = [(2.0, 0.9, 5.0), (2.0, 0.01, 500.0), (1.0, 0.9, 5.0)]
     found = examine(record(step, *numbers) for step, numbers in enumerate(lines))
-    assert found.verdict == "healthy" and "1 layers had collapsed, the first at update 1, and came back" in found.why
+    assert found.verdict == "healthy" and "1 layer had collapsed, the first at update 1, and came back" in found.why
 
 
 def test_a_healthy_run_says_that_it_had_blown_up():
     losses = (4.5, 33.0, 21.0, 8.0, 3.5, 3.4, 3.3, 3.3, 3.2)
     found = examine(record(step, loss, 0.9, 5.0) for step, loss in enumerate(losses))
     assert found.verdict == "healthy" and "the loss blew up from 4.5 to 33 at update 1, and came back" in found.why
+
+
+def test_records_that_begin_late_say_so():
+    early = [record(step, entropy=0.9) for step in (0, 10, 20)]
+    assert "not known" not in examine(early).why and "not known" not in examine(early[1:]).why  # nanoGPT's begin so
+    assert (
+        "the records begin at update 20, and what was before is not known"
+        in examine([*early[2:], record(30, entropy=0.9)]).why
+    )
+
+
+RESCUED = {"layer": "a", "entropy": [0.1, 0.2], "uniform": 4.6, "queries": [9.0, 3.0], "keys": [9.0, 3.0]}
+
+
+def test_a_run_that_was_rescued_is_not_told_to_rescue(tmp_path):
+    lines = [record(0, entropy=0.9), record(1, entropy=0.01, logit=500.0, rescues=[RESCUED])]
+    (tmp_path / "monitor.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    verdict, (what, _) = diagnose(tmp_path)
+    assert verdict.verdict == "collapse" and verdict.why.endswith("; 1 rescue") and "Rescue(" not in what
+    assert what == "sigma_reparam(model), anew, or half the learning rate"
