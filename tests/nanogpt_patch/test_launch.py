@@ -299,7 +299,7 @@ def test_wrong_arguments_are_one_line(checkout, monkeypatch, capsys):
             ["train.py", "--alhpa=0.3"],
             "--alhpa is no setting; did you mean alpha? there are alpha, always_save_checkpoint, attention, ",
         ),
-        (["train.py", "typo.py"], "typo.py: alhpa is no setting; there are alpha,"),
+        (["train.py", "typo.py"], "typo.py: alhpa is no setting; did you mean alpha? there are alpha,"),
         (["train.py", "--alpha=0"], "--alpha = 0 is of type int: allowed is float, as in 0.475"),
         (["train.py", "--norm=batch"], "norm = 'batch': allowed are 'layernorm', 'rmsnorm', 'stable', 'none'"),
         (["train.py", "value.py"], "norm = 'batch': allowed are"),
