@@ -241,6 +241,11 @@ def test_a_bad_value_is_refused_in_one_line(train, value, capsys):
     assert capsys.readouterr().err.splitlines()[-1].endswith(error)
 
 
+def test_an_alarm_without_records_is_refused(train):
+    with pytest.raises(ValueError, match="--monitor-alarm rescue: it needs --monitor-every N"):
+        run(train, "run", STOCK, 1, "--monitor-alarm", "rescue")
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit):
         call("train", "--user-dir", USER_DIR, "--help")

@@ -107,6 +107,11 @@ def test_a_checkpoint_of_timm(tmp_path):
         (["--layers", "h.0.attn"], "say which model it is of, --model timm:NAME or --model MODULE:FUNCTION"),
         (["--layers", "h.9.attn", "--model", MODEL], "layers = 'h.9.attn': the model has no such module"),
         (["--layers", "h.0.attn", "--model", "gpt"], "model = 'gpt': allowed are timm:NAME and MODULE:FUNCTION"),
+        (["--layers", "h.0.attn", "--model", f"{MODEL}x"], f"model = '{MODEL}x': module"),
+        (
+            ["--layers", "h.0.attn", "--model", "nowhere:gpt"],
+            "model = 'nowhere:gpt': No module named 'nowhere'; allowed are",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, capsys, options, error):
@@ -114,3 +119,11 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, options, error):
     assert main([str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), *options]) == 1
     said = capsys.readouterr().err
     assert error in said and said.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_not_there_is_named_and_a_folder_for_the_new_one_is_made(tmp_path, capsys):
+    assert main([str(tmp_path / "no.pt"), str(tmp_path / "out.pt"), "--layers", "h.0.attn"]) == 1
+    assert "no.pt: no such file or folder" in capsys.readouterr().err
+    torch.save({"model": gpt().state_dict()}, tmp_path / "in.pt")
+    out = tmp_path / "new" / "folder" / "out.pt"
+    assert main([str(tmp_path / "in.pt"), str(out), "--model", MODEL, "--layers", "h.0.attn"]) == 0 and out.exists()

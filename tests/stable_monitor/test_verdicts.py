@@ -175,6 +175,7 @@ def test_the_command_says_it_to_people_and_to_scripts(tmp_path, capsys):
     assert "<code>--monitor-every 10 --monitor-alarm rescue" in page
     assert main([str(tmp_path / "none"), good]) == 1
     assert "no such file" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1 and f"; below it: {bad} {good}" in capsys.readouterr().err
 
 
 def test_each_verdict_has_its_row_and_each_stack_its_remedy():
