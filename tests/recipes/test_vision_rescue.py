@@ -108,7 +108,7 @@ def test_a_checkpoint_is_rescued_and_the_command_goes_on_with_it(tmp_path, monke
             train.train(settings(tmp_path / "old", options))
     attentions = ["blocks.0.attn", "blocks.1.attn"]
     assert rescue_checkpoint.main([str(tmp_path / "old"), str(tmp_path / "new"), "--layers", *attentions]) == 0
-    assert f"wrote {tmp_path / 'new'}: resume it" in capsys.readouterr().out
+    assert f"wrote {tmp_path / 'new'}: have the command that trained" in capsys.readouterr().out
     old, new = ({path.name: path for path in (tmp_path / run / "checkpoint-1").iterdir()} for run in ("old", "new"))
     assert old.keys() == new.keys()
 
