@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.insert(0, "")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of others' packages
+            for category in (SyntaxWarning, FutureWarning):  # of others' packages
+                warnings.simplefilter("ignore", category)
             module = importlib.import_module(command.module)
     except ModuleNotFoundError as error:
         extra = f"[{command.extra}]" if command.extra else ""

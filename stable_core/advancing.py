@@ -23,7 +23,7 @@ from .kernels import advance as advance_in_kernels
 from .kernels import plan as plan_of
 from .originals import Owner, owner_of
 from .power_iteration import power_iteration
-from .watching import LAG
+from .watching import AWAITS, LAG
 
 if TYPE_CHECKING:
     from .sigma_reparam import SigmaReparam
@@ -68,13 +68,16 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: 
         else:
             begins += followed
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not callable(closure):
+    if not begins or not callable(closure):
         _announce(begins)
         return None
+    for parametrization in begins:
+        parametrization.watch.is_stepped = True
 
-    def evaluated() -> Any:
+    @functools.wraps(closure)
+    def evaluated(*given: Any, **settings: Any) -> Any:
         # Lightning runs the model in here. The weights are what the last step left, and u must not advance for them again.
-        value = closure()
+        value = closure(*given, **settings)
         _announce(begins)
         return value
 
@@ -97,13 +100,14 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
     for group in optimizer.param_groups:
         for parametrization in _followed(p for p in group["params"] if id(p) not in around):
             rest[parametrization] = rest.get(parametrization, True) and _rests(group)
-    _prove_gammas(optimizer, [found for found, rests in rest.items() if found.unproven and not rests])
+    if unproven := [found for found, rests in rest.items() if found.unproven and not rests]:
+        _prove_gammas(optimizer, unproven)
     _advance([found for found, rests in rest.items() if not rests or _changed_at_rest(found)])
 
 
 @torch._disable_dynamo
 def _prove_gammas(optimizer: torch.optim.Optimizer, unproven: "list[SigmaReparam]") -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]} if unproven else ()
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for parametrization in unproven:
         parametrization.prove_gamma(id(parametrization.gamma) in held)
 
@@ -130,6 +134,8 @@ def _followed(weights: Iterable[Tensor]) -> "Iterator[SigmaReparam]":
             parametrization = owner.parametrization()
             if parametrization is not None:
                 yield parametrization
+        elif AWAITS in vars(weight):  # a gamma, which this optimizer holds
+            delattr(weight, AWAITS)
 
 
 def _rests(group: dict[str, Any]) -> bool:

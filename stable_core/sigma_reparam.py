@@ -45,9 +45,11 @@ from .sigma_layers import sigma_layers
 from .targets import FilterFn, Group, Model, check_values, cut, find_groups, join, matrix
 from .together import Together
 from .watching import (
+    AWAITS,
     IDLE,
     LAG,
     NEGATIVE,
+    PROVES,
     REPLACED,
     UNANNOUNCED,
     Notice,
@@ -125,7 +127,6 @@ class SigmaReparam(HasLayout):
     before_rest: list[Tensor] | None  # W^T u of each block, before an optimizer's step at a learning rate of 0
     _members: "list[weakref.ref[Originals] | None]"
     _unit: tuple[tuple[int, int], ...] | None
-    _first_gamma: Tensor | None
     _taken: tuple[torch.device, torch.dtype] | None
     _placed: tuple[Any, Any]
 
@@ -138,10 +139,8 @@ class SigmaReparam(HasLayout):
         self.index = group.leader  # index of the weight that this module is registered on
         self._members = [None] * len(group.members)  # weak references to their Originals, which own this module
         self.watch, self.before_rest, self._unit = Watch(), None, None
-        self.unproven, self._first_gamma = (
-            3,
-            None,
-        )  # updates until it must be seen that gamma learns, and gamma after the first
+        self.unproven = PROVES  # updates left, until an optimizer must have held gamma; 0 where one has
+        self._u_at_look: tuple[tuple[int, int], ...] | None = None
         self._taken, self._placed = None, (None, None)  # cached answers of `takes_kernels` and `place`
         self._notice, self.together = shared or (Notice(), Together())
         # (versions, u, sigma) of other weights that are evaluated, such as an average, to which self.u does not belong.
@@ -207,6 +206,8 @@ class SigmaReparam(HasLayout):
             dtype = autocast_dtype(originals[0]) or dtype
         if len(originals) == 1 and (originals[0].ndim == 2 or originals[0].is_contiguous()):
             return [self._scaled(originals, originals[0], self.transposed, dtype)]
+        if len(originals) > 1:
+            self._refuse_zero_3()
         W_hat = self._scaled(originals, join([matrix(W, self.transposed) for W in originals]), False, dtype)
         parts = cut(W_hat, [W.shape[self.transposed] for W in originals])
         return [(W.T if self.transposed else W).view_as(W0) for W, W0 in zip(parts, originals, strict=True)]
@@ -223,11 +224,11 @@ class SigmaReparam(HasLayout):
         fused, real = self.takes_kernels(W), is_real(W)
         if self.config.kernels == "triton" and not fused and real and (why := why_not(W.device, W.dtype)):
             raise ValueError(f"{self.name}: kernels = 'triton': {why}; or set it to 'auto'")
-        looks = real and not is_sharded(W) and can_look(W)
+        looks = real and not is_sharded(W)
         if looks and self.watch.replaces(originals):
             self._look_at_others(matrix(W.detach(), transposed))
             looks = False
-        looks = looks and self.watch.is_due(originals)
+        looks = looks and self.watch.is_due(originals) and can_look(W)
         found = self._find(originals, W, transposed, fused, looks)
         W_hat = ScaleBySigma.apply(
             W, self.gamma, found, rows, transposed, stop_gradient, dtype, self.together if fused else None
@@ -300,14 +301,14 @@ class SigmaReparam(HasLayout):
         self.watch.expect(weights, at_least, slack=LAG)
 
     def prove_gamma(self, held: bool) -> None:
-        """After each of the first updates: warns of a gamma that W's optimizer does not hold, and that no other has moved."""
-        if held or not self.gamma.requires_grad or is_sharded(self.gamma):
+        """After each of the first updates: warns of a gamma that W's optimizer does not hold, and that no other has held."""
+        if held or not self.gamma.requires_grad:
             self.unproven = 0
             return
+        if self.unproven == PROVES:
+            setattr(self.gamma, AWAITS, True)
         self.unproven -= 1
-        if self._first_gamma is None:
-            self._first_gamma = self.gamma.detach().clone()
-        elif not self.unproven and torch.equal(self._first_gamma, self.gamma):
+        if not self.unproven and hasattr(self.gamma, AWAITS):
             self._notice.warn(self.name, IDLE)
 
     def lone_weight(self) -> Tensor | None:
@@ -421,7 +422,7 @@ class SigmaReparam(HasLayout):
         if not self.training:  # an average, or weights swapped in for a while: self.u is kept for training
             self._evaluated = versions(originals), top_u(stacked, u, self.rows), None
             return False
-        if not changed:
+        if not changed and not watch.is_stepped:
             self._notice.warn(self.name, UNANNOUNCED)
         u.copy_(join([x / torch.linalg.vector_norm(x) for x in cut(u, self.rows)]))
         if self._iterated(stacked, u):
@@ -442,13 +443,20 @@ class SigmaReparam(HasLayout):
 
         From the fourth pass on, as finite differences and meta-learning make a few.
         """
+        self._refuse_zero_3()
+        if not (self.training and self.watch.is_scheduled(first=4) and can_look(stacked)):
+            return
+        before, self._u_at_look = self._u_at_look, versions([self.u])
+        # A u that advances, as under FSDP2, may be as far behind in the first updates.
+        if before == self._u_at_look and self._iterated(stacked, self.u.clone()):
+            self._notice.warn(self.name, REPLACED)
+
+    def _refuse_zero_3(self) -> None:
         if hasattr(self.originals()[0], "ds_id"):
             raise ValueError(
                 f"{self.name}: DeepSpeed's ZeRO-3 takes its weight away between passes, so that u cannot follow it; take stage "
                 "1 or 2, or fully_shard"
             )
-        if self.training and self.watch.is_scheduled(first=4) and self._iterated(stacked, self.u.clone()):
-            self._notice.warn(self.name, REPLACED)
 
     def train(self, mode: bool = True) -> "SigmaReparam":
         if self.training and not mode:

@@ -18,12 +18,15 @@ from torch import Tensor
 EXACT = 3e-6  # relative difference that another order of summation may make
 LAG = 3.0  # after a step sigma is accepted up to 1 + LAG times its lower bound, far above what was ever seen
 EVERY = 64  # passes between comparisons on a GPU, after the first 64
+PROVES = 50  # updates of a weight in which an optimizer must have held its gamma
+AWAITS = "_awaits_an_optimizer"  # attribute of a gamma until one has
 
 
 class Watch:
     """The sigma (blocks,) that the next forward pass of one parametrization should find, and the weights that it is of."""
 
     def __init__(self) -> None:
+        self.is_stepped = False  # an optimizer's step runs its closure, and may have written to the weights before
         self.forget()
 
     def forget(self) -> None:
@@ -45,7 +48,7 @@ class Watch:
 
     def announce(self) -> None:
         """Notes that an optimizer's step has begun. `expect` clears it after the step; if not, the next pass compares."""
-        self.announced = True
+        self.announced, self.is_stepped = True, False
 
     @property
     def trusts(self) -> bool:

@@ -66,9 +66,9 @@ class Alarm:
     threshold: float
     reference: float
     bound: float
-    logit: float = math.inf
     blowup: bool = False
     again: bool = False
+    logit: float = math.inf
 
     def __str__(self) -> str:
         if math.isnan(self.entropy):
@@ -146,16 +146,17 @@ class Watch:
         self._highest: dict[str, float] = defaultdict(float)
         self._records: dict[str, int] = defaultdict(int)
         self.collapsed: set[str] = set()
-        self._rescued: set[str] = set()  # since their last alarm
+        self._answered: set[str] = set()  # since their last alarm: rescued, or not to be rescued
         self._again: set[str] = set()
         self._late = False
+        self._uniform: dict[str, float] = {}  # log(keys), of layers whose past is not known
 
     def resume(self) -> None:
-        """What was shown, if anything, was of before the run was resumed: tells again what has collapsed, and was not rescued.
+        """What was shown, if anything, was of before the run was resumed: tells again what has collapsed unanswered.
 
         Where nothing was shown, a layer's first record is held against log(keys), the entropy of attention to all keys alike.
         """
-        self._again, self._late = self.collapsed - self._rescued, not self._records
+        self._again, self._late = self.collapsed - self._answered, not self._records
 
     def look(self, record: dict[str, Any]) -> list[Alarm]:
         """The alarms that this record of the monitor raises."""
@@ -172,23 +173,26 @@ class Watch:
             reference, logit, again = math.nan, largest_logit(layer), name in self._again
             if len(past) >= self.config.patience:
                 reference = self._highest[name] = max(self._highest[name], past[(len(past) - 1) // 2])
-            elif self._late and not before and layer.get("keys", 0) > 1:
+            elif self._late and layer.get("keys", 0) > 1:
                 reference, again = math.log(layer["keys"]), True
+                self._uniform[name] = reference
+            else:
+                reference = self._uniform.get(name, math.nan)
             threshold = self.config.fraction * reference
             self._again.discard(name)
             if (entropy < threshold and logit > self.config.logit) or (
                 math.isnan(entropy) and before >= self.config.patience
             ):
                 if name not in self.collapsed or again:
-                    alarms.append(
-                        Alarm(record["step"], name, entropy, threshold, reference, bound, logit, blowup, again)
-                    )
-                    self._rescued.discard(name)
+                    step = record["step"]
+                    alarms.append(Alarm(step, name, entropy, threshold, reference, bound, blowup, again, logit))
+                    (self._answered.add if blowup else self._answered.discard)(name)
                 self.collapsed.add(name)
                 continue
             if not entropy <= min(2 * threshold, (threshold + reference) / 2):
                 self.collapsed.discard(name)
             if not math.isnan(entropy):
                 bisect.insort(past, entropy)
-        self._rescued.update(rescued["layer"] for rescued in record.get("rescues", ()))
+        self._late = self._late and not record["layers"]
+        self._answered.update(rescued["layer"] for rescued in record.get("rescues", ()))
         return alarms

@@ -28,10 +28,7 @@ def diagnose(run: Path) -> tuple[Verdict, tuple[str, str]]:
         examination.look(record)
         stack = record.get("stack", "")
     verdict = examination.verdict()
-    what, guide = remedy(verdict.verdict, stack)
-    if verdict.verdict == "collapse" and examination.rescues:  # once more is no news
-        what = what.partition("; anew: ")[2] + ", anew, or half the learning rate"
-    return verdict, (what, guide)
+    return verdict, remedy(verdict.verdict, stack, verdict.rescues)
 
 
 def main(argv: list[str] | None = None, prog: str = PROG) -> int:

@@ -45,7 +45,8 @@ class LightningWatching(Watching):
     no forward pass. Where they are compiled it is run once more, without gradient, so that what it logs for the epoch counts
     that batch twice. Manual optimization is not followed; a warning says what to do. FSDP was not tried.
 
-    A rescue runs `training_step` twice or more on the update's batch, without what it logs. With the callback in the Trainer,
+    A rescue runs `training_step` twice or more on the update's batch, without what it logs; metrics of torchmetrics count that
+    batch again. With the callback in the Trainer,
     `fit`, `test` and the like take a checkpoint of a rescued run, as `ckpt_path`, into a module that is built as ever.
 
     Args:
@@ -81,6 +82,11 @@ class LightningWatching(Watching):
         self._resuming: Resuming | None = None
         self._records: Any = None  # the Path of this run's
         self._earlier: str | None = None  # the records of the run that goes on
+        self._kept = False  # whether a checkpoint of what could not be rescued is there
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__} of {self.path or 'the logger'} every {self.every}"
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._records is None else {"records": str(self._records.absolute())}
@@ -121,7 +127,13 @@ class LightningWatching(Watching):
         self._records = path if path.suffix == ".jsonl" else path / FILE_NAME
         earlier = Path(self._earlier) if self._earlier else None
         if earlier is not None and earlier.is_file() and not self._records.exists() and trainer.is_global_zero:
-            begin_with(earlier, self._records, trainer.global_step)  # a logger has a new folder for a run that goes on
+            try:
+                begin_with(
+                    earlier, self._records, trainer.global_step
+                )  # a logger has a new folder for a run that goes on
+            except OSError as error:
+                log.warning("the records of before are not carried on: %s", error)
+        self._earlier = None
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._rescuing = Rescue(
             trainer.strategy.model, trainer.optimizers, self._same_batch, scheduler=together(schedulers)
@@ -159,7 +171,8 @@ class LightningWatching(Watching):
                 logger.log_metrics(found, record["step"])
             pl_module.log_dict(found, prog_bar=True, logger=False)
         self._step.given = (), {}
-        if self._stop and self.on_alarm == "rescue":  # it could not be done
+        if self._stop and self.on_alarm == "rescue" and not self._kept:  # it could not be done
+            self._kept = True
             trainer.save_checkpoint(self._checkpoint())
         trainer.should_stop = trainer.should_stop or self._stop
 

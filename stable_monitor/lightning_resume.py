@@ -43,8 +43,9 @@ class Resuming:
             # the best checkpoint may be from before the rescue
             checkpoint["state_dict"] = unfold_state_dict(self._module, checkpoint["state_dict"])
             return
-        self._saved = checkpoint.get("optimizer_states", [])
-        if any(group.get(NOTE) for saved in self._saved for group in saved["param_groups"]):
+        saved = checkpoint.get("optimizer_states", [])
+        if any(group.get(NOTE) for one in saved for group in one["param_groups"]):
+            self._saved = saved
             self._state, checkpoint["state_dict"] = checkpoint["state_dict"], self._module.state_dict()
 
     def finish(self, model: nn.Module, optimizers: list[Any], schedulers: list[Any]) -> None:

@@ -85,7 +85,7 @@ class Monitor:
         step: number of updates made before, where a run is resumed; the alarm's history is read from their records in the file.
         alarm: settings of the alarm; `AlarmConfig()` if left out.
         on_alarm: called with each `Alarm` of rank 0, after it is logged, on every rank that has a monitor: `stop_training`,
-            `lower_learning_rate(optimizer)` or your function.
+            `lower_learning_rate(optimizer)` or your function. In a resumed run also with one that is `again`.
         writers: functions called with each record on rank 0: `TensorBoardWriter(directory)`, `WandbWriter()` or yours.
         attention: modules, by name, whose attention the monitor does not see by itself; `*` stands for any part of a name.
             "softmax": a softmax over the last dimension in the module is that of attention. A function (module, args, kwargs)

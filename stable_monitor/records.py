@@ -99,7 +99,8 @@ class Records:
         if self.path.is_dir():
             self.path /= FILE_NAME
         if not self.path.is_file():
-            runs = [str(path.parent) for path in sorted(self.path.parent.glob(f"**/{FILE_NAME}"))[:5]]
+            below = (f"{depth}{FILE_NAME}" for depth in ("*/", "*/*/", "*/*/*/") if Path(run).is_dir())
+            runs = [str(path.parent) for pattern in below for path in sorted(Path(run).glob(pattern))][:5]
             raise FileNotFoundError(
                 f"{self.path}: no such file; a run is a directory that holds {FILE_NAME}, or such a file"
                 + (f"; below it: {' '.join(runs)}" if runs else "")
@@ -204,9 +205,16 @@ def load(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def begin_with(earlier: str | Path, new: Path, step: int) -> None:
     """Begins the file of a run that goes on elsewhere with the lines of the earlier one, up to an update."""
-    lines = Path(earlier).read_bytes().splitlines(keepends=True)
+    kept = []
+    for line in Path(earlier).read_bytes().splitlines(keepends=True):
+        found = parsed(line)
+        # A record is of the update after its step, a validation of the update before.
+        if found is not None and found["step"] < step + ("validation" in found):
+            kept.append(line)
     new.parent.mkdir(parents=True, exist_ok=True)
-    new.write_bytes(b"".join(line for line in lines if (found := parsed(line)) is not None and found["step"] <= step))
+    part = new.with_suffix(".part")
+    part.write_bytes(b"".join(kept))
+    part.replace(new)
 
 
 def in_words(entropy: float | None, unit: str = "") -> str:

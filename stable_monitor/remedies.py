@@ -56,12 +56,18 @@ STACKS = {
 UNSEEN = "name the module that computes attention: docs/monitor.md says how"
 
 
-def remedy(verdict: str, stack: str) -> tuple[str, str]:
+ANEW = "; anew: "  # between what saves the run and what another one should take
+
+
+def remedy(verdict: str, stack: str, rescues: int = 0) -> tuple[str, str]:
     """(what to do, where to read on); two empty strings for a healthy run.
 
-    A stack that is not known counts as a loop of one's own.
+    A stack that is not known counts as a loop of one's own. A run that was rescued is not told to rescue.
     """
     if verdict not in ROWS:
         return "", ""
     known = STACKS.get(stack, STACKS[""])
-    return (UNSEEN if verdict == "unseen" else known[verdict]), GUIDE + ROWS[verdict]
+    what = UNSEEN if verdict == "unseen" else known[verdict]
+    if rescues and ANEW in what:
+        what = f"anew: {what.partition(ANEW)[2]}; or half the learning rate"
+    return what, GUIDE + ROWS[verdict]

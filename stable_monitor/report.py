@@ -120,7 +120,7 @@ def verdict_section(runs: list[Run], verdicts: list[Verdict]) -> str:
     """What became of each run, and what to try."""
     items = []
     for run, verdict in zip(runs, verdicts, strict=True):
-        what, guide = remedy(verdict.verdict, run.columns.last.get("stack", ""))
+        what, guide = remedy(verdict.verdict, run.columns.last.get("stack", ""), verdict.rescues)
         more = f"<br>Try: <code>{escape(what)}</code><br>More: {escape(guide)}" if what else ""
         items.append(f"<li><strong>{escape(run.name)}</strong>: {escape(str(verdict))}{more}{pace(run)}</li>")
     healthy = sum(verdict.verdict == "healthy" for verdict in verdicts)

@@ -53,12 +53,14 @@ class Verdict:
         step: the update from which on; None for a healthy run and one of which nothing is seen.
         layer: the attention where it is seen, or "".
         why: the numbers.
+        rescues: how many layers were rescued, and how often.
     """
 
     verdict: str
     step: int | None
     layer: str
     why: str
+    rescues: int = 0
 
     def __str__(self) -> str:
         where = f" in {self.layer}" if self.layer else ""
@@ -149,7 +151,7 @@ class Examination:
             why += f"; {counted(self.rescues, 'rescue')}"
         if len(self._steps) == 2 and self._steps[0] > self._steps[1] - self._steps[0]:
             why += f"; the records begin at update {self._steps[0]}, and what was before is not known"
-        return replace(found, why=why)
+        return replace(found, why=why, rescues=self.rescues)
 
     def _found(self) -> Verdict:
         gone = sorted((x.gone_since, name) for name, x in self._layers.items() if x.gone_since is not None)

@@ -216,7 +216,7 @@ def resumed(history, record, **config):
     watch.resume()
     layer = {"entropy": [record], "max_logit": [1000.0], "keys": 64}
     found = watch.look({"step": 9, "layers": {"a": layer}})
-    assert watch.look({"step": 10, "layers": {"a": layer}}) == []
+    assert watch.look({"step": 10, "layers": {"a": layer}}) == [] and (watch.collapsed == {"a"}) == (record < 1.0)
     return found
 
 
@@ -232,6 +232,19 @@ def test_what_had_collapsed_before_a_run_was_resumed_is_told_again_but_not_if_it
     (alarm,) = resumed([], 0.5)  # elsewhere, without the records: against log(64) = 4.16
     assert alarm.again and alarm.reference == pytest.approx(4.159, abs=1e-3)
     assert resumed([], 1.3) == []
+
+
+def test_what_was_declined_after_a_blow_up_is_not_told_again():
+    """Else a resumed run would rescue what the uninterrupted one leaves alone, once the loss has come back."""
+    watch = Watch(AlarmConfig(0.3))
+    for step, (loss, entropy) in enumerate(
+        [(2.0, 4.0), (9.0, 4.0), (9.0, 4.0), (9.0, 0.5), (1.0, 0.5), *[(1.0, 0.5)] * 5]
+    ):
+        layer = {"entropy": [entropy], "max_logit": [1000.0], "keys": 64}
+        alarms = watch.look({"step": step, "loss": loss, "layers": {"a": layer}})
+        assert [alarm.blowup for alarm in alarms] == [True] * (step == 3)
+    watch.resume()
+    assert watch.look({"step": 20, "loss": 1.0, "layers": {"a": layer}}) == []
 
 
 def test_what_had_collapsed_does_not_stop_a_resumed_run_and_is_no_alarm_of_its(tmp_path):

@@ -11,7 +11,7 @@ from pytorch_lightning.loggers.logger import Logger
 
 from stable_monitor import AlarmConfig, Monitor
 from stable_monitor.lightning import LightningWatching, MonitorCallback
-from stable_monitor.records import load
+from stable_monitor.records import load, read
 from tests.stable_monitor.models import batch, gpt
 
 
@@ -176,3 +176,9 @@ def test_settings_are_refused_and_the_callback_is_lightnings(tmp_path):
 def test_importing_the_file_imports_no_lightning():
     code = "import sys, stable_monitor.lightning; print({'lightning', 'pytorch_lightning'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_two_callbacks_of_one_trainer(tmp_path):
+    """Lightning asks of each that keeps something in checkpoints for a key of its own."""
+    fit(tmp_path, *(MonitorCallback(every, path=tmp_path / str(every)) for every in (1, 2)), enable_checkpointing=True)
+    assert [len(read(tmp_path / str(every))) for every in (1, 2)] == [5, 3]

@@ -231,11 +231,11 @@ def test_two_processes_are_rescued_and_resumed_as_one(tmp_path):
 def test_a_run_that_goes_on_in_a_new_folder_begins_with_the_earlier_records(tmp_path):
     """As Lightning's loggers give each call of fit a new version; without them a collapse before looks healthy."""
     callbacks = Collapse(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    first = MonitorCallback(1, "warn", path=tmp_path / "first", alarm=AlarmConfig(fraction=0.5, logit=0))
-    fit(tmp_path, *callbacks, first, module=Seeded(), batches=4, enable_checkpointing=True, steps=8)
-    again = MonitorCallback(1, "rescue", path=tmp_path / "again", alarm=AlarmConfig(fraction=0.5, logit=0))
+    fit(
+        tmp_path / "first", *callbacks, watching("warn"), module=Seeded(), batches=4, enable_checkpointing=True, steps=8
+    )
     checkpoint = tmp_path / "epoch=0.ckpt"
-    fit(tmp_path, again, module=Seeded(), batches=4, steps=8, resume=checkpoint)
+    fit(tmp_path / "again", watching(), module=Seeded(), batches=4, steps=8, resume=checkpoint)
     before, after = read(tmp_path / "first"), read(tmp_path / "again")
     assert after[:4] == before[:4] and [record["step"] for record in after] == list(range(8))
     assert [alarm["layer"] for record in after for alarm in record["alarms"]] == [LAYER]

@@ -237,4 +237,6 @@ def test_a_run_that_was_rescued_is_not_told_to_rescue(tmp_path):
     (tmp_path / "monitor.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     verdict, (what, _) = diagnose(tmp_path)
     assert verdict.verdict == "collapse" and verdict.why.endswith("; 1 rescue") and "Rescue(" not in what
-    assert what == "sigma_reparam(model), anew, or half the learning rate"
+    assert what == "anew: sigma_reparam(model); or half the learning rate"
+    assert report.main([str(tmp_path), "-o", str(tmp_path / "page.html")]) == 0
+    assert "anew: sigma_reparam(model); or half" in (tmp_path / "page.html").read_text()
