@@ -100,6 +100,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
     for group in optimizer.param_groups:
         for parametrization in _followed(p for p in group["params"] if id(p) not in around):
             rest[parametrization] = rest.get(parametrization, True) and _rests(group)
+            parametrization.watch.is_stepped = False  # also where the closure was never called
     if unproven := [found for found, rests in rest.items() if found.unproven and not rests]:
         _prove_gammas(optimizer, unproven)
     _advance([found for found, rests in rest.items() if not rests or _changed_at_rest(found)])

@@ -46,8 +46,8 @@ class LightningWatching(Watching):
     that batch twice. Manual optimization is not followed; a warning says what to do. FSDP was not tried.
 
     A rescue runs `training_step` twice or more on the update's batch, without what it logs; metrics of torchmetrics count that
-    batch again. With the callback in the Trainer,
-    `fit`, `test` and the like take a checkpoint of a rescued run, as `ckpt_path`, into a module that is built as ever.
+    batch again. With the callback in the Trainer, `fit`, `test` and the like take a checkpoint of a rescued run, as
+    `ckpt_path`, into a module that is built as ever.
 
     Args:
         every, alarm, writers, attention: as for `Monitor`.
@@ -128,12 +128,11 @@ class LightningWatching(Watching):
         earlier = Path(self._earlier) if self._earlier else None
         if earlier is not None and earlier.is_file() and not self._records.exists() and trainer.is_global_zero:
             try:
-                begin_with(
-                    earlier, self._records, trainer.global_step
-                )  # a logger has a new folder for a run that goes on
+                # A logger has a new folder for a run that goes on.
+                begin_with(earlier, self._records, trainer.global_step)
             except OSError as error:
                 log.warning("the records of before are not carried on: %s", error)
-        self._earlier = None
+        self._earlier, self._kept = None, False
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._rescuing = Rescue(
             trainer.strategy.model, trainer.optimizers, self._same_batch, scheduler=together(schedulers)
